@@ -1,0 +1,111 @@
+"""Every key of a run, once, with its unit. The other configs change a few lines of it; the command line changes more:
+
+    python launch.py --config=configs/small.py --config.objective.beta=0.5 --workdir=runs/beta_half
+
+A group of keys is the keyword arguments of one function, so a key that nothing reads is a TypeError.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,  # of initialisation, data order, warm start, rollouts and probes
+            "task": {
+                "name": "arithmetic",  # which of the groups below is read
+                "arithmetic": {
+                    "operators": "+",  # any of + - *
+                    "operand_max": 9,  # operands run from 0 to this
+                },
+                "stories": {
+                    "path": placeholder(
+                        str
+                    ),  # JSONL file of {"prompt", "constraint"} rows; unset: the built-in openings
+                },
+            },
+            "model": {
+                "path": placeholder(
+                    str
+                ),  # Hugging Face folder (Llama architecture); unset: a random decoder of the sizes below
+                "stop_ids": (),  # token ids that end a completion; empty: the tokenizer's EOS
+                "dtype": "float32",  # of matrix products: float32 or bfloat16; parameters are always float32
+                "num_layers": 2,
+                "d_model": 64,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 16,
+                "d_ff": 256,
+            },
+            "data": {
+                "prompts_per_iteration": 100,  # P
+                "max_prompt": 64,  # tokens; a longer prompt is an error, never cut
+            },
+            "warm_start": {  # supervised steps on the task's demonstrations; the result is frozen as the reference policy
+                "max_steps": 2000,  # 0: none, the model is the reference as it is
+                "target": 0.4,  # success probability at which to stop
+                "interval": 5,  # steps between measurements of it
+                "samples": 32,  # per prompt, for that measurement
+                "batch": 64,  # demonstrations per step
+                "learning_rate": 1e-3,  # of AdamW
+            },
+            "rollout": {
+                "group_size": 8,  # G completions per prompt
+                "max_completion": 8,  # T tokens, stop token included
+                "temperature": 1.0,
+            },
+            "objective": {
+                "name": "GRPO",  # GRPO | DR_GRPO | GRPO_TRL | DAPO; the unset keys below are taken from it
+                "beta": 1.0,  # weight of the KL term, in units of advantage per nat
+                "baseline": placeholder(str),  # mean | leave_one_out | none
+                "scale": placeholder(str),  # std | mean | none
+                "epsilon": placeholder(float),  # smoothing of the std
+                "ddof": placeholder(int),  # 0 | 1
+                "epsilon_in": placeholder(str),  # variance | std
+                "ratio": placeholder(str),  # sequence_product | token
+                "clip_low": placeholder(float),  # ratio clipped below 1 − this
+                "clip_high": placeholder(float),  # ratio clipped above 1 + this
+                "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean
+                "kl": placeholder(str),  # sequence_reverse | token_reverse | token_forward | none
+            },
+            "optimizer": {
+                "learning_rate": 1e-3,  # peak, of AdamW
+                "schedule": "cosine",  # cosine | linear (both to 0 at the last update) | constant
+                "warmup_updates": 10,  # linear from 0
+                "b1": 0.9,
+                "b2": 0.99,
+                "weight_decay": 0.0,
+                "max_grad_norm": 10.0,  # gradients are scaled down to this global norm
+            },
+            "train": {
+                "iterations": 300,  # refreshes of the sampling policy
+                "inner_epochs": 1,  # passes over a rollout
+                "minibatches": 1,  # updates per pass, on equal parts of the prompts
+                "microbatches": 1,  # parts of a minibatch whose gradients are accumulated: less memory, same result
+                "chunk_size": 32,  # completion positions whose logits exist at a time
+                "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
+            },
+            "evaluate": {
+                "interval": 10,  # iterations between probes of the success probability
+                "samples": 32,  # per prompt, at those probes
+                "final_samples": 1024,  # per prompt, for p_ref before and for the success probability after training
+                "batch_samples": 64,  # per prompt, drawn at a time
+                "confidence": 0.95,  # of every interval
+                "examples": 8,  # prompts whose completions are shown before and after
+            },
+            "verifier": {  # worker processes, for a task that verifies on the host
+                "num_workers": 1,
+                "deadline": 5.0,  # seconds for one completion; a backstop, counted as a verdict of its own
+            },
+            "checkpoint": {
+                "interval": 50,  # iterations
+                "keep": 2,  # newest ones kept
+            },
+            "mesh": {  # devices along each axis; their product is the number of devices
+                "data": -1,  # -1: all that the others leave
+                "fsdp": 1,
+                "tensor": 1,
+            },
+        }
+    )

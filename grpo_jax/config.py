@@ -1,0 +1,176 @@
+"""Checks of a run's configuration: every conflict at once, with the numbers, before anything is compiled."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.objective import NAMED, Objective
+from grpo_jax.tasks import Task, make_task
+
+_SCHEDULES = ("cosine", "linear", "constant")
+_DTYPES = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message lists every conflict."""
+
+
+def make_objective(config: Any) -> Objective:
+    """The named objective with the keys that the config sets. Raises ValueError for an unknown name or choice."""
+    options = {
+        key: value for key, value in config.objective.items() if key not in ("name", "beta") and value is not None
+    }
+    if config.objective.name not in NAMED:
+        raise ValueError(f"objective.name={config.objective.name!r} is not one of {', '.join(NAMED)}")
+    named = NAMED[config.objective.name]
+    return Objective(**({field: getattr(named, field) for field in named.__dataclass_fields__} | options))
+
+
+def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
+    """Checks the whole config and returns what it names.
+
+    Args:
+      config: the resolved `ml_collections.ConfigDict`.
+      num_devices: of this run.
+
+    Raises:
+      ConfigError: with one line per conflict, naming keys and numbers.
+    """
+    found: list[str] = []
+    for key, value in flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{key}={value} must be finite")
+
+    def at_least(least: float, *keys: str) -> None:
+        for key in keys:
+            value = config[key.split(".")[0]][key.split(".")[1]] if "." in key else config[key]
+            if not value >= least:
+                found.append(f"{key}={value} must be at least {least}")
+
+    def positive(*keys: str) -> None:
+        for key in keys:
+            group, name = key.split(".")
+            if not config[group][name] > 0:
+                found.append(f"{key}={config[group][name]} must be positive")
+
+    at_least(
+        0, "seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay", "evaluate.examples"
+    )
+    at_least(2, "rollout.group_size")
+    at_least(1, "rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval")
+    at_least(
+        1, "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples"
+    )
+    at_least(1, "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches")
+    at_least(1, "train.microbatches", "train.chunk_size", "train.max_skipped", "checkpoint.interval", "checkpoint.keep")
+    at_least(1, "verifier.num_workers", "mesh.fsdp", "mesh.tensor")
+    positive("objective.beta", "rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm")
+    positive("warm_start.learning_rate", "verifier.deadline")
+    for key in ("b1", "b2"):
+        if not 0 <= config.optimizer[key] < 1:
+            found.append(f"optimizer.{key}={config.optimizer[key]} must be in [0, 1)")
+    for key, value in (
+        ("warm_start.target", config.warm_start.target),
+        ("evaluate.confidence", config.evaluate.confidence),
+    ):
+        if not 0 < value < 1:
+            found.append(f"{key}={value} must be inside (0, 1)")
+    for key, value, choices in (
+        ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
+        ("model.dtype", config.model.dtype, _DTYPES),
+    ):
+        if value not in choices:
+            found.append(f"{key}={value!r} is not one of {', '.join(choices)}")
+    if config.seed >= 2**32:
+        found.append(f"seed={config.seed} must be below 2**32")
+
+    objective = _attempt(found, "objective", lambda: make_objective(config))
+    task = _attempt(found, "task", lambda: make_task(config.task.name, **_task_options(config)))
+    if not found:
+        found += _divisions(config, num_devices)
+    if task is not None:
+        found += _task_conflicts(config, task)
+    if found or task is None or objective is None:
+        raise ConfigError("\n".join(["this config cannot run:", *(f"  - {line}" for line in found)]))
+    return task, objective
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of every leaf, tuples as they are.
+
+    >>> flat({"a": 1, "b": {"c": (2, 3)}})
+    {'a': 1, 'b.c': (2, 3)}
+    """
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= flat(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _task_options(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.task.get(config.task.name, {}).items() if value is not None}
+
+
+def _attempt(found: list[str], group: str, make: Any) -> Any:
+    try:
+        return make()
+    except (ValueError, TypeError, OSError) as error:
+        found.append(f"{group}: {error}")
+        return None
+
+
+def _divisions(config: Any, num_devices: int) -> list[str]:
+    found = []
+    prompts, minibatches, microbatches = (
+        config.data.prompts_per_iteration,
+        config.train.minibatches,
+        config.train.microbatches,
+    )
+    fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
+    if data == -1:
+        data = num_devices // (fsdp * tensor)
+    if data < 1 or data * fsdp * tensor != num_devices:
+        found.append(
+            f"mesh.data={config.mesh.data} · mesh.fsdp={fsdp} · mesh.tensor={tensor} does not make the {num_devices} device(s)"
+        )
+    elif prompts % (minibatches * microbatches * data * fsdp):
+        found.append(
+            f"data.prompts_per_iteration={prompts} is not divisible by train.minibatches={minibatches} · "
+            f"train.microbatches={microbatches} · {data * fsdp} devices along mesh.data and mesh.fsdp"
+        )
+    samples, most = config.evaluate.final_samples, config.evaluate.batch_samples
+    for key in ("samples", "final_samples"):
+        if config.evaluate[key] > most and config.evaluate[key] % most:
+            found.append(f"evaluate.{key}={config.evaluate[key]} is not a multiple of evaluate.batch_samples={most}")
+    if samples < config.evaluate.samples:
+        found.append(f"evaluate.final_samples={samples} is below evaluate.samples={config.evaluate.samples}")
+    if samples < 8:
+        found.append(f"evaluate.final_samples={samples} must be at least 8, for pass@8")
+    return found
+
+
+def _task_conflicts(config: Any, task: Task) -> list[str]:
+    found = []
+    rows = len(task.examples)
+    if config.data.prompts_per_iteration > rows:
+        found.append(
+            f"data.prompts_per_iteration={config.data.prompts_per_iteration} exceeds the {rows} prompts of task {task.name!r}: "
+            "an iteration would hold a prompt twice"
+        )
+    if config.model.path is None:
+        if task.demonstrations is None:
+            found.append(
+                f"task {task.name!r} has no demonstrations for a warm start: set model.path to a pretrained model"
+            )
+        elif config.warm_start.max_steps == 0:
+            found.append(
+                "a random model without a warm start never succeeds: set model.path, or warm_start.max_steps > 0"
+            )
+    else:
+        if not Path(config.model.path).is_dir():
+            found.append(f"model.path={config.model.path!r} is not a folder")
+        if config.warm_start.max_steps and task.demonstrations is None:
+            found.append(
+                f"warm_start.max_steps={config.warm_start.max_steps}, but task {task.name!r} has no demonstrations: set 0"
+            )
+    return found

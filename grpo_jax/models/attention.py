@@ -1,0 +1,84 @@
+"""Grouped-query attention over several blocks of keys, and rotary positions.
+
+Dimension key: B rows, L tokens of this call, C rows of a block (C divides B), S its slots, N query heads, K key/value
+heads, H head dim.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+Block = tuple[Array, Array, Array]  # keys and values [C, K, S, H]; visible [C, L or 1, S] bool
+
+
+def attend(query: Array, blocks: list[Block]) -> Array:
+    """softmax(q·k / √H) v over the visible keys of all blocks together.
+
+    Row b sees row b // (B // C) of a block of C rows, and query head n the key head n // (N // K): neither keys nor
+    values are repeated in memory. Scores, softmax and sums are float32; a query that sees nothing gets zeros.
+
+    Args:
+      query: [B, L, N, H].
+      blocks: keys and values [C, K, S, H] of the query's type, visible [C, L or 1, S].
+
+    Returns:
+      [B, L, N·H] float32.
+
+    Source: arXiv 1706.03762 eq. 1 and arXiv 2305.13245; the sum over blocks is that of arXiv 2205.14135 §3.1.
+
+    >>> value = jnp.array([[[[1.0], [3.0], [100.0]]]])
+    >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros_like(value), value, jnp.array([[[True, True, False]]]))])[:, 0, 0]
+    Array([2., 2.], dtype=float32)
+    """
+    parts = [_attend_block(query, *block) for block in blocks]
+    top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])
+    total, attended = jnp.zeros_like(top), jnp.zeros(query.shape, jnp.float32)
+    for block_top, block_total, block_attended in parts:
+        share = jnp.exp(block_top - top)
+        total = total + share * block_total
+        attended = attended + share[..., None] * block_attended
+    attended = attended / jnp.maximum(total, 1e-30)[..., None]
+    return attended.reshape(*attended.shape[:2], -1)
+
+
+def rotations(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of position · θ^(-2i / H), [B, L, 1, H / 2] float32, for positions [B, L].
+
+    Source: arXiv 2104.09864 eq. 15.
+
+    >>> rotations(jnp.array([[0, 3]]), 2, 10000.0)[1][0, :, 0, 0]
+    Array([0.     , 0.14112], dtype=float32)
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (feature i, feature i + H / 2) of x [B, L, N, H] float32, as Hugging Face pairs them.
+
+    >>> rotate(jnp.array([[[[1.0, 0.0]]]]), rotations(jnp.array([[3]]), 2, 10000.0))[0, 0, 0]
+    Array([-0.9899925,  0.14112  ], dtype=float32)
+    """
+    cos, sin = cos_sin
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _attend_block(query: Array, key: Array, value: Array, visible: Array) -> tuple[Array, Array, Array]:
+    """The highest score, the sum of exp(score - highest), both [B, L, N], and the values so weighted [B, L, N, H]."""
+    rows, length, heads, width = query.shape
+    shared, kv_heads = key.shape[:2]
+    query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("cgikrh,ckjh->ckgrij", query, key, preferred_element_type=jnp.float32) * width**-0.5
+    visible = visible[:, None, None, None]
+    # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient.
+    top = lax.stop_gradient(jnp.max(jnp.where(visible, scores, -1e30), axis=-1, keepdims=True))
+    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - top, 0.0)), 0.0)
+    attended = jnp.einsum("ckgrij,ckjh->ckgrih", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+
+    def by_token(x: Array) -> Array:
+        return jnp.einsum("ckgri...->cgikr...", x).reshape(rows, length, heads, *x.shape[5:])
+
+    return by_token(top[..., 0]), by_token(weights.sum(-1)), by_token(attended)

@@ -1,0 +1,81 @@
+"""Where numbers go: what is computed to metrics.jsonl, what is timed to perf.jsonl, and both to TensorBoard.
+
+metrics.jsonl is the source of truth and holds nothing but results, so that it is bit for bit the same however often a run was
+killed and resumed; seconds and rates, which no two runs share, have a file of their own.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS, PERF, TENSORBOARD = "metrics.jsonl", "perf.jsonl", "tensorboard"
+
+
+class MetricsLog:
+    """The metrics files of a run; rows are dicts with an integer "iteration" and a "phase".
+
+    Args:
+      directory: of the run.
+      after: rows of later iterations are dropped first, for they will be computed again; None drops every row.
+    """
+
+    def __init__(self, directory: Path, *, after: int | None):
+        from tensorboardX import SummaryWriter
+
+        for name in (METRICS, PERF):
+            kept = [] if after is None else [row for row in read_rows(directory / name) if row["iteration"] <= after]
+            _rewrite(directory / name, kept)
+        self._files = {name: (directory / name).open("a", encoding="utf-8") for name in (METRICS, PERF)}
+        self._board = SummaryWriter(str(directory / TENSORBOARD), purge_step=0 if after is None else after + 1)
+
+    def write(self, row: dict[str, Any], *, file: str = METRICS) -> None:
+        """Appends one row; numbers whose names have a slash also go to TensorBoard."""
+        self._files[file].write(_line(row))
+        for name, value in row.items():
+            if "/" in name and isinstance(value, int | float):
+                self._board.add_scalar(name, value, row["iteration"])
+
+    def flush(self) -> None:
+        """Returns when every row is on disk; call it before a checkpoint that claims them."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self.flush()
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a torn last line, which a kill can leave, is dropped.
+
+    Raises:
+      ValueError: a broken line before the last, named with its number.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")  # not splitlines(): a row ends at \n only
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) - 1:
+                break
+            raise ValueError(f"{path}:{number} is not JSON ({error})") from error
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True) + "\n"
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,103 @@
+"""The prediction beside the measurement: what the objective should do to the measured p_ref, and whether it did."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import theory
+from grpo_jax.objective import Objective, beta_effective
+
+FIXED_POINTS = {
+    "sequence_reverse": "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions",
+    "token_reverse": "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL",
+    "token_forward": "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β",
+    "none": "p* = 1: without a KL term nothing holds the policy",
+}
+"""Where each KL term leads; arXiv 2503.06639, Theorem 3, for the first, and the derivations in `theory` for the others."""
+
+
+def group_weights(objective: Objective, group_size: int) -> theory.Group:
+    """The theory's weights for what is trained: never configured twice."""
+    return theory.Group(group_size, **objective.normaliser())
+
+
+def forecast(
+    successes: np.ndarray, trials: int, *, objective: Objective, group_size: int, beta: float, confidence: float
+) -> theory.Prediction | None:
+    """The prediction from ``successes`` [Q] of ``trials`` samples of each prompt under the reference; None without a KL."""
+    if objective.kl == "none":
+        return None
+    with jax.enable_x64(True):
+        found = theory.predict(
+            successes,
+            np.full(successes.shape, trials),
+            beta=beta,
+            weights=group_weights(objective, group_size),
+            confidence=confidence,
+            kl="forward" if objective.kl == "token_forward" else "reverse",
+        )
+        return jax.tree.map(np.asarray, found)
+
+
+def mean_with_interval(successes: np.ndarray, trials: int, confidence: float) -> tuple[float, float, float]:
+    """(mean, low, high) of the success probability over prompts, each measured by ``successes`` of ``trials``."""
+    with jax.enable_x64(True):
+        estimates = jnp.asarray(successes) / trials
+        low, high = theory.mean_interval(estimates, *theory.wilson_interval(successes, trials, confidence))
+        return float(estimates.mean()), float(low), float(high)
+
+
+def exact_iterates(
+    p_ref: np.ndarray, num_iterations: int, *, objective: Objective, group_size: int, beta: float
+) -> np.ndarray:
+    """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}), were each iteration's problem solved exactly."""
+    with jax.enable_x64(True):
+        orbit = theory.iterate(p_ref, num_iterations, beta=beta, weights=group_weights(objective, group_size))
+        return np.asarray(orbit.mean(-1))
+
+
+def header(
+    config: Any, objective: Objective, *, devices: str, num_params: int, num_prompts: int, task: str
+) -> list[tuple[str, str]]:
+    """What a run says of itself before it starts: (label, text) lines."""
+    beta, group_size = config.objective.beta, config.rollout.group_size
+    effective = beta_effective(beta, objective=objective, group_size=group_size)
+    choices = {k: getattr(objective, k) for k in objective.__dataclass_fields__}
+    return [
+        ("devices", devices),
+        ("model", f"{config.model.path or 'random decoder'}, {num_params:,} parameters, {config.model.dtype}"),
+        ("task", f"{task}, {num_prompts} prompts, G = {group_size}, T = {config.rollout.max_completion}"),
+        ("objective", f"{config.objective.name} {json.dumps(choices)}"),
+        ("fixed point", FIXED_POINTS[objective.kl]),
+        ("β", f"{beta:g} (effective, in the paper's normaliser: {effective:.4g})"),
+    ]
+
+
+def outlook(before: dict[str, Any], forecast: theory.Prediction | None, *, confidence: float) -> list[tuple[str, str]]:
+    """What is known before the first iteration: the measured p_ref, and where the objective should take it."""
+
+    def text(mean: float, low: float, high: float) -> str:
+        return f"{mean:.4f}   {confidence:.0%} [{low:.4f}, {high:.4f}]"
+
+    lines = [("measured p_ref", text(*mean_with_interval(np.array(before["successes"]), before["trials"], confidence)))]
+    if forecast is not None:
+        lines += [
+            ("predicted p*", text(forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)),
+            ("predicted KL, nats", f"{forecast.mean_kl:.4f}"),
+        ]
+    return lines
+
+
+def probe_row(iteration: int, counts: dict[str, Any], confidence: float) -> dict[str, Any]:
+    """The metrics row of a measurement: success probability with its interval, KL, length."""
+    success = mean_with_interval(np.asarray(counts["successes"]), counts["trials"], confidence)
+    row = {"iteration": iteration, "phase": "probe"}
+    row |= dict(zip(("success/mean", "success/low", "success/high"), success, strict=True))
+    return row | {
+        "kl/sequence": counts["kl"],
+        "rollout/length": counts["length"],
+        "rollout/truncated": counts["truncated"],
+    }

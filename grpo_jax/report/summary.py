@@ -1,0 +1,61 @@
+"""The end of a run in words: the table on the console, and report.md with the figure and the samples."""
+
+from typing import Any
+
+
+def table(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(quantity, value) lines of a result."""
+    percent = f"{result['confidence']:.0%}"
+
+    def interval(x: dict[str, float]) -> str:
+        return f"{x['mean']:.4f}   {percent} [{x['low']:.4f}, {x['high']:.4f}]"
+
+    before, after = result["before"], result["after"]
+    lines = [("p_ref", interval(result["p_ref"])), ("final p̂", interval(result["p_final"]))]
+    if "p_star" in result:
+        difference = result["difference"]
+        lines += [
+            ("predicted p*", interval(result["p_star"])),
+            (
+                "p̂ − p*",
+                f"{difference['mean']:+.4f}   prediction interval ±{difference['half_width']:.4f}: "
+                + ("inside" if difference["inside"] else "OUTSIDE"),
+            ),
+            (
+                "per prompt, rms p̂ − p*",
+                f"{result['rms']['measured']:.4f}   {result['rms']['noise']:.4f} from sampling alone",
+            ),
+        ]
+        if result["folds"]:
+            lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
+        lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {result['kl_predicted']:.4f} predicted"))
+    else:
+        lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   no prediction: the objective has no KL term"))
+    for name, key in (("greedy accuracy", "greedy"), ("sampled accuracy, pass@1", "pass@1"), ("pass@8", "pass@8")):
+        lines.append((name, f"{before[key]:.4f} before   {after[key]:.4f} after"))
+    lines.append(("completion length, tokens", f"{before['length']:.1f} before   {after['length']:.1f} after"))
+    lines.append(("truncated", f"{before['truncated']:.1%} before   {after['truncated']:.1%} after"))
+    if after["verdicts"]:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(after["verdicts"].items()))
+        lines.append(("verdicts after", counts))
+    return lines
+
+
+def report(result: dict[str, Any], header: list[tuple[str, str]], examples: dict[str, list[dict[str, Any]]]) -> str:
+    """The run as a Markdown page: header, table, figure, and samples before and after."""
+    parts = [f"# {result['objective']} at β = {result['beta']:g}, seed {result['seed']}", ""]
+    parts += [f"- **{label}**: {text}" for label, text in header]
+    parts += ["", "| quantity | value |", "|---|---|"]
+    parts += [f"| {name} | {value} |" for name, value in table(result)]
+    parts += ["", "![success probability over iterations, and prompt by prompt](figure.png)", "", "## Samples", ""]
+    for before, after in zip(examples["before"], examples["after"], strict=True):
+        parts += [f"### `{_inline(before['prompt'])}` → `{_inline(before['target'])}`", ""]
+        for name, part in (("before", before), ("after", after)):
+            parts += [f"- {name}, {'✓' if c['reward'] else '✗'} `{_inline(c['text'])}`" for c in part["completions"]]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _inline(text: str) -> str:
+    """Model output as one line of Markdown code: control characters escaped, so that nothing in it acts."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).replace("`", "ˋ")

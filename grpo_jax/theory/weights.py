@@ -1,0 +1,269 @@
+"""How strongly a trainer pushes on a prompt that is solved with probability p: the weights ω⁺, ω⁻ and their sum Ω.
+
+Maximising E[A] with a normalised advantage A moves p along Ω(p)·∇p, and Ω is all that the dynamics sees of the
+normaliser. A normaliser is a value here: the population forms of the paper, or the expectation over finite groups.
+Everything is computed from the log-odds L = ln(p / (1 − p)), because p and 1 − p both matter and one of them rounds.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["epsilon"], meta_fields=[])
+@dataclass(frozen=True)
+class Whitened:
+    """Mean and standard deviation of the whole population, ε inside the root: Ω = 1/√(p(1−p) + ε).
+
+    Source: arXiv 2503.06639, §2.3.
+
+    >>> round(float(omega(0.5, Whitened(epsilon=0.0))), 6)
+    2.0
+    """
+
+    epsilon: ArrayLike = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+
+    def omega(self, logit: jax.Array) -> jax.Array:
+        """Ω at log-odds [...]."""
+        return jax.lax.rsqrt(variance(logit) + jnp.asarray(self.epsilon, logit.dtype))
+
+    def slope(self, logit: jax.Array) -> jax.Array:
+        """dΩ/dp at log-odds [...]."""
+        return 0.5 * jnp.tanh(logit / 2) * self.omega(logit) ** 3
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["epsilon"], meta_fields=[])
+@dataclass(frozen=True)
+class WhitenedStd:
+    """Mean and standard deviation of the whole population, ε added to the standard deviation: Ω = 1/(√(p(1−p)) + ε).
+
+    Source: the form of most libraries; arXiv 2503.06639, §2.3 with the smoothing moved.
+
+    >>> round(float(omega(0.5, WhitenedStd(epsilon=0.5))), 6)
+    1.0
+    """
+
+    epsilon: ArrayLike = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+
+    def omega(self, logit: jax.Array) -> jax.Array:
+        """Ω at log-odds [...]."""
+        return 1 / (_std(logit) + jnp.asarray(self.epsilon, logit.dtype))
+
+    def slope(self, logit: jax.Array) -> jax.Array:
+        """dΩ/dp at log-odds [...]."""
+        return 0.5 * jnp.tanh(logit / 2) / _std(logit) * self.omega(logit) ** 2
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@dataclass(frozen=True)
+class MeanOnly:
+    """Mean of the whole population, no scale (Dr. GRPO): Ω = 1.
+
+    Source: arXiv 2503.06639, §5.
+
+    >>> float(omega(0.3, MeanOnly()))
+    1.0
+    """
+
+    def omega(self, logit: jax.Array) -> jax.Array:
+        """Ω at log-odds [...]."""
+        return jnp.ones_like(logit)
+
+    def slope(self, logit: jax.Array) -> jax.Array:
+        """dΩ/dp at log-odds [...]."""
+        return jnp.zeros_like(logit)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["epsilon"],
+    meta_fields=["size", "ddof", "epsilon_in", "baseline", "scale"],
+)
+@dataclass(frozen=True)
+class Group:
+    """Groups of ``size`` completions, normalised as `group_advantages` does, averaged over the draws of a group.
+
+    Ω_G is the number with E[(1/G) Σ_i A_i ∇log π(o_i)] = Ω_G(p) ∇p. With s_k what divides in a group of k successes,
+
+        Ω_G = c · E[1/s_{1+J}],   baseline "mean": c = (G−1)/G, J ~ Binomial(G−2, p);   "leave_one_out": c = 1, same J;
+                                  "none": c = 1, J ~ Binomial(G−1, p).
+
+    Groups whose rewards are all equal have zero advantage and so are absent, except for baseline "none" with a scale
+    other than "std", where a group of successes only still pushes.
+
+    Source: derived; E[score | success] = ∇p/p and E[score | failure] = −∇p/(1−p), then C(G,k) k (G−k) =
+    G (G−1) C(G−2,k−1). Checked by enumerating all 2^G reward vectors in tests/theory.
+
+    >>> round(float(omega(0.37, Group(4))), 5)  # √3 + (3 − 2√3) p(1−p)
+    1.62387
+    """
+
+    size: int
+    ddof: int = 0
+    epsilon: ArrayLike = 0.0
+    epsilon_in: str = "variance"
+    baseline: str = field(default="mean", kw_only=True)
+    scale: str = field(default="std", kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+        if not isinstance(self.size, int) or self.size < 2:
+            raise ValueError(f"size={self.size!r}: a group has at least 2 completions")
+        for name, value, choices in (
+            ("ddof", self.ddof, (0, 1)),
+            ("epsilon_in", self.epsilon_in, ("variance", "std")),
+            ("baseline", self.baseline, ("mean", "leave_one_out", "none")),
+            ("scale", self.scale, ("std", "none", "mean")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+    def omega(self, logit: jax.Array) -> jax.Array:
+        """Ω_G at log-odds [...]."""
+        return _binomial_mean(self._coefficients(logit.dtype), logit)
+
+    def slope(self, logit: jax.Array) -> jax.Array:
+        """dΩ_G/dp at log-odds [...]: the derivative of a binomial mean is a binomial mean of differences."""
+        coefficients = self._coefficients(logit.dtype)
+        degree = coefficients.shape[0] - 1
+        return _binomial_mean(degree * jnp.diff(coefficients), logit) if degree else jnp.zeros_like(logit)
+
+    def _coefficients(self, dtype: jnp.dtype) -> jax.Array:
+        """c / s_k for k = 1 … G−1, and for baseline "none" also k = G."""
+        size = self.size
+        successes = jnp.arange(1, size, dtype=dtype)
+        if self.scale == "std":
+            var = successes * (size - successes) / (size * (size - self.ddof))
+            epsilon = jnp.asarray(self.epsilon, dtype)
+            inverse = 1 / (jnp.sqrt(var + epsilon) if self.epsilon_in == "variance" else jnp.sqrt(var) + epsilon)
+        else:
+            inverse = size / successes if self.scale == "mean" else jnp.ones_like(successes)
+        if self.baseline == "none":
+            return jnp.append(inverse, 0.0 if self.scale == "std" else 1.0)
+        return inverse * (size - 1) / size if self.baseline == "mean" else inverse
+
+
+Weights: TypeAlias = Whitened | WhitenedStd | MeanOnly | Group
+
+
+def omega(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.Array:
+    """The total weight Ω(p) = ω⁺(p) + ω⁻(p): at a fixed point, β times the gain in log-odds.
+
+    Args:
+      p: [...] success probability, in [0, 1].
+      weights: the normaliser.
+      logits: ``p`` is given as log-odds.
+
+    Returns:
+      [...] Ω, in the float type of ``p``; infinite at p ∈ {0, 1} for population whitening with ε = 0.
+
+    Source: arXiv 2503.06639, §2.3.
+
+    >>> round(float(omega(0.3, Whitened(epsilon=1e-4))), 5)
+    2.18166
+    """
+    return weights.omega(log_odds(p, logits=logits))
+
+
+def omega_plus(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.Array:
+    """The weight ω⁺(p) = E[A | success] of a correct completion: (1 − p) Ω(p), or Ω(p) where nothing is subtracted.
+
+    Args:
+      p: [...] success probability, in [0, 1].
+      weights: the normaliser.
+      logits: ``p`` is given as log-odds.
+
+    Returns:
+      [...] ω⁺, in the float type of ``p``.
+
+    Source: arXiv 2503.06639, §2.3.
+
+    >>> round(float(omega_plus(0.1, Whitened(epsilon=1e-2))), 5)
+    2.84605
+    """
+    logit = log_odds(p, logits=logits)
+    return weights.omega(logit) if _uncentred(weights) else jax.nn.sigmoid(-logit) * weights.omega(logit)
+
+
+def omega_minus(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.Array:
+    """The weight ω⁻(p) = −E[A | failure] of a wrong completion: p Ω(p), or 0 where nothing is subtracted.
+
+    Args:
+      p: [...] success probability, in [0, 1].
+      weights: the normaliser.
+      logits: ``p`` is given as log-odds.
+
+    Returns:
+      [...] ω⁻, in the float type of ``p``.
+
+    Source: arXiv 2503.06639, §2.3.
+
+    >>> round(float(omega_minus(0.1, Whitened(epsilon=1e-2))), 5)
+    0.31623
+    """
+    logit = log_odds(p, logits=logits)
+    return jnp.zeros_like(logit) if _uncentred(weights) else jax.nn.sigmoid(logit) * weights.omega(logit)
+
+
+def log_odds(p: ArrayLike, *, logits: bool = False) -> jax.Array:
+    """L = ln(p / (1 − p)) as a float array; −∞ and +∞, with zero gradient, at the ends; nan outside [0, 1].
+
+    >>> round(float(log_odds(0.2)), 4), float(log_odds(0)), float(log_odds(3, logits=True))
+    (-1.3863, -inf, 3.0)
+    """
+    p = jnp.asarray(p)
+    if not jnp.issubdtype(p.dtype, jnp.floating):
+        p = p.astype(float)
+    if logits:
+        return p
+    inside = (p > 0) & (p < 1)
+    safe = jnp.where(inside, p, 0.5)
+    ends = jnp.where(p == 0, -jnp.inf, jnp.where(p == 1, jnp.inf, jnp.nan)).astype(p.dtype)
+    return jnp.where(inside, jnp.log(safe) - jnp.log1p(-safe), ends)
+
+
+def variance(logit: jax.Array) -> jax.Array:
+    """v = p(1 − p) of the reward, from log-odds [...].
+
+    >>> float(variance(jnp.zeros(())))
+    0.25
+    """
+    return jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)
+
+
+def _std(logit: jax.Array) -> jax.Array:
+    """√v without √0, whose derivative is infinite."""
+    return jnp.exp((jax.nn.log_sigmoid(logit) + jax.nn.log_sigmoid(-logit)) / 2)
+
+
+def _uncentred(weights: Weights) -> bool:
+    return isinstance(weights, Group) and weights.baseline == "none"
+
+
+def _binomial_mean(values: jax.Array, logit: jax.Array) -> jax.Array:
+    """E[values[J]] for J ~ Binomial(len(values) − 1, p), exactly, at log-odds [...]."""
+    n = values.shape[0] - 1
+    axes = tuple(range(logit.ndim))
+    # Log-probabilities, normalised by the softmax so that rounding of the large ln C(n, j) is shared out.
+    choose = jnp.asarray([math.log(math.comb(n, j)) for j in range(n + 1)], logit.dtype)
+    j = jnp.arange(n + 1, dtype=logit.dtype)
+    choose, j, values = (jnp.expand_dims(x, axes) for x in (choose, j, values))
+    logit = jnp.clip(logit, -1e4, 1e4)[..., None]  # 0·∞ at the ends would be nan
+    log_mass = choose + j * jax.nn.log_sigmoid(logit) + (n - j) * jax.nn.log_sigmoid(-logit)
+    return (jax.nn.softmax(log_mass, axis=-1) * values).sum(-1)
+
+
+def _check_epsilon(epsilon: ArrayLike) -> None:
+    if isinstance(epsilon, (int, float)) and not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon!r} must not be negative")

@@ -1,0 +1,25 @@
+"""Why a run stops early; every message says what to do."""
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on."""
+
+
+class RunDirectoryError(RunError):
+    """The run directory cannot be used; nothing in it has been changed."""
+
+
+class CheckpointError(RunError):
+    """No checkpoint of the run can be trusted, or one could not be written."""
+
+
+class WarmStartFailed(RunError):
+    """The supervised warm start did not reach its target."""
+
+
+class Diverged(RunError):
+    """Too many updates in a row had a non-finite loss or gradient; the checkpoints are from before."""
+
+
+class Preempted(RuntimeError):
+    """SIGTERM arrived; what was done is saved, and the same command resumes it."""

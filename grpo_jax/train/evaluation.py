@@ -1,0 +1,123 @@
+"""Measuring the success probability of every prompt: sampled, greedy, pass@k, and the KL paid for it."""
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.program import Program, put_prompts
+
+
+class Probe(NamedTuple):
+    """Counts of one measurement over all Q prompts.
+
+    Attributes:
+      successes: [Q] int64.  trials: of each prompt.
+      kl: mean log π/π_ref over completions, an estimate of E_q KL(π‖π_ref) in nats.
+      length: mean tokens of a completion.  truncated: share that never stopped.
+      verdicts: counts by verdict, of a verifier on the host.
+      examples: prompt, completion and reward of a few samples.
+    """
+
+    successes: np.ndarray
+    trials: int
+    kl: float
+    length: float
+    truncated: float
+    verdicts: dict[str, int]
+    examples: list[dict[str, Any]]
+
+
+def probe(
+    program: Program,
+    pool: VerifierPool | None,
+    params: Any,
+    ref_params: Any,
+    key: jax.Array,
+    *,
+    samples: int,
+    batch_samples: int,
+    examples: int = 0,
+    greedy: bool = False,
+) -> Probe:
+    """Draws ``samples`` completions of every prompt and counts successes.
+
+    Sample j of a prompt has the same key whatever ``batch_samples`` is.
+
+    Args:
+      program, pool: of the run; the pool is None for a verifier on the device.
+      params, ref_params: policy and reference.
+      key: of this measurement.
+      samples: per prompt.
+      batch_samples: drawn at a time.
+      examples: prompts of which four samples are kept as text.
+      greedy: take the most probable tokens; use with samples=1.
+    """
+    index = np.arange(len(program.task.examples))
+    prompts, answers, answer_mask = put_prompts(program, index)
+    group_size = min(samples, batch_samples)
+    successes = np.zeros(len(index), np.int64)
+    sums = np.zeros(3)
+    verdicts: Counter[str] = Counter()
+    kept: list[dict[str, Any]] = []
+    for first in range(0, samples, group_size):
+        rollout = program.draw(params, prompts, key, jnp.int32(first), group_size=group_size, greedy=greedy)
+        log_ratio = program.sequence_kl(params, ref_params, prompts, rollout)
+        rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
+        verdicts.update(counts)
+        successes += rewards.sum(-1).astype(np.int64)
+        lengths, truncated = rollout.mask.sum(-1), rollout.truncated
+        sums += [np.asarray(x, np.float64).sum() for x in (log_ratio, lengths, truncated)]
+        if first == 0 and examples:
+            kept = _texts(
+                program, rollout, rewards, np.linspace(0, len(index) - 1, min(examples, len(index))).astype(int)
+            )
+    kl, length, truncated_share = (sums / (len(index) * samples)).tolist()
+    return Probe(successes, samples, kl, length, truncated_share, dict(verdicts), kept)
+
+
+def judge(
+    program: Program,
+    pool: VerifierPool | None,
+    prompts: PromptBatch,
+    rollout: Rollout,
+    answers: jax.Array,
+    answer_mask: jax.Array,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Rewards [P, G] float32 of a rollout and the counts of verdicts: on the device, or in the worker processes."""
+    if pool is None:
+        assert program.grade is not None
+        return np.asarray(program.grade(rollout, answers, answer_mask), np.float32), {}
+    texts = decode(program, rollout)
+    group_size = rollout.mask.shape[1]
+    targets = [program.task.examples[i].target for i in np.asarray(prompts.index) for _ in range(group_size)]
+    verdicts = pool.verify(texts, targets, np.asarray(rollout.truncated).reshape(-1).tolist())
+    rewards = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(-1, group_size)
+    return rewards, dict(Counter(str(verdict) for verdict in verdicts))
+
+
+def decode(program: Program, rollout: Rollout) -> list[str]:
+    """Texts of all completions, row by row, without the stop token."""
+    completions = np.asarray(rollout.completions)
+    # The stop token is inside the mask, as the last token of a completion that was not truncated.
+    lengths = np.asarray(rollout.mask).sum(-1) - ~np.asarray(rollout.truncated)
+    rows = completions.reshape(-1, completions.shape[-1]).tolist()
+    return [program.tokenizer.decode(row[:n]) for row, n in zip(rows, lengths.reshape(-1).tolist(), strict=True)]
+
+
+def _texts(program: Program, rollout: Rollout, rewards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
+    few = min(4, rewards.shape[1])
+    part = Rollout(*(np.asarray(x)[rows, :few] for x in rollout))
+    texts = iter(decode(program, part))
+    return [
+        {
+            "prompt": program.task.examples[row].prompt,
+            "target": program.task.examples[row].target,
+            "completions": [{"text": next(texts), "reward": float(rewards[row, g])} for g in range(few)],
+        }
+        for row in rows.tolist()
+    ]

@@ -1,0 +1,175 @@
+"""A run from start to end: reference, prediction, iterations, measurement, report."""
+
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from grpo_jax import report, theory
+from grpo_jax.config import flat, validate
+from grpo_jax.data import prompt_order
+from grpo_jax.report.metrics import PERF
+from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.checkpoints import Checkpoints
+from grpo_jax.train.errors import Diverged
+from grpo_jax.train.evaluation import judge
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.program import make_program, put_prompts
+from grpo_jax.train.reference import make_reference
+from grpo_jax.train.run import Run, check_preempted, measure, measure_in_full, show, sigterm_as_flag
+from grpo_jax.train.run_directory import RESULT, open_run_directory, read_json, write_json, write_text
+from grpo_jax.train.step import TrainState
+
+
+def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+    """Runs, resumes, or shows the finished run of a config in a run directory.
+
+    Args:
+      config: a `ml_collections.ConfigDict` with the keys of configs/default.py.
+      workdir: the run directory; created if need be.
+      console: where the run speaks; the terminal by default.
+
+    Returns:
+      The content of result.json: p_ref, p_final, p_star (each mean, low, high), their difference, KL, accuracies before and
+      after, and the per-prompt arrays.
+
+    Raises:
+      ConfigError, RunDirectoryError, CheckpointError, Preempted, Diverged, WarmStartFailed, ValueError: each message says what
+        to do.
+    """
+    console = console or Console()
+    task, objective = validate(config, num_devices=jax.device_count())
+    with ExitStack() as stack:
+        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config)))
+        if (directory / RESULT).exists():
+            result = read_json(directory / RESULT)
+            console.print(f"{directory} holds a finished run:")
+            show(console, report.table(result))
+            return result
+        program = make_program(config, task, objective)
+        options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
+        pool = stack.enter_context(nullcontext(None) if program.iterate else VerifierPool(task.verify, **options))
+        signals = stack.enter_context(sigterm_as_flag())
+        run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
+        return _phases(run)
+
+
+def _phases(run: Run) -> dict[str, Any]:
+    begun = time.monotonic()
+    config, program, console = run.config, run.program, run.console
+    header = report.header(
+        config,
+        program.objective,
+        devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
+        num_params=program.num_params,
+        num_prompts=len(program.task.examples),
+        task=program.task.name,
+    )
+    show(console, header)
+
+    ref_params, before = make_reference(run)
+    shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
+    forecast = report.forecast(
+        np.array(before["successes"]), before["trials"], confidence=config.evaluate.confidence, **shape
+    )
+    outlook = report.outlook(before, forecast, confidence=config.evaluate.confidence)
+    show(console, outlook)
+
+    state = iterate(run, ref_params, before, forecast)
+
+    after = measure_in_full(run, state.params, ref_params, config.train.iterations)
+    result = report.make_result(config, before, after, forecast)
+    rows = [row for row in report.read_rows(run.directory / "metrics.jsonl") if row["phase"] == "probe"]
+    rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
+    iterates = None if forecast is None else report.exact_iterates(forecast.p_ref, config.train.iterations, **shape)
+    report.draw_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
+    samples = {"before": before["examples"], "after": after["examples"]}
+    write_json(run.directory / "samples.json", samples)
+    write_text(run.directory / "report.md", report.report(result, [*header, *outlook], samples))
+    write_json(run.directory / RESULT, result)
+    show(console, report.table(result))
+    console.print(
+        f"{time.monotonic() - begun:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}",
+        highlight=False,
+    )
+    return result
+
+
+def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.Prediction | None) -> TrainState:
+    """All iterations, from the newest checkpoint on; the state after the last.
+
+    Args:
+      run: see `Run`.
+      ref_params: of the reference policy.
+      before: its measurement, the first probe row.
+      forecast: shown beside the current success probability.
+
+    Raises:
+      Preempted, Diverged.
+    """
+    c, program = run.config, run.program
+    checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
+    state, done = program.start(ref_params), 0
+    found = checkpoints.restore_latest(state)
+    if found is not None:
+        done, state = found[0], found[1]
+        run.console.print(f"resuming after iteration {done} of {c.train.iterations}", highlight=False)
+    log = report.MetricsLog(run.directory, after=done)
+    try:
+        if done == 0:
+            log.write(report.probe_row(0, before, c.evaluate.confidence))
+        target = "" if forecast is None else f" → p* {forecast.mean_p_star:.3f}"
+        success = ""
+        with report.progress(run.console, "iterations", total=c.train.iterations, done=done) as line:
+            for n in range(done + 1, c.train.iterations + 1):
+                begun = time.monotonic()
+                state, row = one_iteration(run, state, ref_params, n)
+                log.write({"iteration": n, "phase": "train"} | row)
+                log.write({"iteration": n, "phase": "train"} | _perf(run, row, time.monotonic() - begun), file=PERF)
+                if int(state.skipped) > c.train.max_skipped:
+                    raise Diverged(
+                        f"{int(state.skipped)} updates in a row had a non-finite loss or gradient (iteration {n}); lower "
+                        f"optimizer.learning_rate. The checkpoints in {run.directory} are from before"
+                    )
+                if n % c.evaluate.interval == 0 and n < c.train.iterations:
+                    probe = measure(run, state.params, ref_params, n)
+                    log.write(probe_row := report.probe_row(n, probe._asdict(), c.evaluate.confidence))
+                    success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
+                line.update(n, f"{success}reward {row['reward/mean']:.3f} · KL {row.get('kl/sequence', 0.0):.3f}")
+                if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
+                    log.flush()  # a checkpoint vouches for the rows before it
+                    key = jax.random.key_data(run.base_key).tolist()
+                    checkpoints.save(n, state, {"iteration": n, "data_position": n, "base_key": key})
+                    if n < c.train.iterations:
+                        check_preempted(run)
+        return state
+    finally:
+        log.close()
+        checkpoints.close()
+
+
+def one_iteration(run: Run, state: TrainState, ref_params: Any, n: int) -> tuple[TrainState, dict[str, float]]:
+    """Iteration n ≥ 1: one device program, or two with the worker processes between them; the state and the metrics row."""
+    c, program = run.config, run.program
+    index = prompt_order(c.seed, n - 1, num_prompts=len(program.task.examples), batch=c.data.prompts_per_iteration)
+    prompts, answers, answer_mask = put_prompts(program, index)
+    beta, verdicts = jnp.float32(c.objective.beta), {}
+    if program.iterate is not None:
+        number = jnp.int32(n)
+        state, metrics = program.iterate(state, ref_params, prompts, answers, answer_mask, run.base_key, number, beta)
+    else:
+        rollout = program.sample(state.params, prompts, role_key(run.base_key, "rollout", n))
+        rewards, verdicts = judge(program, run.pool, prompts, rollout, answers, answer_mask)
+        key = role_key(run.base_key, "minibatches", n)
+        state, metrics = program.improve(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta)
+    return state, {name: float(x) for name, x in metrics.items()} | {f"verdict/{k}": v for k, v in verdicts.items()}
+
+
+def _perf(run: Run, row: dict[str, float], seconds: float) -> dict[str, float]:
+    tokens = row["rollout/length"] * run.config.data.prompts_per_iteration * run.config.rollout.group_size
+    return {"time/iteration": seconds, "perf/tokens_per_second": tokens / seconds}

@@ -1,0 +1,64 @@
+"""The reference policy: made once by the warm start (or taken as it is), measured, and read back by every later start."""
+
+from typing import Any
+
+from grpo_jax import report
+from grpo_jax.data import prompt_order
+from grpo_jax.train.checkpoints import Checkpoints
+from grpo_jax.train.errors import WarmStartFailed
+from grpo_jax.train.evaluation import probe
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.program import put_prompts
+from grpo_jax.train.run import Run, check_preempted, measure_in_full
+from grpo_jax.train.run_directory import REFERENCE, read_json, write_json
+
+
+def make_reference(run: Run) -> tuple[Any, dict[str, Any]]:
+    """(parameters of π_ref, its measurement): from the run directory where it holds them, else made and stored there.
+
+    The parameters are stored before they are measured, so a run that is killed in between does not train them again.
+    """
+    checkpoints = Checkpoints(run.directory / "reference", keep=None)
+    try:
+        found = checkpoints.restore_latest(run.program.params)
+        if found is None:
+            report.MetricsLog(run.directory, after=None).close()
+            params = run.program.params if run.config.warm_start.max_steps == 0 else warm_start(run)
+            checkpoints.save(0, params, {})
+        else:
+            params = found[1]
+    finally:
+        checkpoints.close()
+    if not (run.directory / REFERENCE).exists():
+        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0))
+        check_preempted(run)
+    return params, read_json(run.directory / REFERENCE)
+
+
+def warm_start(run: Run) -> Any:
+    """Supervised steps on the task's demonstrations until its success probability reaches the target.
+
+    Raises:
+      WarmStartFailed: it does not within the steps allowed.
+    """
+    c, program = run.config.warm_start, run.program
+    state, rows = program.warm_start(program.params), len(program.task.examples)
+    success = 0.0
+    with report.progress(run.console, "warm start", total=c.max_steps) as line:
+        for step in range(1, c.max_steps + 1):
+            index = prompt_order(run.config.seed, step - 1, num_prompts=rows, batch=min(c.batch, rows))
+            state, metrics = program.warm_start_step(state, *put_prompts(program, index))
+            if step % c.interval == 0:
+                check_preempted(run)
+                key = role_key(run.base_key, "warm_start", step)
+                found = probe(
+                    program, run.pool, state.params, state.params, key, samples=c.samples, batch_samples=c.samples
+                )
+                success = float(found.successes.mean() / found.trials)
+                line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
+                if success >= c.target:
+                    return state.params
+    raise WarmStartFailed(
+        f"warm_start.max_steps={c.max_steps} steps did not reach warm_start.target={c.target} (success {success:.3f}): "
+        "raise max_steps or learning_rate, lower the target, or widen the model"
+    )

@@ -1,0 +1,97 @@
+"""What the phases of a run share on the host, and the measurement they all make."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.errors import Preempted
+from grpo_jax.train.evaluation import Probe, probe
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.program import Program
+
+
+class Run(NamedTuple):
+    """A run on the host.
+
+    Attributes:
+      config, program: what is run.
+      directory: where it writes.
+      console: where it speaks.
+      pool: worker processes of a verifier on the host, or None.
+      base_key: the one key from which every other is derived.
+      signals: SIGTERM numbers received so far.
+    """
+
+    config: Any
+    program: Program
+    directory: Path
+    console: Console
+    pool: VerifierPool | None
+    base_key: jax.Array
+    signals: list[int]
+
+
+def measure(run: Run, params: Any, ref_params: Any, iteration: int) -> Probe:
+    """The probe after an iteration, with the samples of the interval."""
+    c = run.config.evaluate
+    key = role_key(run.base_key, "probe", iteration)
+    return probe(
+        run.program, run.pool, params, ref_params, key, samples=c.samples, batch_samples=min(c.samples, c.batch_samples)
+    )
+
+
+def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> dict[str, Any]:
+    """The measurement before and after training, as JSON: per-prompt successes, greedy accuracy, KL, lengths, samples."""
+    c = run.config.evaluate
+    run.console.print(f"measuring the success probability: {c.final_samples} samples of every prompt", highlight=False)
+    key = role_key(run.base_key, "probe", iteration)
+    found = probe(
+        run.program,
+        run.pool,
+        params,
+        ref_params,
+        key,
+        samples=c.final_samples,
+        batch_samples=c.batch_samples,
+        examples=c.examples,
+    )
+    greedy = probe(run.program, run.pool, params, ref_params, key, samples=1, batch_samples=1, greedy=True)
+    return found._asdict() | {"successes": found.successes.tolist(), "greedy": float(greedy.successes.mean())}
+
+
+def show(console: Console, lines: list[tuple[str, str]]) -> None:
+    """Prints (label, text) lines as a table."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in lines:
+        grid.add_row(label, text.replace("[", r"\["))
+    console.print(grid)
+
+
+def check_preempted(run: Run) -> None:
+    """Raises Preempted once SIGTERM has arrived; call it where everything worth keeping is on disk."""
+    if run.signals:
+        raise Preempted(f"stopped by signal {run.signals[0]}; the same command resumes the run in {run.directory}")
+
+
+@contextmanager
+def sigterm_as_flag() -> Iterator[list[int]]:
+    """Collects SIGTERM instead of dying, so that the iteration under way ends and is saved."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:  # not in the main thread: signals are its owner's business
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)

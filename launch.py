@@ -1,0 +1,71 @@
+"""Runs a config: python launch.py --config=configs/small.py [--workdir=runs/small] [--config.objective.beta=0.5 …]
+
+A run started again with the same config and run directory resumes, or shows its result if it is finished.
+Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; its keys are flags: --config.objective.beta=0.5"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config file> by default.")
+
+
+def main(arguments: list[str]) -> None:
+    """Trains the config of the command line."""
+    if len(arguments) > 1:
+        stop(f"not understood: {' '.join(arguments[1:])} (flags start with --)", EXIT_USAGE)
+    workdir = _WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    # The environment may say where compiled programs are kept between runs; it must be known before jax starts.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+    logging.set_verbosity(logging.WARNING)
+    from grpo_jax.config import ConfigError
+    from grpo_jax.train import train
+    from grpo_jax.train.errors import Preempted, RunError
+
+    try:
+        train(_CONFIG.value, workdir)
+    except ConfigError as error:
+        stop(str(error), EXIT_USAGE)
+    except Preempted as error:
+        stop(str(error), EXIT_PREEMPTED)
+    except (RunError, ValueError, OSError) as error:
+        stop(str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """absl's parser, with every mistake as one line and exit code 2."""
+    try:
+        rest = flags.FLAGS(arguments)
+    except (flags.Error, OSError) as error:
+        stop(str(error), EXIT_USAGE)
+    except AttributeError as error:  # an unknown --config.key; ml_collections says which key it may have meant
+        stop(f"unknown config key: {error}", EXIT_USAGE)
+    except (TypeError, ValueError, KeyError) as error:
+        stop(f"bad config value: {error}", EXIT_USAGE)
+    if _CONFIG.value is None:
+        stop("say which config to run: --config=configs/small.py (--help lists all flags)", EXIT_USAGE)
+    return rest
+
+
+def stop(message: str, code: int) -> None:
+    """Ends with one message on stderr."""
+    print(f"launch.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,216 @@
+"""Weights against mpmath, against enumeration of all groups, and at the ends of [0, 1]."""
+
+import itertools
+import math
+from statistics import mean, pstdev, stdev
+
+import jax
+import jax.numpy as jnp
+import mpmath as mp
+import pytest
+
+from grpo_jax import group_advantages
+from grpo_jax.theory import Group, MeanOnly, Whitened, WhitenedStd, omega, omega_minus, omega_plus
+from grpo_jax.theory.dynamics import log_odds_slope
+
+pytestmark = pytest.mark.usefixtures("double")
+
+NORMALISERS = [
+    dict(baseline=baseline, scale=scale, ddof=ddof, epsilon=epsilon, epsilon_in=where)
+    for baseline in ("mean", "leave_one_out", "none")
+    for scale, choices in (
+        ("std", [(d, e, w) for d in (0, 1) for e, w in ((0.0, "variance"), (0.03, "variance"), (0.03, "std"))]),
+        ("none", [(0, 0.0, "variance")]),
+        ("mean", [(0, 0.0, "variance")]),
+    )
+    for ddof, epsilon, where in choices
+]
+ALL_WEIGHTS = [
+    Whitened(1e-4),
+    Whitened(0.0),
+    WhitenedStd(1e-3),
+    MeanOnly(),
+    Group(2),
+    Group(8),
+    Group(16, 1, 1e-4, "std"),
+    Group(8, baseline="none"),
+    Group(8, baseline="leave_one_out", scale="mean"),
+]
+
+
+def advantages(rewards, *, baseline, scale, ddof, epsilon, epsilon_in):
+    """The trainer's normaliser in plain Python."""
+    if len(set(rewards)) == 1 and (baseline != "none" or scale == "std" or rewards[0] == 0):
+        return [0.0] * len(rewards)
+    size, average = len(rewards), mean(rewards)
+    std = (stdev if ddof else pstdev)(rewards)
+    divisor = {
+        "std": math.sqrt(std**2 + epsilon) if epsilon_in == "variance" else std + epsilon,
+        "mean": average,
+        "none": 1.0,
+    }[scale]
+    others = {
+        "mean": lambda r: average,
+        "leave_one_out": lambda r: (sum(rewards) - r) / (size - 1),
+        "none": lambda r: 0.0,
+    }[baseline]
+    return [(r - others(r)) / divisor for r in rewards]
+
+
+def enumerated(p, size, normaliser):
+    """(Ω, E[A|success], −E[A|failure]) by summing over all 2^G reward vectors; a score is 1/p or −1/(1−p) times ∇p."""
+    total = plus = minus = 0.0
+    for rewards in itertools.product((0.0, 1.0), repeat=size):
+        chance = math.prod(p if r else 1 - p for r in rewards)
+        for r, a in zip(rewards, advantages(rewards, **normaliser), strict=True):
+            total += chance * a * (1 / p if r else -1 / (1 - p)) / size
+            plus += chance * a * r / (size * p)
+            minus -= chance * a * (1 - r) / (size * (1 - p))
+    return total, plus, minus
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda n: "-".join(map(str, n.values())))
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_group_weights_equal_the_sum_over_all_reward_vectors(size, normaliser):
+    weights = Group(size, **normaliser)
+    for p in (0.03, 0.37, 0.5, 0.92):
+        total, plus, minus = enumerated(p, size, normaliser)
+        assert float(omega(p, weights)) == pytest.approx(total, rel=1e-12)
+        assert float(omega_plus(p, weights)) == pytest.approx(plus, rel=1e-12)
+        assert float(omega_minus(p, weights)) == pytest.approx(minus, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda n: "-".join(map(str, n.values())))
+def test_group_weights_are_those_of_the_trainers_advantages(normaliser):
+    size, p = 6, 0.3
+    rewards = jnp.asarray(list(itertools.product((0.0, 1.0), repeat=size)), jnp.float32)
+    a = group_advantages(rewards, **normaliser).astype(float)
+    r = rewards.astype(float)
+    chance = jnp.prod(jnp.where(r == 1, p, 1 - p), axis=1)
+    score = jnp.where(r == 1, 1 / p, -1 / (1 - p))
+    expected = float((chance * (a * score).mean(1)).sum())
+    assert float(omega(p, Group(size, **normaliser))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reference_values():
+    for value, expected in (
+        (omega_plus(0.2, Whitened(0.0)), 2.0),
+        (omega_minus(0.2, Whitened(0.0)), 0.5),
+        (omega_plus(0.1, Whitened(1e-2)), 2.84604989415),
+        (omega_minus(0.1, Whitened(1e-2)), 0.316227766017),
+        (omega_plus(0.0, Whitened(1e-5)), 316.227766017),
+        (omega(0.3, Whitened(1e-4)), 2.18165952144),
+        (omega(0.2, Group(8)), 2.10672902553),
+        (omega(0.2, Group(8, 1)), 1.97066455507),
+        (omega(0.2, Group(8, 1, 1e-4, "std")), 1.97020953976),
+        (omega(0.5, Group(16)), 1.93412260488),
+        (omega(0.01, Group(16)), 3.73299184637),
+        (omega(0.01, Group(16, 1)), 3.61445381313),
+        (omega_plus(0.2, Group(8)), 1.68538322042),
+        (omega_minus(0.2, Group(8)), 0.421345805106),
+        (omega(0.37, Group(4)), 1.62386872108),
+    ):
+        assert float(value) == pytest.approx(expected, rel=3e-12)
+
+
+def test_shrink_factors_of_finite_groups():
+    table = {
+        4: (0.1719, 0.3727, 0.5071, 0.7491, 0.8080),
+        8: (0.2596, 0.5390, 0.6983, 0.8994, 0.9278),
+        16: (0.3714, 0.7120, 0.8543, 0.9589, 0.9671),
+        64: (0.6702, 0.9451, 0.9764, 0.9905, 0.9921),
+    }
+    p = jnp.asarray([0.01, 0.05, 0.1, 0.3, 0.5])
+    for size, row in table.items():
+        assert jnp.abs(omega(p, Group(size)) / omega(p, Whitened(0.0)) - jnp.asarray(row)).max() < 5.1e-5
+
+
+def test_whitened_weights_match_mpmath_on_extreme_log_odds():
+    mp.mp.dps = 60
+    for logit in (-230.0, -30.5, -1.25, 0.0, 0.7, 41.0, 230.0):
+        p = 1 / (1 + mp.exp(-mp.mpf(logit)))
+        q = 1 / (1 + mp.exp(mp.mpf(logit)))
+        for weights, exact in (
+            (Whitened(1e-5), 1 / mp.sqrt(p * q + mp.mpf(1e-5))),
+            (Whitened(0.0), 1 / mp.sqrt(p * q)),
+            (WhitenedStd(1e-3), 1 / (mp.sqrt(p * q) + mp.mpf(1e-3))),
+        ):
+            assert float(omega(logit, weights, logits=True)) == pytest.approx(float(exact), rel=1e-13)
+            assert float(omega_plus(logit, weights, logits=True)) == pytest.approx(float(q * exact), rel=1e-13)
+            assert float(omega_minus(logit, weights, logits=True)) == pytest.approx(float(p * exact), rel=1e-13)
+
+
+@pytest.mark.parametrize("size", [3, 16, 256])
+def test_group_weights_match_mpmath_for_large_groups(size):
+    mp.mp.dps = 50
+    for logit in (-40.0, -3.0, 0.1, 6.0, 40.0):
+        p, q = 1 / (1 + mp.exp(-mp.mpf(logit))), 1 / (1 + mp.exp(mp.mpf(logit)))
+        exact = mp.fsum(
+            mp.binomial(size, k) * p ** (k - 1) * q ** (size - k - 1) * mp.sqrt(mp.mpf(k) * (size - k)) / size
+            for k in range(1, size)
+        )
+        assert float(omega(logit, Group(size), logits=True)) == pytest.approx(float(exact), rel=1e-12)
+
+
+@pytest.mark.parametrize("weights", ALL_WEIGHTS, ids=repr)
+def test_slopes_are_the_derivatives_of_omega(weights):
+    logit = jnp.asarray([-20.0, -3.0, -0.4, 0.0, 1.3, 9.0])
+    numeric = (weights.omega(logit + 1e-5) - weights.omega(logit - 1e-5)) / 2e-5
+    assert jnp.allclose(log_odds_slope(logit, weights), numeric, rtol=1e-7, atol=1e-8)
+    automatic = jax.vmap(jax.grad(weights.omega))(logit)
+    assert jnp.allclose(log_odds_slope(logit, weights), automatic, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [w for w in ALL_WEIGHTS if w != Whitened(0.0)], ids=repr)
+def test_ends_are_finite_with_finite_gradients(weights):
+    for p in (0.0, 1.0):
+        for f in (omega, omega_plus, omega_minus):
+            assert jnp.isfinite(f(p, weights))
+            assert float(f(p, weights)) == pytest.approx(
+                float(f(90.0 if p else -90.0, weights, logits=True)), rel=1e-12, abs=1e-12
+            )
+            assert float(jax.grad(lambda x, f=f: f(x, weights))(p)) == 0.0
+            ends = jax.grad(lambda x, f=f: f(x, weights, logits=True))(jnp.inf if p else -jnp.inf)
+            assert float(ends) == 0.0
+
+
+def test_group_of_the_ends():
+    assert float(omega(0.0, Group(17))) == pytest.approx(4.0, rel=1e-12)  # √(G−1)
+    assert float(omega(1.0, Group(17))) == pytest.approx(4.0, rel=1e-12)
+    assert float(omega(1.0, Whitened(0.0))) == math.inf
+
+
+def test_epsilon_is_traced_and_the_rest_static():
+    def f(epsilon):
+        return omega(0.2, Group(8, 1, epsilon, "std")) + omega(0.2, Whitened(epsilon))
+
+    numeric = (f(0.1 + 1e-6) - f(0.1 - 1e-6)) / 2e-6
+    assert float(jax.jit(jax.grad(f))(0.1)) == pytest.approx(float(numeric), rel=1e-8)
+    batch = jax.vmap(lambda e: omega(jnp.asarray([0.2, 0.7]), Whitened(e)))(jnp.asarray([0.0, 1e-2]))
+    assert batch.shape == (2, 2)
+    assert float(batch[1, 1]) == pytest.approx(1 / math.sqrt(0.22), rel=1e-14)
+
+
+def test_float32_stays_float32_and_accurate():
+    p = jnp.asarray([1e-6, 0.02, 0.5, 0.999], jnp.float32)
+    for weights in ALL_WEIGHTS:
+        single = omega(p, weights)
+        assert single.dtype == jnp.float32
+        assert jnp.allclose(single.astype(float), omega(p.astype(float), weights), rtol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Group(1),
+        lambda: Group(8, 2),
+        lambda: Group(8, epsilon_in="root"),
+        lambda: Group(8, baseline="median"),
+        lambda: Group(8, scale="batch"),
+        lambda: Whitened(-1e-3),
+        lambda: WhitenedStd(math.nan),
+    ],
+)
+def test_impossible_normalisers_are_refused(make):
+    with pytest.raises(ValueError):
+        make()
