@@ -90,7 +90,7 @@ class HFTokenizer:
     def _control_id(self, folder: Path, kind: str) -> int | None:
         token = _read_json(folder / "tokenizer_config.json").get(f"{kind}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        found = _read_json(folder / "config.json").get(f"{kind}_token_id")
+        found: Any = _read_json(folder / "config.json").get(f"{kind}_token_id")
         found = found[0] if isinstance(found, list) and found else found
         if token is not None:
             found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None

@@ -50,7 +50,7 @@ def rotations(positions: Array, head_dim: int, theta: float) -> tuple[Array, Arr
     >>> rotations(jnp.array([[0, 3]]), 2, 10000.0)[1][0, :, 0, 0]
     Array([0.     , 0.14112], dtype=float32)
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = float(theta) ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -5,8 +5,8 @@ memory is allocated, and a setting that the decoder does not have is refused rat
 """
 
 import json
-import math
 import os
+import reprlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,11 +19,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from grpo_jax.models.decoder import DecoderConfig, Params, make_policy, param_shapes
+from grpo_jax.models.stored import Stored, listed, plain_file, read_json, stored_tensors
 from grpo_jax.rollout.policy import Policy
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
-JSON_LIMIT = 8 << 20  # bytes of one JSON text; the header of a 400-billion-parameter Llama has 0.2 MB
-SHOWN = 5  # names listed in an error
 REQUIRED = "an entry that must be there"
 
 # Decoder config field: (name in config.json, its default there).
@@ -84,15 +82,11 @@ def load_pretrained(
     """
     folder = Path(folder)
     config = replace(read_config(folder), dtype=dtype, remat=remat)
-    stored = _stored_tensors(folder)
+    stored = stored_tensors(folder)
     _check_tensors(folder, config, stored)
     arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), param_shapes(config))
     for target in _targets(config):
-        tensor = stored[target.name]
-        values = tensor.read().astype(np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{tensor.file}: {target.name} holds values that are not finite")
-        target.view(arrays)[...] = values.T
+        target.view(arrays)[...] = stored[target.name].read().T
     return make_policy(config), jax.tree.map(jnp.asarray, arrays)
 
 
@@ -102,7 +96,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: DecoderConfig, param
     Each file is written under a temporary name, then renamed. Raises ValueError where the parameters do not fit the config
     or are not finite. Tokenizer files are the caller's to copy. Example: see ``load_pretrained``.
     """
-    expected = jax.tree.map(lambda leaf: leaf.shape, param_shapes(config), is_leaf=lambda x: hasattr(x, "shape"))
+    expected = jax.tree.map(lambda leaf: leaf.shape, param_shapes(config))
     given = jax.tree.map(lambda leaf: leaf.shape, params)
     if given != expected:
         raise ValueError(f"parameters of shapes {given} do not fit the config, which implies {expected}")
@@ -110,7 +104,7 @@ def save_pretrained(folder: str | os.PathLike[str], config: DecoderConfig, param
     tensors = {target.name: np.ascontiguousarray(target.view(arrays).T) for target in _targets(config)}
     broken = [name for name, values in tensors.items() if not np.isfinite(values).all()]
     if broken:
-        raise ValueError(f"not saved to {folder}: values that are not finite in {_listed(broken)}")
+        raise ValueError(f"not saved to {folder}: values that are not finite in {listed(broken)}")
     entries = {theirs: getattr(config, ours) for ours, (theirs, _) in FIELDS.items()}
     entries |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32"}
     entries |= {name: allowed[0] for name, allowed in FIXED.items() if allowed[0] is not None}
@@ -123,18 +117,20 @@ def save_pretrained(folder: str | os.PathLike[str], config: DecoderConfig, param
 
 def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     """The config of a Hugging Face folder; ValueError naming what the decoder cannot do. Example: see ``load_pretrained``."""
-    path = _file(Path(folder), "config.json")
-    entries = _parse_json(path, path.read_bytes() if path.stat().st_size <= JSON_LIMIT else b"")
+    path = plain_file(Path(folder), "config.json")
+    entries = read_json(path)
     if entries.get("model_type") != "llama":
-        raise ValueError(f"{path}: model_type is {entries.get('model_type')!r}; supported: 'llama'")
+        raise ValueError(f"{path}: model_type is {reprlib.repr(entries.get('model_type'))}; supported: 'llama'")
     rope = entries.get("rope_parameters")  # since transformers 5
     if isinstance(rope, dict) and set(rope) <= {"rope_type", "rope_theta"} and rope.get("rope_type") == "default":
         entries = {**rope, **entries}
     elif rope is not None:
-        raise ValueError(f"{path}: rope_parameters={rope!r} is not supported; only rope_type 'default' is")
+        raise ValueError(f"{path}: rope_parameters={reprlib.repr(rope)} is not supported; only rope_type 'default' is")
     for name, allowed in FIXED.items():
         if entries.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {name}={entries[name]!r} is not supported; it must be {allowed[0]!r}")
+            raise ValueError(
+                f"{path}: {name}={reprlib.repr(entries[name])} is not supported; it must be {allowed[0]!r}"
+            )
 
     values = {}
     for ours, (theirs, default) in FIELDS.items():
@@ -148,19 +144,7 @@ def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
             values["head_dim"] = values["d_model"] // values["num_heads"]
         return DecoderConfig(**values)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-class _Stored(NamedTuple):
-    """A tensor of a safetensors file, unread."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self) -> np.ndarray:
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        raise ValueError(f"{path}: {str(error)[:1000]}") from None
 
 
 class _Target(NamedTuple):
@@ -195,110 +179,24 @@ def _targets(config: DecoderConfig) -> Iterator[_Target]:
             yield _Target(f"model.layers.{layer}.{theirs}.weight", shape, ("layers", ours), layer)
 
 
-def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, _Stored]) -> None:
+def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, Stored]) -> None:
     if config.num_layers > len(stored):  # before a loop over layers whose number nobody has checked
         raise ValueError(f"{folder}: config.json has {config.num_layers} layers; the weights are {len(stored)} tensors")
     expected = {target.name: target.shape for target in _targets(config)}
     faults = []
     if missing := [name for name in expected if name not in stored]:
-        faults.append(f"missing {_listed(missing)}")
+        faults.append(f"missing {listed(missing)}")
     if unexpected := [name for name in stored if name not in expected]:
-        faults.append(f"unexpected {_listed(unexpected)}")
+        faults.append(f"unexpected {listed(unexpected)}")
     misshapen = [
         f"{name} of shape {list(stored[name].shape)} where config.json implies {list(shape)}"
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
     if misshapen:
-        faults.append(_listed(misshapen))
+        faults.append(listed(misshapen))
     if faults:
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
-
-
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
-    if (folder / "model.safetensors").exists():
-        return _read_header(_file(folder, "model.safetensors"))
-    if not (folder / "model.safetensors.index.json").exists():
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-        hint = f"; {_listed(sorted(pickles))} can run code when opened. {CONVERT}" if pickles else ""
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
-    index = _file(folder, "model.safetensors.index.json")
-    where = _parse_json(index, index.read_bytes() if index.stat().st_size <= JSON_LIMIT else b"").get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise ValueError(f"{index}: weight_map is not a map of tensor names to file names")
-    stored: dict[str, _Stored] = {}
-    for shard in sorted(set(where.values())):
-        tensors = _read_header(_file(folder, shard))
-        strangers = [name for name in tensors if where.get(name) != shard]
-        if strangers:
-            raise ValueError(f"{folder / shard}: {_listed(strangers)} not listed for this file in {index.name}")
-        stored |= tensors
-    return stored
-
-
-CONVERT = (
-    "Convert the weights where you trust them: "
-    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
-)
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    """The tensors of a safetensors file: 8 bytes of length, a JSON header of that length, then the data without gaps."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, JSON_LIMIT):
-            raise ValueError(f"{path}: not a safetensors file, or cut short (a renamed pickle? {CONVERT})")
-        header = _parse_json(path, file.read(length))
-    header.pop("__metadata__", None)
-    start = end = 8 + length
-    stored = {}
-    try:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (first, last) = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-            if dtype is None:
-                raise ValueError(f"{path}: {name} has type {entry['dtype']!r}; supported: {', '.join(DTYPES)}")
-            whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-            if not whole or start + first != end or last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{path}: the place of {name} in the file does not fit its shape or its neighbours")
-            stored[name] = _Stored(path, dtype, shape, end)
-            end = start + last
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"{path}: the header has an entry without dtype, shape and data_offsets") from None
-    if end != size:
-        raise ValueError(f"{path}: {size} bytes where its header describes {end}; the file is damaged or cut short")
-    return stored
-
-
-def _file(folder: Path, name: str) -> Path:
-    """A regular file directly inside the folder; ValueError for anything else, before it is opened."""
-    if "\0" in name or name in ("", ".", "..") or Path(name).name != name or "\\" in name:
-        raise ValueError(f"{folder}: {name!r} is not the plain name of a file in this folder")
-    path = folder / name
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    if path.resolve().parent != folder.resolve():
-        raise ValueError(f"{path}: a link to outside the folder is not followed; copy the folder with its contents")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
-    return path
-
-
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"duplicate {_listed(sorted({name for name in names if names.count(name) > 1}))}")
-        return entries
-
-    try:
-        entries = json.loads(text, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return entries
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -314,7 +212,3 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         os.unlink(name)
         raise
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -35,7 +35,7 @@ def stories(path: str | os.PathLike[str] | None = None) -> Task:
     """Story openings, each with a constraint on the continuation; the opening itself does not count.
 
     path: JSONL file with one ``{"prompt": ..., "constraint": ...}`` per line; None: the 28 openings of this file, whose
-    constraints a 260K-parameter TinyStories model meets with probability 0.06 to 0.45 in 64 tokens.
+    constraints a 260K-parameter TinyStories model meets with probability 0.07 to 0.35 in 64 tokens.
     Returns a Task without demonstrations or device verifier. Raises ValueError naming file and line for a row that is not such
     an object, repeats an earlier one, or whose constraint cannot be read; OSError if there is no such file.
 

@@ -1,5 +1,4 @@
-"""Verifiers in processes of their own: a completion that hangs, crashes or eats memory costs its own reward, not the
-run.
+"""Verifiers in processes of their own: a completion that hangs or crashes one costs its own reward, not the run.
 
 A worker is a fresh interpreter that imports the verifier's module and nothing of the trainer: never a fork (jax is
 loaded here) and never a second import of the launching script. It takes batches as lines of JSON on its standard
@@ -7,35 +6,21 @@ input and answers each item with one line, so that the parent always knows which
 worker starts it, feeds it, waits for it, and replaces it.
 """
 
-import contextlib
-import json
 import logging
 import math
-import os
-import select
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grpo_jax.tasks.task import Verdict
+from grpo_jax.tasks.worker_process import WorkerProcess
 
 _log = logging.getLogger(__name__)
 _START_SECONDS = 60.0  # to start Python and import the verifier; not part of any item's deadline
+_START_ATTEMPTS = 3  # a worker may be killed from outside while it starts
 _CHUNK = 64  # items per message at most
-_REPLY_BYTES = 1 << 16  # a longer line is no reply of ours
-_SCRIPT = """
-import json, sys
-sys.path[:] = json.loads(sys.argv.pop(1))
-from grpo_jax.tasks.worker_main import serve
-serve(*sys.argv[1:])
-"""
 
 
 class VerifierPool:
@@ -44,9 +29,9 @@ class VerifierPool:
     verify: ``verify(completion, target, truncated) -> Verdict``, a function of an importable module (not of
     ``__main__``). num_workers: processes, started at once. deadline: seconds of wall time for one item, a backstop
     for hangs: leave it far above what any honest item needs, since rewards must not depend on the machine's load.
-    memory_limit_bytes: address space of a worker. Workers have an empty environment, an empty temporary folder to
-    stand in, and cannot write to files; what the verifier prints is dropped. They end with the pool, or with the
-    thread and process that hold it.
+    memory_limit_bytes: address space of a worker. Workers have an empty environment, stand in the root folder, and
+    cannot write to files; what the verifier prints is dropped. They end with the pool, or with the process that holds
+    it, however that ends.
 
     An item whose judging passes the deadline is a ``timeout``. It is a ``crash`` if the verifier raised or returned
     something else than a Verdict, or if it ended its worker (exit, abort, out of memory) twice, each time a fresh
@@ -76,10 +61,9 @@ class VerifierPool:
         self._verifier = _import_path(verify)
         self._deadline = deadline
         self._memory_limit = memory_limit_bytes
-        self._folder = tempfile.TemporaryDirectory(prefix="grpo_jax_verifier_")
         self._changed = threading.Condition()  # guards everything below
         self._queue: deque[_Item] = deque()
-        self._workers: set[_Worker] = set()
+        self._workers: set[WorkerProcess] = set()
         self._ready = 0
         self._failure: Exception | None = None
         self._closed = False
@@ -102,7 +86,7 @@ class VerifierPool:
         replaced.
         """
         rows = zip(completions, targets, truncated, strict=True)
-        batch = _Batch()
+        batch = _Batch([], 0)
         items = [_Item(batch, i, (text, target, bool(cut))) for i, (text, target, cut) in enumerate(rows)]
         batch.verdicts = [Verdict.crash] * len(items)
         batch.remaining = len(items)
@@ -125,7 +109,6 @@ class VerifierPool:
             worker.kill()
         for thread in self._threads:
             thread.join()
-        self._folder.cleanup()
 
     def __enter__(self) -> "VerifierPool":
         return self
@@ -136,6 +119,9 @@ class VerifierPool:
     def _check(self) -> None:
         if self._failure:
             raise RuntimeError(str(self._failure)) from self._failure
+        self._check_open()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the verifier pool is closed")
 
@@ -155,25 +141,29 @@ class VerifierPool:
                 self._failure = self._failure or error
                 self._changed.notify_all()
         finally:
-            for worker in list(self._workers):
-                if worker.thread is threading.current_thread():
-                    self._discard(worker)
+            with self._changed:
+                mine = [worker for worker in self._workers if worker.thread is threading.current_thread()]
+            for worker in mine:
+                self._discard(worker)
 
-    def _start(self) -> "_Worker":
-        worker = _Worker(self._verifier, self._memory_limit, self._folder.name)
-        with self._changed:
-            self._workers.add(worker)
-            if self._closed:
-                raise RuntimeError("the verifier pool is closed")
-        try:
-            error = worker.receive(_START_SECONDS)
-        except (OSError, EOFError, ValueError) as cause:
-            error = f"the worker {worker.kill()} before it was ready ({type(cause).__name__})"
-        if error:
-            raise RuntimeError(f"verifier {self._verifier} cannot start: {error}")
-        return worker
+    def _start(self) -> WorkerProcess:
+        for _ in range(_START_ATTEMPTS):
+            worker = WorkerProcess(self._verifier, self._memory_limit)
+            with self._changed:
+                self._workers.add(worker)
+                self._check_open()
+            try:
+                error = worker.receive(_START_SECONDS)
+            except (OSError, EOFError, ValueError):
+                error = f"the worker {worker.kill()} before it was ready"
+                self._discard(worker)
+                continue
+            if error is None:
+                return worker
+            break
+        raise RuntimeError(f"verifier {self._verifier} cannot start: {error}")
 
-    def _discard(self, worker: "_Worker") -> None:
+    def _discard(self, worker: WorkerProcess) -> None:
         worker.kill()
         worker.close_pipes()
         with self._changed:
@@ -188,7 +178,7 @@ class VerifierPool:
             count = min(_CHUNK, -(-len(self._queue) // (2 * len(self._threads))))
             return [self._queue.popleft() for _ in range(count)]
 
-    def _judge(self, worker: "_Worker", items: Iterable["_Item"]) -> bool:
+    def _judge(self, worker: WorkerProcess, items: Iterable["_Item"]) -> bool:
         """Settles items in order until the worker fails; gives the rest back. Returns whether the worker can go on."""
         pending = deque(items)
         try:
@@ -221,6 +211,7 @@ class VerifierPool:
             _log.warning("verifier %s: first crash: %s; later ones are counted only", self._verifier, ascii(reason))
 
 
+@dataclass
 class _Batch:
     """The results of one call of ``verify``, and how many are still missing."""
 
@@ -234,77 +225,6 @@ class _Item:
     index: int
     request: tuple[str, str, bool]
     deaths: int = 0  # workers that ended while judging it
-
-
-class _Worker:
-    """One process and the two ends of its pipes, spoken to by the thread that made it."""
-
-    def __init__(self, verifier: str, memory_limit: int, folder: str) -> None:
-        # The trainer's import paths come along: a verifier beside launch.py, or in a test, is found from any folder.
-        paths = json.dumps([os.path.abspath(path) for path in sys.path])
-        arguments = [paths, verifier, str(memory_limit), str(os.getpid())]
-        libraries = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-        environment = {name: os.environ[name] for name in libraries if name in os.environ}
-        self.thread = threading.current_thread()
-        self._lock = threading.Lock()
-        self._buffer = b""
-        self._process = subprocess.Popen(
-            [sys.executable, "-B", "-P", "-c", _SCRIPT, *arguments],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=environment | {"PYTHONHASHSEED": "0"},  # the order of sets is the same in every worker
-            start_new_session=True,  # Ctrl-C is for the trainer; and what the verifier starts can be killed with it
-        )
-        assert self._process.stdin and self._process.stdout
-        self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        os.set_blocking(self._stdin.fileno(), False)
-
-    def send(self, message: Any, seconds: float) -> None:
-        """Raises TimeoutError if it is not read in time, OSError if the worker is gone."""
-        data = memoryview(json.dumps(message).encode() + b"\n")  # ASCII: NUL, surrogates and newlines are escaped
-        end = time.monotonic() + seconds
-        while data:
-            _wait(self._stdin.fileno(), select.POLLOUT, end)
-            with contextlib.suppress(BlockingIOError):
-                data = data[os.write(self._stdin.fileno(), data) :]
-
-    def receive(self, seconds: float) -> Any:
-        """Raises TimeoutError, EOFError if the worker is gone, ValueError for what is no reply."""
-        end = time.monotonic() + seconds
-        while b"\n" not in self._buffer:
-            _wait(self._stdout.fileno(), select.POLLIN, end)
-            data = os.read(self._stdout.fileno(), _REPLY_BYTES)
-            if not data:
-                raise EOFError
-            self._buffer += data
-            if len(self._buffer) > 2 * _REPLY_BYTES:
-                raise ValueError("too long a reply")
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return json.loads(line)
-
-    def kill(self) -> str:
-        """Ends the worker and all it started, unless it ended by itself; says how it ended. Safe from any thread."""
-        with self._lock:
-            if self._process.returncode is None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-        code = self._process.returncode
-        return f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
-
-    def close_pipes(self) -> None:
-        self._stdin.close()
-        self._stdout.close()
-
-
-def _wait(descriptor: int, event: int, end: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
-        raise TimeoutError
 
 
 def _import_path(verify: Callable[..., Any]) -> str:

@@ -147,7 +147,8 @@ def fixed_points(p_ref: float, *, beta: float, weights: Weights, logits: bool = 
         reference, scale = _scalar_inputs(p_ref, beta, logits)
         if math.isinf(reference):
             return [FixedPoint(float(reference > 0), float(reference), 0.0, True)]
-        roots = [float(root) for root in all_roots(jnp.asarray(reference), jnp.asarray(scale), weights)]
+        roots = all_roots(jnp.asarray(reference), jnp.asarray(scale), weights).tolist()
+        roots = [root for root in roots if not math.isnan(root)]
         multipliers = [float(log_odds_slope(jnp.asarray(root), weights)) / scale for root in roots]
         return [
             FixedPoint(float(jax.nn.sigmoid(root)), root, multiplier, abs(multiplier) < 1)

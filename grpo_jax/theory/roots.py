@@ -15,27 +15,22 @@ from grpo_jax.theory.weights import Weights
 # Beyond these log-odds every Ω has reached its end value (ε > e^−64), so all folds lie on this grid.
 REACH, POINTS = 64.0, 2049
 BISECTIONS = 80  # more than a float64 can resolve
+MOST_ROOTS = 8  # one or three are known to occur
 
 _Residual: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Weights], jax.Array]
 
 
+@jax.jit
 def all_roots(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.Array:
-    """Every root of `_reverse_residual` above the reference, ascending."""
-    grid = jnp.linspace(-REACH, REACH, POINTS)
-    gap = log_odds_slope(grid, weights) - beta
-    turns = (gap[:-1] < 0) != (gap[1:] < 0)  # hills and valleys of g, so that no pair of roots hides between points
-    sign = jnp.where(gap[:-1] < 0, 1.0, -1.0)[turns]
-    extrema = _bisect(lambda x: sign * (log_odds_slope(x, weights) - beta), grid[:-1][turns], grid[1:][turns])
-    most = jnp.maximum(weights.omega(jnp.asarray(jnp.inf)), weights.omega(reference))
+    """Every root of `_reverse_residual` above one reference, ascending, then nan; at most `MOST_ROOTS`."""
+    grid = jnp.linspace(-REACH, REACH, POINTS, dtype=reference.dtype)
+    # Hills and valleys of g are nodes too, so that no pair of roots hides between two points of the grid.
+    extrema = _sign_changes(lambda x: beta - log_odds_slope(x, weights), grid)
+    most = jnp.maximum(weights.omega(jnp.full_like(reference, jnp.inf)), weights.omega(reference))
     beyond = jnp.maximum(reference, REACH) + jnp.where(jnp.isinf(most), 0.0, most) / beta + 1
-    nodes = jnp.concatenate([grid, extrema])
-    nodes = jnp.sort(jnp.concatenate([reference[None], nodes[nodes > reference], beyond[None]]))
-    above = _reverse_residual(nodes, reference, beta, weights) >= 0
-    crosses = above[:-1] != above[1:]
-    sign = jnp.where(above[:-1], -1.0, 1.0)[crosses]
-    return _bisect(
-        lambda x: sign * _reverse_residual(x, reference, beta, weights), nodes[:-1][crosses], nodes[1:][crosses]
-    )
+    nodes = jnp.concatenate([reference[None], beyond[None], grid, jnp.where(jnp.isnan(extrema), grid[0], extrema)])
+    nodes = jnp.sort(jnp.maximum(nodes, reference))
+    return _sign_changes(lambda x: _reverse_residual(x, reference, beta, weights), nodes)
 
 
 def fold_between(low: jax.Array, high: jax.Array, beta: jax.Array, weights: Weights) -> jax.Array:
@@ -60,6 +55,16 @@ def fold_between(low: jax.Array, high: jax.Array, beta: jax.Array, weights: Weig
     falling = log_odds_slope(grid, weights) > beta
     grid, falling = (x.reshape((-1,) + (1,) * low.ndim) for x in (grid, falling))
     return (falling & (grid > low[None]) & (grid < high[None])).any(0)
+
+
+def _sign_changes(f: Callable[[jax.Array], jax.Array], nodes: jax.Array) -> jax.Array:
+    """[MOST_ROOTS] where f changes sign between neighbours of nodes [N], padded with nan."""
+    above = f(nodes) >= 0
+    changes = above[:-1] != above[1:]
+    (cell,) = jnp.nonzero(changes, size=MOST_ROOTS, fill_value=-1)
+    sign = jnp.where(above[cell], -1.0, 1.0).astype(nodes.dtype)
+    found = _bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
+    return jnp.where(cell < 0, jnp.nan, found)
 
 
 def _implicit(residual: _Residual, solve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -16,7 +16,7 @@ from grpo_jax.theory.dynamics import log_odds_slope
 pytestmark = pytest.mark.usefixtures("double")
 
 NORMALISERS = [
-    dict(baseline=baseline, scale=scale, ddof=ddof, epsilon=epsilon, epsilon_in=where)
+    {"baseline": baseline, "scale": scale, "ddof": ddof, "epsilon": epsilon, "epsilon_in": where}
     for baseline in ("mean", "leave_one_out", "none")
     for scale, choices in (
         ("std", [(d, e, w) for d in (0, 1) for e, w in ((0.0, "variance"), (0.03, "variance"), (0.03, "std"))]),

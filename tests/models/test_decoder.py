@@ -1,0 +1,310 @@
+"""The decoder against a plain NumPy float64 Llama written here, and its cache, prefix and padding against its own full forward."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.models import DecoderConfig, init_params, load_pretrained, make_policy
+from grpo_jax.models.decoder import param_shapes
+
+CONFIG = DecoderConfig(37, 3, 24, num_heads=6, num_kv_heads=2, head_dim=8, d_ff=40, max_length=64, rope_theta=500.0)
+VARIANTS = {
+    "grouped": CONFIG,
+    "untied": replace(CONFIG, tied=False),
+    "one key head": replace(CONFIG, num_kv_heads=1),
+    "as many key heads": replace(CONFIG, num_kv_heads=6, norm_epsilon=0.1),
+}
+
+
+def random_params(config, seed=0):
+    """Norm scales too, so that leaving one out is seen."""
+    params = init_params(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    noise = lambda x: x * jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+    return jax.tree.map(noise, params)
+
+
+def random_tokens(config, rows, length, seed=0):
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (rows, length))
+    return jnp.asarray(tokens, jnp.int32), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+
+
+def numpy_logits(config, params, tokens):
+    """One sequence, token by token and head by head, in float64 with explicit loops and complex rotations."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    width = config.head_dim
+
+    def norm(x, scale):
+        return x / np.sqrt(np.sum(x * x) / len(x) + config.norm_epsilon) * scale
+
+    def turn(x, position):
+        half = width // 2
+        pairs = x[:half] + 1j * x[half:]
+        pairs = pairs * np.exp(1j * position * config.rope_theta ** (-2.0 * np.arange(half) / width))
+        return np.concatenate([pairs.real, pairs.imag])
+
+    stream = [p["embedding"][t].copy() for t in tokens]
+    for n in range(config.num_layers):
+        w = {name: value[n] for name, value in p["layers"].items()}
+        normed = [norm(x, w["attention_norm"]) for x in stream]
+        keys = [[turn(h, i) for h in (x @ w["key"]).reshape(-1, width)] for i, x in enumerate(normed)]
+        values = [(x @ w["value"]).reshape(-1, width) for x in normed]
+        for i, x in enumerate(normed):
+            out = []
+            for head, q in enumerate((x @ w["query"]).reshape(-1, width)):
+                kv = head * config.num_kv_heads // config.num_heads
+                scores = np.array([turn(q, i) @ keys[j][kv] / np.sqrt(width) for j in range(i + 1)])
+                weights = np.exp(scores) / np.exp(scores).sum()
+                out.append(sum(weights[j] * values[j][kv] for j in range(i + 1)))
+            stream[i] = stream[i] + np.concatenate(out) @ w["output"]
+        for i, x in enumerate(stream):
+            y = norm(x, w["mlp_norm"])
+            gate = y @ w["gate"]
+            stream[i] = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
+    unembedding = p["embedding"].T if config.tied else p["unembedding"]
+    return np.stack([norm(x, p["final_norm"]) @ unembedding for x in stream])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_the_numpy_llama(name):
+    config = VARIANTS[name]
+    policy, params = make_policy(config), random_params(config)
+    tokens, positions = random_tokens(config, 2, 9)
+    hidden, cache = jax.jit(policy.forward)(params, tokens, positions, jnp.ones_like(tokens, bool))
+    logits = policy.unembed(params, hidden)
+    assert cache is None and logits.dtype == jnp.float32
+    for row in range(2):
+        np.testing.assert_allclose(logits[row], numpy_logits(config, params, tokens[row]), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("chunks", [[7], [1] * 7, [4, 1, 2], [3, 4]])
+@pytest.mark.parametrize("traced", [False, True])
+def test_cached_chunks_equal_the_full_forward(chunks, traced):
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    tokens, positions = random_tokens(CONFIG, 3, 7)
+    mask = jnp.array([[True] * 7, [False] * 2 + [True] * 5, [True, True, False, True, True, True, True]])
+    expected, _ = policy.forward(params, tokens, positions, mask)
+    forward = jax.jit(policy.forward) if traced else policy.forward
+    cache, start, pieces = policy.init_cache(3, 12), 0, []
+    for length in chunks:
+        now = slice(start, start + length)
+        at = jnp.int32(start) if traced else start
+        piece, cache = forward(params, tokens[:, now], positions[:, now], mask[:, now], cache, at)
+        pieces.append(piece)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1)[mask], expected[mask], atol=2e-5)
+    np.testing.assert_array_equal(cache["mask"], np.pad(mask, ((0, 0), (0, 5))))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("how", ["at once", "token by token"])
+def test_a_shared_prefix_equals_the_joined_sequences(side, how):
+    """Three prompts of different lengths, two completions each: what each row gets alone, unpadded, in NumPy."""
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    group, width, length, lengths = 2, 5, 4, [5, 2, 3]
+    prompts, _ = random_tokens(CONFIG, 3, width, seed=1)
+    completions, steps = random_tokens(CONFIG, 3 * group, length, seed=2)
+    real = np.arange(width)[None] < np.array(lengths)[:, None]
+    mask = jnp.asarray(real if side == "right" else real[:, ::-1])
+    positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), 1) - 1, 0)
+    _, prefix = policy.forward(params, prompts, positions, mask, policy.init_cache(3, width), 0)
+    positions, every = steps + jnp.repeat(jnp.array(lengths), group)[:, None], jnp.ones_like(completions, bool)
+    if how == "at once":
+        hidden, _ = policy.forward(params, completions, positions, every, prefix=prefix)
+    else:
+        cache, pieces, forward = policy.init_cache(3 * group, length), [], jax.jit(policy.forward)
+        for i in range(length):
+            now = slice(i, i + 1)
+            piece, cache = forward(
+                params, completions[:, now], positions[:, now], every[:, now], cache, jnp.int32(i), prefix
+            )
+            pieces.append(piece)
+        hidden = jnp.concatenate(pieces, 1)
+    logits = policy.unembed(params, hidden)
+    for row in range(3 * group):
+        joined = np.concatenate([prompts[row // group][mask[row // group]], completions[row]])
+        np.testing.assert_allclose(logits[row], numpy_logits(CONFIG, params, joined)[-length:], atol=3e-5, rtol=3e-5)
+
+
+def test_a_prefix_is_not_repeated_for_its_group():
+    """The compiled step never holds an array as large as the prefix's keys repeated over the group."""
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    prompts, group, slots = 2, 16, 64
+    prefix = policy.init_cache(prompts, slots)
+    tokens, positions = random_tokens(CONFIG, prompts * group, 1)
+
+    def step(params, prefix):
+        return policy.forward(params, tokens, positions, tokens >= 0, prefix=prefix)[0]
+
+    memory = jax.jit(step).lower(params, prefix).compile().memory_analysis()
+    repeated = prefix["k"][:, 0].nbytes * group
+    assert memory.temp_size_in_bytes < repeated, (memory.temp_size_in_bytes, repeated)
+
+
+def test_padding_side_and_padded_content_do_not_matter():
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    forward = jax.jit(policy.forward)
+    tokens, positions = random_tokens(CONFIG, 2, 6)
+    real = jnp.ones_like(tokens, bool)
+    alone, _ = forward(params, tokens, positions, real)
+    for left, right in ((3, 0), (0, 3), (2, 1)):
+        pad = ((0, 0), (left, right))
+        mask = jnp.pad(real, pad)
+        outputs = []
+        for junk in (0, 36, -1, 2**31 - 1, -(2**31)):
+            padded = jnp.where(mask, jnp.pad(tokens, pad), junk)
+            where = jnp.where(mask, jnp.pad(positions, pad), jnp.int32(junk % 1000))
+            outputs.append(forward(params, padded, where, mask)[0])
+        for output in outputs:
+            assert bool(jnp.isfinite(output).all()), "a token that sees nothing must be finite"
+            np.testing.assert_array_equal(output[:, left : left + 6], outputs[0][:, left : left + 6])
+        np.testing.assert_allclose(outputs[0][:, left : left + 6], alone, atol=2e-5)
+
+
+def test_gradients_through_rows_without_tokens_are_finite_and_right():
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    tokens, positions = random_tokens(CONFIG, 2, 5)
+    mask = jnp.array([[False, False, True, True, True], [False] * 5])
+
+    def loss(params):
+        hidden, _ = policy.forward(params, tokens, positions, mask)
+        return jnp.where(mask[:, :, None], jnp.tanh(policy.unembed(params, hidden)), 0.0).sum()
+
+    gradient = jax.grad(loss)(params)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
+    rng = np.random.default_rng(3)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+    ends = [loss(jax.tree.map(lambda x, d, s=s: x + s * 2e-3 * d, params, direction)) for s in (1, -1)]
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), gradient, direction)))
+    np.testing.assert_allclose((ends[0] - ends[1]) / 4e-3, slope, rtol=2e-2)
+
+
+def test_gradients_flow_through_a_prefix_as_through_the_joined_sequence():
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    tokens, positions = random_tokens(CONFIG, 2, 8)
+    mask = jnp.ones_like(tokens, bool)
+
+    def joined(params):
+        return jnp.sin(policy.forward(params, tokens, positions, mask)[0][:, 5:]).sum()
+
+    def split(params):
+        first, rest = slice(0, 5), slice(5, 8)
+        _, prefix = policy.forward(params, tokens[:, first], positions[:, first], mask[:, first], policy.init_cache(2, 5))
+        hidden, _ = policy.forward(params, tokens[:, rest], positions[:, rest], mask[:, rest], prefix=prefix)
+        return jnp.sin(hidden).sum()
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), *(jax.grad(f)(params) for f in (joined, split)))
+
+
+def test_remat_changes_no_value_and_recomputes():
+    plain, remat = make_policy(CONFIG), make_policy(replace(CONFIG, remat=True))
+    params = random_params(CONFIG)
+    tokens, positions = random_tokens(CONFIG, 2, 6)
+
+    def loss(policy):
+        return lambda params: jnp.sin(policy.forward(params, tokens, positions, tokens >= 0)[0]).sum()
+
+    values = [jax.value_and_grad(loss(policy))(params) for policy in (plain, remat)]
+    np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), values[0][1], values[1][1])
+    count = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)).count("logistic") for policy in (plain, remat)]
+    assert count[1] > count[0], "the backward pass of remat must compute the activation again"
+
+
+def test_bfloat16_stays_near_float32_and_keeps_float32_logits():
+    config = replace(CONFIG, d_model=64, d_ff=128)
+    params = random_params(config)
+    tokens, positions = random_tokens(config, 4, 16)
+    logits = {}
+    for dtype in ("float32", "bfloat16"):
+        policy = make_policy(replace(config, dtype=dtype))
+        hidden, _ = policy.forward(params, tokens, positions, tokens >= 0)
+        assert hidden.dtype == dtype and policy.init_cache(1, 1)["k"].dtype == dtype
+        logits[dtype] = policy.unembed(params, hidden)
+    assert logits["bfloat16"].dtype == jnp.float32
+    error = jnp.abs(logits["bfloat16"] - logits["float32"])
+    # A bfloat16 has 8 bits: each of the ~7 roundings along the 3 layers adds up to 2^-9, relative; logits have scale 1.
+    assert 1e-4 < float(error.mean()) < 0.02 and float(error.max()) < 0.15, (error.mean(), error.max())
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    again = make_policy(replace(config, dtype="bfloat16")).forward(cast, tokens, positions, tokens >= 0)[0]
+    np.testing.assert_allclose(again.astype(jnp.float32), hidden.astype(jnp.float32), atol=0.06)
+
+
+def test_initial_weights_have_their_scales_and_depend_on_the_key():
+    config = DecoderConfig(512, 4, 64, num_heads=4, num_kv_heads=2, head_dim=16, d_ff=256, max_length=64, tied=False)
+    params = init_params(config, jax.random.key(0))
+    layers = params["layers"]
+    scales = {"query": 64, "key": 64, "value": 64, "gate": 64, "up": 64, "output": 64 * 8, "down": 256 * 8}
+    for name, inverse in scales.items():
+        np.testing.assert_allclose(jnp.std(layers[name]), inverse**-0.5, rtol=0.03)
+    for name in ("embedding", "unembedding"):
+        np.testing.assert_allclose(jnp.std(params[name]), 64**-0.5, rtol=0.03)
+    np.testing.assert_array_equal(layers["mlp_norm"], 1.0)
+    correlation = np.corrcoef(layers["gate"].ravel(), layers["up"].ravel())[0, 1]
+    assert abs(correlation) < 0.02, "two matrices share their draws"
+    other = init_params(config, jax.random.key(1))
+    assert not np.array_equal(other["embedding"], params["embedding"])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), param_shapes(config)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 is not a positive integer"),
+        ({"num_layers": 2.0}, "num_layers=2.0 is not a positive integer"),
+        ({"d_ff": True}, "d_ff=True is not a positive integer"),
+        ({"num_kv_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan is not a positive number"),
+        ({"norm_epsilon": -1.0}, "norm_epsilon=-1.0 is not a positive number"),
+        ({"tied": "false"}, "tied='false' is not True or False"),
+        ({"dtype": "int8"}, "dtype='int8' is not float32 or bfloat16"),
+    ],
+)
+def test_impossible_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_calls_that_do_not_fit_are_refused():
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    tokens, positions = random_tokens(CONFIG, 3, 4)
+    mask, cache = tokens >= 0, policy.init_cache(3, 6)
+    with pytest.raises(ValueError, match="up to slot 7 do not fit a cache"):
+        policy.forward(params, tokens, positions, mask, cache, 3)
+    with pytest.raises(ValueError, match="3 rows are not a multiple of the 2 rows of the prefix"):
+        policy.forward(params, tokens, positions, mask, prefix=policy.init_cache(2, 6))
+    with pytest.raises(ValueError, match="differ in shape"):
+        policy.forward(params, tokens, positions[:, :3], mask)
+    with pytest.raises(ValueError, match="max_length=64"):
+        policy.init_cache(1, 65)
+    with pytest.raises(ValueError, match="max_length=64"):
+        policy.forward(params, *(jnp.zeros((1, 65), jnp.int32),) * 2, jnp.ones((1, 65), bool))
+
+
+def test_a_real_model_tells_its_story(shared):
+    """stories260k, greedy from BOS, decoded with a cache in one compiled loop."""
+    from grpo_jax.data.tokenizers import HFTokenizer
+
+    folder = shared / "models" / "stories260k"
+    policy, params = load_pretrained(folder)
+    steps = 60
+
+    def step(carry, i):
+        token, cache = carry
+        hidden, cache = policy.forward(params, token, jnp.full((1, 1), i), jnp.ones((1, 1), bool), cache, i)
+        token = policy.unembed(params, hidden).argmax(-1).astype(jnp.int32)
+        return (token, cache), token[0, 0]
+
+    start = (jnp.ones((1, 1), jnp.int32), policy.init_cache(1, steps))
+    _, tokens = jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32)))()
+    text = HFTokenizer(folder).decode(tokens)
+    assert text.startswith(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball."
+    ), text

@@ -1,0 +1,278 @@
+"""The verifier pool under everything a completion, a verifier or a machine can do to it."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hostile_verifiers
+import jax.numpy as jnp
+import pytest
+
+from grpo_jax.tasks import Verdict, arithmetic, stories
+from grpo_jax.tasks.workers import VerifierPool
+
+CORRECT, WRONG, CRASH, TIMEOUT = Verdict.correct, Verdict.wrong, Verdict.crash, Verdict.timeout
+obey = hostile_verifiers.obey
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    """One pool for all tests that do not depend on its numbers: after any of them it must still serve."""
+    os.environ["A_SECRET"] = "token"
+    with VerifierPool(obey, num_workers=2, deadline=20.0, memory_limit_bytes=1 << 30) as pool:
+        yield pool
+    del os.environ["A_SECRET"]
+
+
+def judge(pool: VerifierPool, completions: list[str]) -> list[Verdict]:
+    return pool.verify(completions, ["15"] * len(completions), [False] * len(completions))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_order_and_odd_text(pool: VerifierPool) -> None:
+    texts = ["\x00", "\ud800", "\u2028\n\r\t", "Ω" * 100_000, "", '"]', "🦆", *map(str, range(500))]
+    assert pool.verify(texts, texts, [False] * len(texts)) == [CORRECT] * len(texts)
+    targets = [text if i % 3 else "other" for i, text in enumerate(texts)]
+    assert pool.verify(texts, targets, [i % 5 == 0 for i in range(len(texts))]) == [
+        CORRECT if i % 3 and i % 5 else WRONG for i in range(len(texts))
+    ]
+    assert judge(pool, []) == []
+    with pytest.raises(ValueError, match="zip"):
+        pool.verify(["1"], ["1", "2"], [False])
+
+
+@pytest.mark.parametrize(
+    ("completion", "verdict"),
+    [
+        ("ABORT", CRASH),
+        ("SEGFAULT", CRASH),
+        ("EXIT", CRASH),
+        ("SYS_EXIT", CRASH),
+        ("MEMORY", CRASH),
+        ("RAISE", CRASH),
+        ("RECURSE", CRASH),
+        ("RETURN None", CRASH),
+        ("RETURN nan", CRASH),
+        ("RETURN True", CRASH),
+        ("RETURN 1.0", CRASH),
+        ("RETURN str", CRASH),
+        ("RETURN list", CRASH),
+        ("PRINT", WRONG),
+        ("READ_INPUT", WRONG),
+        ("ENVIRONMENT", WRONG),
+        ("TRAINER", WRONG),
+        ("SLEEP 0.2", WRONG),
+    ],
+)
+def test_one_bad_item_costs_only_itself(pool: VerifierPool, completion: str, verdict: Verdict) -> None:
+    completions = ["15", "16"] * 10
+    completions[7] = completion
+    expected = [CORRECT, WRONG] * 10
+    expected[7] = verdict
+    assert judge(pool, completions) == expected
+
+
+def test_files_cannot_be_written(pool: VerifierPool, tmp_path: Path) -> None:
+    assert judge(pool, [f"WRITE_FILE {tmp_path / 'file'}"]) == [CRASH]
+    assert (tmp_path / "file").stat().st_size == 0
+
+
+def test_many_bad_items_at_once(pool: VerifierPool) -> None:
+    kinds = ["15", "EXIT", "RAISE", "16", "ABORT", "RETURN nan"]
+    start = time.perf_counter()
+    assert judge(pool, kinds * 4) == [CORRECT, CRASH, CRASH, WRONG, CRASH, CRASH] * 4
+    print(f"16 crashes, 16 workers lost: {time.perf_counter() - start:.1f} s")
+
+
+def test_a_worker_killed_from_outside_costs_no_reward(pool: VerifierPool, tmp_path: Path) -> None:
+    completion = f"EXIT_ONCE {tmp_path / 'mark'}"
+    assert pool.verify([completion, "15"], [completion, "15"], [False, False]) == [CORRECT, CORRECT]
+    assert (tmp_path / "mark").is_dir()
+    for worker in list(pool._workers):  # an idle worker that dies is replaced, too
+        worker.kill()
+    assert judge(pool, ["15", "16"] * 10) == [CORRECT, WRONG] * 10
+
+
+@pytest.mark.parametrize("completion", ["HANG_IN_C", "SLEEP 1000"])
+def test_hangs_end_at_the_deadline(completion: str) -> None:
+    deadline, hangs, workers = 0.5, 4, 2
+    with VerifierPool(obey, num_workers=workers, deadline=deadline) as pool:
+        first = {worker._process.pid for worker in pool._workers}
+        start = time.perf_counter()
+        completions = ["15"] * 30 + [completion] * hangs + ["16"] * 30
+        assert judge(pool, completions) == [CORRECT] * 30 + [TIMEOUT] * hangs + [WRONG] * 30
+        seconds = time.perf_counter() - start
+        print(f"{hangs} hangs, {workers} workers, deadline {deadline} s: {seconds:.1f} s")
+        assert deadline <= seconds < deadline * hangs / workers + 4
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in first)  # killed and reaped
+        assert judge(pool, ["15"]) == [CORRECT]
+
+
+def test_from_a_thread_with_an_outer_alarm_after_jax() -> None:
+    assert float(jnp.ones(3).sum()) == 3.0
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    results: dict[int, list[Verdict]] = {}
+    try:
+        with VerifierPool(obey, num_workers=2, deadline=10.0) as pool:
+
+            def call(i: int) -> None:
+                results[i] = judge(pool, ["SLEEP 1.2", "15", "EXIT", str(i)])
+
+            threads = [threading.Thread(target=call, args=(i,)) for i in range(14, 17)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            # Workers replaced during calls from threads that are gone now must still live.
+            assert judge(pool, ["15", "16"] * 20) == [CORRECT, WRONG] * 20
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [signal.SIGALRM]
+    assert results == {i: [WRONG, CORRECT, CRASH, CORRECT if i == 15 else WRONG] for i in range(14, 17)}
+
+
+def test_verdicts_do_not_depend_on_load() -> None:
+    task = stories()
+    openings = [example.prompt for example in task.examples] * 20
+    targets = [example.target for example in task.examples[::-1]] * 20
+    cut = [i % 2 == 0 for i in range(len(openings))]
+    expected = [task.verify(*row) for row in zip(openings, targets, cut, strict=True)]
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        with VerifierPool(task.verify, num_workers=2, deadline=5.0) as pool:
+            assert all(pool.verify(openings, targets, cut) == expected for _ in range(5))
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert CORRECT in expected and WRONG in expected
+
+
+@pytest.mark.parametrize("busy", ["15", "HANG_IN_C", "SLEEP 1000"])
+def test_no_orphans_when_the_trainer_is_killed(busy: str) -> None:
+    code = (
+        "import sys, hostile_verifiers\n"
+        "from grpo_jax.tasks.workers import VerifierPool\n"
+        "pool = VerifierPool(hostile_verifiers.obey, num_workers=2, deadline=1000.0)\n"
+        "print(*(worker._process.pid for worker in pool._workers), flush=True)\n"
+        "pool.verify(sys.argv[1:] * 2, ['15'] * 2, [False] * 2); input()"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, busy]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as trainer:
+        assert trainer.stdout
+        pids = [int(pid) for pid in trainer.stdout.readline().split()]
+        time.sleep(0.5)
+        assert len(pids) == 2 and all(map(alive, pids))
+        trainer.kill()
+        end = time.monotonic() + 5
+        while any(map(alive, pids)) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not any(map(alive, pids))
+
+
+def test_closing_ends_everything_at_once() -> None:
+    pool = VerifierPool(obey, num_workers=2, deadline=1000.0)
+    pids = [worker._process.pid for worker in pool._workers]
+    errors: list[str] = []
+
+    def call() -> None:
+        try:
+            judge(pool, ["HANG_IN_C"])
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.3)
+    start = time.perf_counter()
+    pool.close()
+    thread.join()
+    assert time.perf_counter() - start < 5
+    assert errors == ["the verifier pool is closed"]
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    pool.close()  # again, harmless
+    with pytest.raises(RuntimeError, match="closed"):
+        judge(pool, ["15"])
+
+
+def test_a_verifier_that_cannot_be_imported_is_an_error_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fragile_verifier.py").write_text("def verify(completion, target, truncated):\n    return None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    verify = importlib.import_module("fragile_verifier").verify
+    (tmp_path / "fragile_verifier.py").write_text("import absent_package\n")
+    message = r"fragile_verifier:verify cannot start: ModuleNotFoundError: No module named 'absent_package'"
+    with pytest.raises(RuntimeError, match=message):
+        VerifierPool(verify, num_workers=2)
+    (tmp_path / "fragile_verifier.py").write_text("import os\nos._exit(3)\n")
+    with pytest.raises(RuntimeError, match="cannot start: the worker exited with code 3 before it was ready"):
+        VerifierPool(verify, num_workers=2)
+
+
+def test_refuses_what_workers_cannot_do() -> None:
+    def local(completion: str, target: str, truncated: bool) -> Verdict:
+        return Verdict.wrong
+
+    with pytest.raises(ValueError, match="local"):
+        VerifierPool(local)
+    for options in ({"num_workers": 0}, {"deadline": 0.0}, {"deadline": float("nan")}, {"memory_limit_bytes": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            VerifierPool(obey, **options)  # type: ignore[arg-type]
+
+
+def test_the_first_crash_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    with VerifierPool(obey) as pool:
+        assert judge(pool, ["RAISE", "RAISE", "RETURN None"]) == [CRASH] * 3
+    (record,) = caplog.records
+    assert "RuntimeError: no such luck \\x1b[31m \\ud800" in record.getMessage()
+
+
+@pytest.mark.parametrize("verify", [arithmetic().verify, stories().verify], ids=["arithmetic", "stories"])
+def test_hostile_completions(shared: Path, tmp_path: Path, verify) -> None:
+    """No case of the corpus crashes, hangs or runs a verifier of ours, and none but the bare answer earns a reward."""
+    rows = [json.loads(line) for line in (shared / "golden/adversarial_completions.jsonl").open(encoding="utf-8")]
+    texts = [
+        row["completion"] if row["completion"] is not None else "".join(p * n for p, n in row["completion_parts"])
+        for row in rows
+    ]
+    texts = [text.replace("@MARKER@", str(tmp_path / "marker")) for text in texts]
+    targets = [row["gold"] if verify is arithmetic().verify else "word:quetzal" for row in rows]
+    with VerifierPool(verify, num_workers=2) as pool:
+        verdicts = pool.verify(texts, targets, [False] * len(texts))
+    assert len(verdicts) >= 120 and not {CRASH, TIMEOUT} & set(verdicts)
+    if verify is arithmetic().verify:
+        rewarded = [(text, target) for text, target, v in zip(texts, targets, verdicts, strict=True) if v is CORRECT]
+        assert all(text == target for text, target in rewarded)
+    else:
+        assert CORRECT not in verdicts
+    assert not (tmp_path / "marker").exists()
+
+
+def test_throughput() -> None:
+    start = time.perf_counter()
+    with VerifierPool(arithmetic().verify, num_workers=2) as pool:
+        ready = time.perf_counter()
+        count = 20_000
+        verdicts = pool.verify(["15", "16"] * (count // 2), ["15"] * count, [False] * count)
+        seconds = time.perf_counter() - ready
+    assert verdicts == [CORRECT, WRONG] * (count // 2)
+    print(f"2 workers ready in {ready - start:.2f} s; {count / seconds:,.0f} items/s")
+    assert count / seconds > 500
