@@ -1,12 +1,24 @@
-"""The main job, self-contained: a 100k-parameter decoder learns single-digit sums and goes where β says.
+"""The main job, self-contained: a small decoder learns single-digit sums, and GRPO takes it where β says.
 
-python launch.py --config=configs/small.py
+    python launch.py --config=configs/small.py
+
+A random decoder of 124,160 parameters with character tokens is warm-started on demonstrations until it answers about 40 % of
+the 100 sums "a+b=" right, and is frozen as the reference; 400 iterations of GRPO follow at β = 1, where the predicted p* is
+interior. The amplifying regime, p* ≈ 1: --config=configs/small.py:amplify (β = 0.1).
 """
 
+from configs import default
 from ml_collections import ConfigDict
 
-from configs import default
 
-
-def get_config() -> ConfigDict:
-    return default.get_config()
+def get_config(regime: str = "interior") -> ConfigDict:
+    betas = {"interior": 1.0, "amplify": 0.1}
+    if regime not in betas:
+        raise ValueError(f"configs/small.py:{regime} is unknown; there are {', '.join(betas)}")
+    config = default.get_config()
+    config.objective.beta = betas[regime]
+    config.data.max_prompt = 5  # BOS and "a+b="
+    config.rollout.max_completion = 4
+    config.train.iterations = 400
+    config.optimizer.b2 = 0.999  # a short memory shifts the fixed point: see experiments/LOG.md
+    return config

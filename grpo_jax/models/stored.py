@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
-JSON_LIMIT = 8 << 20  # bytes of one JSON text; the header of a 400-billion-parameter Llama has 0.2 MB
+JSON_LIMIT = 2 << 20  # bytes of one JSON text; the header of a 400-billion-parameter Llama has 0.2 MB
 CONVERT = (
     "Convert the weights where you trust them: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
@@ -69,10 +69,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index}: weight_map is not a map of tensor names to file names")
     stored: dict[str, Stored] = {}
-    for shard in sorted(set(where.values())):
-        tensors = _read_header(plain_file(folder, shard))
-        if strangers := [name for name in tensors if where.get(name) != shard]:
-            raise ValueError(f"{folder / shard}: {listed(strangers)} not listed for this file in {index.name}")
+    for path in [plain_file(folder, shard) for shard in sorted(set(where.values()))]:
+        tensors = _read_header(path)
+        if strangers := [name for name in tensors if where.get(name) != path.name]:
+            raise ValueError(f"{path}: {listed(strangers)} not listed for this file in {index.name}")
         stored |= tensors
     return stored
 

@@ -34,7 +34,11 @@ def open_run_directory(path: Path, config: dict[str, Any]) -> Iterator[Path]:
     path = path.expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in path.iterdir() if p.name != "lock"]
+        names = {p.name for p in path.iterdir()} - {"lock"}
+        if names and CONFIG not in names:
+            raise RunDirectoryError(
+                f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with --workdir=PATH"
+            )
         lock = (path / "lock").open("a+")
     except OSError as error:
         raise RunDirectoryError(
@@ -53,10 +57,6 @@ def open_run_directory(path: Path, config: dict[str, Any]) -> Iterator[Path]:
         lock.flush()
         if (path / CONFIG).exists():
             _compare(path, config)
-        elif others:
-            raise RunDirectoryError(
-                f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with --workdir=PATH"
-            )
         else:
             write_json(path / CONFIG, config)
         yield path

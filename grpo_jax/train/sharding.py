@@ -11,10 +11,10 @@ ROWS = PartitionSpec(("data", "fsdp"))
 
 # First match wins. Stacked layers lead with a layer axis that stays whole; matrices are [layers, in, out].
 PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embedding$", PartitionSpec("tensor", "fsdp")),
-    (r"(unembed|lm_head)\w*(/kernel)?$", PartitionSpec("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)(_proj)?(/kernel)?$", PartitionSpec(None, "fsdp", "tensor")),
-    (r"(o|down)(_proj)?(/kernel)?$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(^|/)embedding$", PartitionSpec("tensor", "fsdp")),
+    (r"(^|/)unembedding$", PartitionSpec("fsdp", "tensor")),
+    (r"/(query|key|value|gate|up)$", PartitionSpec(None, "fsdp", "tensor")),
+    (r"/(output|down)$", PartitionSpec(None, "tensor", "fsdp")),
     (r"", PartitionSpec()),
 )
 

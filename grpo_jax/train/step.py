@@ -153,7 +153,7 @@ def gradient_step(
 
     weight = jnp.maximum(terms.weight, 1.0)
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
-    loss, norm = terms.total / weight, optax.global_norm(gradient)
+    loss, norm = terms.total / weight, optax.tree.norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     stepped = TrainState(optax.apply_updates(state.params, updates), opt_state, state.updates + 1, jnp.int32(0))

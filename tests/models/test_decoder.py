@@ -1,4 +1,4 @@
-"""The decoder against a plain NumPy float64 Llama written here, and its cache, prefix and padding against its own full forward."""
+"""The decoder against a plain NumPy float64 Llama written here; its cache, prefix and padding against its full forward."""
 
 from dataclasses import replace
 
@@ -23,7 +23,10 @@ def random_params(config, seed=0):
     """Norm scales too, so that leaving one out is seen."""
     params = init_params(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    noise = lambda x: x * jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+
+    def noise(x):
+        return x * jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+
     return jax.tree.map(noise, params)
 
 
@@ -80,14 +83,13 @@ def test_logits_equal_the_numpy_llama(name):
         np.testing.assert_allclose(logits[row], numpy_logits(config, params, tokens[row]), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("chunks", [[7], [1] * 7, [4, 1, 2], [3, 4]])
-@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(("chunks", "traced"), [([7], False), ([4, 1, 2], False), ([3, 4], True), ([1] * 7, True)])
 def test_cached_chunks_equal_the_full_forward(chunks, traced):
     policy, params = make_policy(CONFIG), random_params(CONFIG)
     tokens, positions = random_tokens(CONFIG, 3, 7)
     mask = jnp.array([[True] * 7, [False] * 2 + [True] * 5, [True, True, False, True, True, True, True]])
-    expected, _ = policy.forward(params, tokens, positions, mask)
-    forward = jax.jit(policy.forward) if traced else policy.forward
+    expected, _ = jax.jit(policy.forward)(params, tokens, positions, mask)
+    forward = jax.jit(policy.forward, static_argnums=() if traced else 5)
     cache, start, pieces = policy.init_cache(3, 12), 0, []
     for length in chunks:
         now = slice(start, start + length)
@@ -110,12 +112,13 @@ def test_a_shared_prefix_equals_the_joined_sequences(side, how):
     real = np.arange(width)[None] < np.array(lengths)[:, None]
     mask = jnp.asarray(real if side == "right" else real[:, ::-1])
     positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), 1) - 1, 0)
-    _, prefix = policy.forward(params, prompts, positions, mask, policy.init_cache(3, width), 0)
+    forward = jax.jit(policy.forward)
+    _, prefix = forward(params, prompts, positions, mask, policy.init_cache(3, width))
     positions, every = steps + jnp.repeat(jnp.array(lengths), group)[:, None], jnp.ones_like(completions, bool)
     if how == "at once":
-        hidden, _ = policy.forward(params, completions, positions, every, prefix=prefix)
+        hidden, _ = forward(params, completions, positions, every, prefix=prefix)
     else:
-        cache, pieces, forward = policy.init_cache(3 * group, length), [], jax.jit(policy.forward)
+        cache, pieces = policy.init_cache(3 * group, length), []
         for i in range(length):
             now = slice(i, i + 1)
             piece, cache = forward(
@@ -131,17 +134,18 @@ def test_a_shared_prefix_equals_the_joined_sequences(side, how):
 
 def test_a_prefix_is_not_repeated_for_its_group():
     """The compiled step never holds an array as large as the prefix's keys repeated over the group."""
-    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    config = replace(CONFIG, num_heads=2, head_dim=64)
+    policy, params = make_policy(config), random_params(config)
     prompts, group, slots = 2, 16, 64
     prefix = policy.init_cache(prompts, slots)
-    tokens, positions = random_tokens(CONFIG, prompts * group, 1)
+    tokens, positions = random_tokens(config, prompts * group, 1)
 
     def step(params, prefix):
         return policy.forward(params, tokens, positions, tokens >= 0, prefix=prefix)[0]
 
     memory = jax.jit(step).lower(params, prefix).compile().memory_analysis()
     repeated = prefix["k"][:, 0].nbytes * group
-    assert memory.temp_size_in_bytes < repeated, (memory.temp_size_in_bytes, repeated)
+    assert memory.temp_size_in_bytes < repeated / 2, (memory.temp_size_in_bytes, repeated)
 
 
 def test_padding_side_and_padded_content_do_not_matter():
@@ -173,7 +177,8 @@ def test_gradients_through_rows_without_tokens_are_finite_and_right():
         hidden, _ = policy.forward(params, tokens, positions, mask)
         return jnp.where(mask[:, :, None], jnp.tanh(policy.unembed(params, hidden)), 0.0).sum()
 
-    gradient = jax.grad(loss)(params)
+    loss = jax.jit(loss)
+    gradient = jax.jit(jax.grad(loss))(params)
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradient))
     rng = np.random.default_rng(3)
     direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
@@ -192,11 +197,14 @@ def test_gradients_flow_through_a_prefix_as_through_the_joined_sequence():
 
     def split(params):
         first, rest = slice(0, 5), slice(5, 8)
-        _, prefix = policy.forward(params, tokens[:, first], positions[:, first], mask[:, first], policy.init_cache(2, 5))
+        _, prefix = policy.forward(
+            params, tokens[:, first], positions[:, first], mask[:, first], policy.init_cache(2, 5)
+        )
         hidden, _ = policy.forward(params, tokens[:, rest], positions[:, rest], mask[:, rest], prefix=prefix)
         return jnp.sin(hidden).sum()
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), *(jax.grad(f)(params) for f in (joined, split)))
+    gradients = [jax.jit(jax.grad(f))(params) for f in (joined, split)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), *gradients)
 
 
 def test_remat_changes_no_value_and_recomputes():
@@ -207,7 +215,7 @@ def test_remat_changes_no_value_and_recomputes():
     def loss(policy):
         return lambda params: jnp.sin(policy.forward(params, tokens, positions, tokens >= 0)[0]).sum()
 
-    values = [jax.value_and_grad(loss(policy))(params) for policy in (plain, remat)]
+    values = [jax.jit(jax.value_and_grad(loss(policy)))(params) for policy in (plain, remat)]
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), values[0][1], values[1][1])
     count = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)).count("logistic") for policy in (plain, remat)]
@@ -221,7 +229,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_logits():
     logits = {}
     for dtype in ("float32", "bfloat16"):
         policy = make_policy(replace(config, dtype=dtype))
-        hidden, _ = policy.forward(params, tokens, positions, tokens >= 0)
+        hidden, _ = jax.jit(policy.forward)(params, tokens, positions, tokens >= 0)
         assert hidden.dtype == dtype and policy.init_cache(1, 1)["k"].dtype == dtype
         logits[dtype] = policy.unembed(params, hidden)
     assert logits["bfloat16"].dtype == jnp.float32
@@ -229,8 +237,10 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_logits():
     # A bfloat16 has 8 bits: each of the ~7 roundings along the 3 layers adds up to 2^-9, relative; logits have scale 1.
     assert 1e-4 < float(error.mean()) < 0.02 and float(error.max()) < 0.15, (error.mean(), error.max())
     cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    again = make_policy(replace(config, dtype="bfloat16")).forward(cast, tokens, positions, tokens >= 0)[0]
-    np.testing.assert_allclose(again.astype(jnp.float32), hidden.astype(jnp.float32), atol=0.06)
+    again, _ = jax.jit(policy.forward)(cast, tokens, positions, tokens >= 0)
+    # Only the norm scales differ, by 2^-9; later roundings amplify it no further than the bound above.
+    error = jnp.abs(again.astype(jnp.float32) - hidden.astype(jnp.float32))
+    assert float(error.mean()) < 0.02 and float(error.max()) < 0.15, (error.mean(), error.max())
 
 
 def test_initial_weights_have_their_scales_and_depend_on_the_key():

@@ -144,3 +144,11 @@ def test_tasks_load_neither_jax_nor_numpy() -> None:
         "print(f'imported in {seconds * 1e3:.0f} ms'); assert seconds < 2"
     )
     print(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_an_answer_that_does_not_fit_matches_nothing() -> None:
+    nothing, tokens = np.zeros((1, 3), bool), np.ones((1, 3), int)
+    assert not verify_tokens(tokens[:, None, :], nothing[:, None, :], tokens, nothing).any()
+    assert not verify_tokens(
+        tokens[:, None, :], nothing[:, None, :], tokens, ~nothing
+    ).any()  # what is masked is not there

@@ -1,0 +1,29 @@
+"""A real pretrained model: a small Llama learns to mention a required word in its stories.
+
+    python launch.py --config=configs/stories.py --config.model.path=FOLDER
+
+FOLDER is a Hugging Face folder of Llama architecture (config.json, model.safetensors, tokenizer.json), such as a TinyStories
+model of 260K parameters, for which the settings are chosen. The continuation of each opening must satisfy its constraint; the
+verifier works on text, in worker processes.
+"""
+
+from configs import default
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = default.get_config()
+    config.task.name = "stories"
+    config.model.stop_ids = (1, 2)  # TinyStories models end a story with BOS
+    config.warm_start.max_steps = 0  # the pretrained model is the reference
+    config.data.prompts_per_iteration = 24
+    config.rollout.group_size = 8
+    config.rollout.max_completion = 64
+    config.train.iterations = 150
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.b2 = 0.99
+    config.evaluate.interval = 25
+    config.evaluate.samples = 16
+    config.evaluate.final_samples = 128
+    config.evaluate.batch_samples = 16
+    return config
