@@ -34,14 +34,14 @@ class Clause(NamedTuple):
 def stories(path: str | os.PathLike[str] | None = None) -> Task:
     """Story openings, each with a constraint on the continuation; the opening itself does not count.
 
-    path: JSONL file with one ``{"prompt": ..., "constraint": ...}`` per line; None: the 28 openings of this file, whose
-    constraints a 260K-parameter TinyStories model meets with probability 0.07 to 0.35 in 64 tokens.
+    path: JSONL file with one ``{"prompt": ..., "constraint": ...}`` per line; None: the 16 openings of this file, whose
+    constraints a 260K-parameter TinyStories model meets with probability 0.17 to 0.37 in 64 tokens.
     Returns a Task without demonstrations or device verifier. Raises ValueError naming file and line for a row that is not such
     an object, repeats an earlier one, or whose constraint cannot be read; OSError if there is no such file.
 
     >>> task = stories()
     >>> len(task.examples), task.examples[0].target
-    (28, 'any:dog|dogs|puppy')
+    (16, 'any:dog|dogs|puppy')
     >>> task.verify(" He saw a Puppy.", task.examples[0].target, True)
     <Verdict.correct: 'correct'>
     """
@@ -159,31 +159,19 @@ def _row(line: bytes) -> Example:
 
 _OPENINGS = (
     ("Once upon a time, there was a boy named Ben. Ben had a small dog.", "any:dog|dogs|puppy"),
-    ("Lily and her mom went to the park. Lily saw a big slide.", "any:fun|happy"),
-    ("One day, a little cat sat under a tall tree.", "word:bird"),
-    ("Tom had a red ball. He liked to kick it very far.", "word:mom"),
     ("There was a bird that lived in a green tree. The bird wanted to fly.", "any:flew|fly"),
     ("Sue was sad because it was raining. She looked out of the window.", "word:mom&not:sad"),
     ("The old man had a garden with many flowers.", "any:flower|flowers"),
     ("A girl named Mia found a shiny box in the grass.", "word:mom"),
     ("Max and his dad made a cake in the kitchen.", "word:cake"),
-    ("The bunny lost his hat in the wind.", "word:hat"),
     ("Anna did not want to share her toys with her brother.", "word:play"),
     ("One night, the moon was very bright. A little bear could not sleep.", "word:bear&not:scared"),
-    ("Sam had a toy car. It was blue and very fast.", "word:happy"),
     ("A frog sat by the pond. He was very hungry.", "word:pond"),
     ("Amy and her friend played in the sand.", "any:friend|friends"),
     ("The little girl was afraid of the dark.", "any:mom|mommy"),
-    ("Tim saw a big truck on the road.", "word:play"),
-    ("A duck wanted to swim, but the water was cold.", "any:swim|swam"),
-    ("Jack went to the store with his mom. He saw a toy he liked.", "any:happy|excited"),
     ("The puppy ran after the butterfly.", "word:butterfly&not:sad"),
-    ("Once there was a king who had a big hat.", "word:little"),
     ("Lucy drew a picture of a house with a red door.", "word:door"),
-    ("Ben and Mia heard a loud noise in the woods.", "word:scared"),
     ("The fish lived in the sea. He wanted a new friend.", "any:friend|friends"),
     ("It was a sunny day. The children ran outside to play.", "any:sun|sky"),
-    ("Grandma gave Tom a warm coat. It was too big for him.", "any:warm|cold|coat"),
     ("A mouse found some cheese on the table.", "word:cheese"),
-    ("The boat was small, but it could go very fast.", "any:boy|girl"),
 )

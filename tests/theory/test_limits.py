@@ -233,9 +233,11 @@ def test_flow_point_under_jit_vmap_and_float32():
     assert bool((grid[:-1] > grid[1:]).all())
     assert bool((grid > p_ref[None]).all())
     assert float(grid[1, 0, 1]) == pytest.approx(0.624862533686, rel=1e-11)
-    single = flow_point(p_ref.astype(jnp.float32), beta=1.0, weights=Group(8))
-    assert single.dtype == jnp.float32
-    assert jnp.allclose(single.astype(float), grid[1], rtol=1e-5)
+    for weights in (Group(8), Group(64, 1, 1e-4, "std"), Group(5, baseline="none"), Whitened(1e-4), WhitenedStd(1e-4)):
+        for solve in (flow_point, forward_kl_fixed_point):
+            single = solve(p_ref.astype(jnp.float32), beta=3.0, weights=weights)
+            assert single.dtype == jnp.float32
+            assert jnp.allclose(single.astype(float), solve(p_ref, beta=3.0, weights=weights), rtol=1e-5)
     epsilons = jax.vmap(lambda e: flow_point(0.2, beta=1.0, weights=Whitened(e)))(jnp.asarray([1e-5, 1e-2]))
     assert float(epsilons[0]) == pytest.approx(0.681283437786, rel=1e-11)
 

@@ -1,0 +1,251 @@
+"""launch.py as a process: a whole run, kill −9 and resume to the same bits, and one clear message for every mistake."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.train.checkpoints import Checkpoints
+from tests.tiny_run import flags
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+
+
+def command(workdir, *more, config="configs/default.py", tiny=True, **changes):
+    tiny_flags = flags(**changes) if tiny else [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
+    return [sys.executable, "launch.py", f"--config={config}", *tiny_flags, f"--workdir={workdir}", *more]
+
+
+def launch(workdir, *more, timeout=300, **options):
+    return subprocess.run(
+        command(workdir, *more, **options), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def outcome(workdir) -> tuple[bytes, dict[str, str], dict]:
+    """What must be the same bit for bit: the metrics rows, the digest of every leaf, the result."""
+    checkpoints = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    (meta,) = (workdir / "checkpoints" / str(checkpoints[-1]) / "meta").glob("meta*")
+    stored = json.loads(meta.read_text())
+    return (workdir / "metrics.jsonl").read_bytes(), stored, json.loads((workdir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
+    done = launch(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_run_says_what_it_does_and_leaves_everything_behind(unbroken):
+    workdir, out = unbroken
+    for words in ("1 × cpu", "parameters", "logit p* = logit p_ref + Ω_G(p*)/β", "effective", "measured p_ref", "predicted p*"):
+        assert words in out, words
+    for words in ("final p̂", "prediction interval", "KL(π‖π_ref)", "greedy accuracy", "pass@8", "warm start", "iterations 7/7"):
+        assert words in out, words
+    names = {p.name for p in workdir.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "tensorboard", "samples.json", "checkpoints", "figure.png", "report.md"}
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in rows if r["phase"] == "train"] == list(range(1, 8))
+    assert [r["iteration"] for r in rows if r["phase"] == "probe"] == [0, 3, 6]
+    assert (workdir / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert any((workdir / "tensorboard").iterdir())
+    result = json.loads((workdir / "result.json").read_text())
+    assert len(result["prompts"]["p_star"]) == 16
+    assert result["p_ref"]["low"] < result["p_ref"]["mean"] < result["p_star"]["mean"] < 1
+    config = json.loads((workdir / "config.json").read_text())
+    assert (config["rollout.group_size"], config["objective.beta"]) == (4, 1.0)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(unbroken):
+    workdir, _ = unbroken
+    before = outcome(workdir)
+    again = launch(workdir)
+    assert again.returncode == 0
+    assert "finished run" in again.stdout
+    assert "final p̂" in again.stdout
+    assert outcome(workdir) == before
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_resumed_is_the_unbroken_run_bit_for_bit(unbroken, tmp_path):
+    reference = outcome(unbroken[0])
+    workdir, waits = tmp_path / "killed", random.Random(0)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command(workdir), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            process.communicate(timeout=waits.uniform(2.0, 9.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 2
+    assert outcome(workdir) == reference
+
+
+@pytest.mark.slow
+def test_the_comparison_can_fail(unbroken, tmp_path):
+    """Negative control: another key, everything else the same, and no part of the outcome agrees."""
+    other = tmp_path / "other"
+    assert launch(other, seed=1).returncode == 0
+    for mine, theirs in zip(outcome(unbroken[0]), outcome(other), strict=True):
+        assert mine != theirs
+
+
+def wait_for_row(workdir, count):
+    for _ in range(1200):
+        metrics = workdir / "metrics.jsonl"
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError("no such row within two minutes")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75(unbroken, tmp_path):
+    workdir = tmp_path / "preempted"
+    # Many short iterations: there is always one to be interrupted.
+    more = {"checkpoint__interval": 1000, "train__iterations": 400, "evaluate__interval": 1000}
+    process = subprocess.Popen(
+        command(workdir, **more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_row(workdir, 1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    assert "the same command resumes" in error
+    assert [p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+    assert not (workdir / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_reported_and_recomputed(unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    (workdir / "result.json").unlink()
+    data = max((workdir / "checkpoints" / "7" / "ocdbt.process_0").rglob("*"), key=lambda p: p.stat().st_size)
+    data = data if data.is_file() else max(
+        (p for p in (workdir / "checkpoints" / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    done = launch(workdir)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint 7 is damaged" in done.stderr + done.stdout
+    assert "resuming after iteration 6" in done.stdout
+    assert outcome(workdir)[0] == outcome(unbroken[0])[0]
+    assert outcome(workdir)[2] == outcome(unbroken[0])[2]
+
+
+MISTAKES = {
+    "unknown key": (["--config.objective.betaa=1.0"], 2, r'betaa.*"?beta'),
+    "wrong type": (["--config.train.iterations=many"], 2, "iterations"),
+    "float for int": (["--config.train.iterations=1.5"], 2, "iterations"),
+    "not a number": (["--config.objective.beta=nan"], 2, "objective.beta=nan must be finite"),
+    "negative": (["--config.objective.beta=-1.0"], 2, r"objective.beta=-1.0 must be positive"),
+    "group of one": (["--config.rollout.group_size=1"], 2, "rollout.group_size=1 must be at least 2"),
+    "does not divide": (["--config.train.minibatches=3"], 2, "prompts_per_iteration=8 is not divisible by train.minibatches=3"),
+    "more prompts than there are": (["--config.data.prompts_per_iteration=17"], 2, "exceeds the 16 prompts"),
+    "no such objective": (["--config.objective.name=PPO"], 2, "PPO.*GRPO"),
+    "a KL that does nothing": (["--config.objective.kl=k1"], 2, "zero expected gradient"),
+    "no such task": (["--config.task.name=chess"], 2, "chess.*arithmetic"),
+    "no such folder": (["--config.model.path=/no/such/folder"], 2, "/no/such/folder"),
+    "no such config": (["--config=configs/none.py"], 2, "configs/none.py"),
+    "left-over argument": (["config.seed=1"], 2, "config.seed=1"),
+    "two at once": (["--config.seed=-1", "--config.train.microbatches=0"], 2, "seed=-1[^$]*train.microbatches=0"),
+    "impossible mesh": (["--config.mesh.tensor=2"], 2, "mesh.tensor=2"),
+    "prompt too long": (["--config.data.max_prompt=4"], 1, "data.max_prompt=4"),
+    "a run directory in a file": (["--workdir=README.md"], 1, "cannot use"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_message_and_no_work(mistake, tmp_path):
+    more, code, message = MISTAKES[mistake]
+    failed = launch(tmp_path / "run", *more, timeout=60)
+    assert failed.returncode == code, failed.stderr
+    assert re.search(message, failed.stderr, re.S), failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_no_config_and_help(tmp_path):
+    bare = subprocess.run([sys.executable, "launch.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (bare.returncode, "--config=configs/small.py" in bare.stderr) == (2, True)
+    helped = subprocess.run(
+        [sys.executable, "launch.py", "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert "resumes" in helped.stdout + helped.stderr
+    assert "--workdir" in helped.stdout + helped.stderr
+
+
+def test_another_config_in_the_same_directory_is_refused(unbroken):
+    before = outcome(unbroken[0])
+    failed = launch(unbroken[0], seed=5)
+    assert failed.returncode == 1
+    assert "seed: 0 there, 5 now" in failed.stderr
+    assert outcome(unbroken[0]) == before
+
+
+def test_weights_that_are_a_pickle_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (folder / "config.json").write_text("{}")
+    changes = {"model__path": folder, "task__name": "stories", "warm_start__max_steps": 0}
+    failed = launch(tmp_path / "run", **changes)
+    assert failed.returncode == 1
+    assert "safetensors" in failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_runs_with_the_host_verifier(shared, tmp_path):
+    changes = {
+        "model__path": shared / "models/stories260k",
+        "train__iterations": 2,
+        "data__prompts_per_iteration": 4,
+        "rollout__max_completion": 12,
+        "evaluate__final_samples": 8,
+    }
+    more = [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
+    done = launch(tmp_path / "run", *more, config="configs/stories.py", tiny=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(result["prompts"]["p_ref"]) == 28
+    assert sum(result["after"]["verdicts"].values()) == 28 * 8
+    assert "Once" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_digests_of_the_last_checkpoint_are_those_of_its_leaves(unbroken):
+    """The outcome compared above is not vacuous: restoring recomputes every digest."""
+    import jax
+
+    from grpo_jax.config import validate
+    from grpo_jax.train.program import make_program
+    from tests.tiny_run import tiny_config
+
+    config = tiny_config(mesh__data=8)
+    program = make_program(config, *validate(config, num_devices=8))
+    checkpoints = Checkpoints(unbroken[0] / "checkpoints", keep=2)
+    step, state, meta = checkpoints.restore_latest(program.start(program.params))
+    checkpoints.close()
+    assert (step, int(state.updates), meta["base_key"]) == (7, 7, jax.random.key_data(jax.random.key(0)).tolist())
