@@ -7,8 +7,9 @@ the 100 sums "a+b=" right, and is frozen as the reference; 400 iterations of GRP
 interior. The amplifying regime, p* ≈ 1: --config=configs/small.py:amplify (β = 0.1).
 """
 
-from configs import default
 from ml_collections import ConfigDict
+
+from configs import default
 
 
 def get_config(regime: str = "interior") -> ConfigDict:

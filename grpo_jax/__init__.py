@@ -11,13 +11,25 @@ if TYPE_CHECKING:
     from grpo_jax import objective as objective
     from grpo_jax import theory as theory
     from grpo_jax.objective import (
-        LossTerms,
-        Objective,
-        beta_effective,
-        completion_logps,
-        group_advantages,
-        grpo_loss,
-        grpo_loss_terms,
+        LossTerms as LossTerms,
+    )
+    from grpo_jax.objective import (
+        Objective as Objective,
+    )
+    from grpo_jax.objective import (
+        beta_effective as beta_effective,
+    )
+    from grpo_jax.objective import (
+        completion_logps as completion_logps,
+    )
+    from grpo_jax.objective import (
+        group_advantages as group_advantages,
+    )
+    from grpo_jax.objective import (
+        grpo_loss as grpo_loss,
+    )
+    from grpo_jax.objective import (
+        grpo_loss_terms as grpo_loss_terms,
     )
 
 _OBJECTIVE = (

@@ -53,12 +53,35 @@ def unbroken(tmp_path_factory):
 
 def test_a_run_says_what_it_does_and_leaves_everything_behind(unbroken):
     workdir, out = unbroken
-    for words in ("1 × cpu", "parameters", "logit p* = logit p_ref + Ω_G(p*)/β", "effective", "measured p_ref", "predicted p*"):
+    for words in (
+        "1 × cpu",
+        "parameters",
+        "logit p* = logit p_ref + Ω_G(p*)/β",
+        "effective",
+        "measured p_ref",
+        "predicted p*",
+    ):
         assert words in out, words
-    for words in ("final p̂", "prediction interval", "KL(π‖π_ref)", "greedy accuracy", "pass@8", "warm start", "iterations 7/7"):
+    for words in (
+        "final p̂",
+        "prediction interval",
+        "KL(π‖π_ref)",
+        "greedy accuracy",
+        "pass@8",
+        "warm start",
+        "iterations 7/7",
+    ):
         assert words in out, words
     names = {p.name for p in workdir.iterdir()}
-    assert names >= {"config.json", "metrics.jsonl", "tensorboard", "samples.json", "checkpoints", "figure.png", "report.md"}
+    assert names >= {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples.json",
+        "checkpoints",
+        "figure.png",
+        "report.md",
+    }
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in rows if r["phase"] == "train"] == list(range(1, 8))
     assert [r["iteration"] for r in rows if r["phase"] == "probe"] == [0, 3, 6]
@@ -87,7 +110,9 @@ def test_killed_anywhere_and_resumed_is_the_unbroken_run_bit_for_bit(unbroken, t
     workdir, waits = tmp_path / "killed", random.Random(0)
     kills = 0
     for _ in range(40):
-        process = subprocess.Popen(command(workdir), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command(workdir), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         try:
             process.communicate(timeout=waits.uniform(2.0, 9.0))
             break
@@ -141,8 +166,10 @@ def test_a_damaged_newest_checkpoint_is_reported_and_recomputed(unbroken, tmp_pa
     shutil.copytree(unbroken[0], workdir)
     (workdir / "result.json").unlink()
     data = max((workdir / "checkpoints" / "7" / "ocdbt.process_0").rglob("*"), key=lambda p: p.stat().st_size)
-    data = data if data.is_file() else max(
-        (p for p in (workdir / "checkpoints" / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    data = (
+        data
+        if data.is_file()
+        else max((p for p in (workdir / "checkpoints" / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     )
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
@@ -162,7 +189,11 @@ MISTAKES = {
     "not a number": (["--config.objective.beta=nan"], 2, "objective.beta=nan must be finite"),
     "negative": (["--config.objective.beta=-1.0"], 2, r"objective.beta=-1.0 must be positive"),
     "group of one": (["--config.rollout.group_size=1"], 2, "rollout.group_size=1 must be at least 2"),
-    "does not divide": (["--config.train.minibatches=3"], 2, "prompts_per_iteration=8 is not divisible by train.minibatches=3"),
+    "does not divide": (
+        ["--config.train.minibatches=3"],
+        2,
+        "prompts_per_iteration=8 is not divisible by train.minibatches=3",
+    ),
     "more prompts than there are": (["--config.data.prompts_per_iteration=17"], 2, "exceeds the 16 prompts"),
     "no such objective": (["--config.objective.name=PPO"], 2, "PPO.*GRPO"),
     "a KL that does nothing": (["--config.objective.kl=k1"], 2, "zero expected gradient"),

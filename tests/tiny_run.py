@@ -1,7 +1,8 @@
 """The smallest run that has everything: a few prompts, a tiny decoder, a few iterations."""
 
-from configs import default
 from ml_collections import ConfigDict
+
+from configs import default
 
 TINY = {
     "task.arithmetic.operand_max": 3,
@@ -38,4 +39,7 @@ def tiny_config(**changes: object) -> ConfigDict:
 
 def flags(**changes: object) -> list[str]:
     """The same as command-line flags."""
-    return [f"--config.{key}={value}" for key, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items()]
+    return [
+        f"--config.{key}={value}"
+        for key, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items()
+    ]

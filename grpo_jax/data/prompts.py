@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.rollout import PromptBatch
@@ -89,7 +90,7 @@ def encode_prompts(
 
 def prompt_batch(prompts: PromptSet, index: np.ndarray) -> PromptBatch:
     """The prompts of the given rows."""
-    return PromptBatch(prompts.tokens[index], prompts.mask[index], np.asarray(index, np.int32))
+    return PromptBatch(*map(jnp.asarray, (prompts.tokens[index], prompts.mask[index], index.astype(np.int32))))
 
 
 def prompt_order(seed: int, iteration: int, *, num_prompts: int, batch: int) -> np.ndarray:

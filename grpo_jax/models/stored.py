@@ -61,8 +61,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if (folder / "model.safetensors").exists():
         return _read_header(plain_file(folder, "model.safetensors"))
     if not (folder / "model.safetensors.index.json").exists():
-        pickles = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-        hint = f"; {listed(sorted(pickles))} can run code when opened. {CONVERT}" if pickles else ""
+        foreign = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        hint = f"; {listed(sorted(foreign))} can run code when opened. {CONVERT}" if foreign else ""
         raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
     index = plain_file(folder, "model.safetensors.index.json")
     where = read_json(index).get("weight_map")

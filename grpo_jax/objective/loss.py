@@ -107,9 +107,12 @@ def grpo_loss_terms(
     Source: arXiv 2503.06639, §2; the gradient of the KL term is derived, and checked by enumeration in tests/objective.
     """
     _check(logps, old_logps, ref_logps, advantages, mask, beta, objective, group_size)
-    keep = partial(jnp.where, mask)
-    logps = keep(logps.astype(jnp.float32), 0.0)
-    old = jax.lax.stop_gradient(logps if old_logps is None else keep(old_logps.astype(jnp.float32), 0.0))
+
+    def keep(x: jax.Array) -> jax.Array:
+        return jnp.where(mask, x, jnp.zeros_like(x))
+
+    logps = keep(logps.astype(jnp.float32))
+    old = jax.lax.stop_gradient(logps if old_logps is None else keep(old_logps.astype(jnp.float32)))
     lengths = mask.sum(-1).astype(jnp.float32)
     rows = jnp.float32(mask.shape[0])
     row_weights = 1.0 / jnp.maximum(lengths, 1.0) if objective.reduce == "sequence_mean" else jnp.ones_like(lengths)
@@ -126,20 +129,20 @@ def grpo_loss_terms(
     else:
         ratio = _bounded_exp(logps - old)
         surrogate, clipped = _clipped_surrogate(ratio, advantages[:, None], objective)
-        terms = -keep(surrogate, 0.0).sum(-1) * row_weights
+        terms = -keep(surrogate).sum(-1) * row_weights
         metrics = {
-            "policy/clip_fraction": (keep(clipped, 0.0).sum(), lengths.sum()),
-            "policy/ratio": (keep(ratio, 0.0).sum(), lengths.sum()),
+            "policy/clip_fraction": (keep(clipped).sum(), lengths.sum()),
+            "policy/ratio": (keep(ratio).sum(), lengths.sum()),
         }
 
     if ref_logps is not None:
-        ref = jax.lax.stop_gradient(keep(ref_logps.astype(jnp.float32), 0.0))
+        ref = jax.lax.stop_gradient(keep(ref_logps.astype(jnp.float32)))
         sequence_kl = _sequence_kl(logps, ref, sequence_ratio, group_size)
         metrics["kl/sequence"] = (sequence_kl.sum(), rows)
         if objective.kl == "sequence_reverse":
             terms = terms + beta * row_weights * sequence_kl
         elif objective.kl != "none":
-            token_kl = keep(_token_kl(logps - ref, objective.kl), 0.0)
+            token_kl = keep(_token_kl(logps - ref, objective.kl))
             terms = terms + beta * row_weights * token_kl.sum(-1)
     if not (isinstance(beta_mirror, float) and beta_mirror == 0.0):
         terms = terms + beta_mirror * row_weights * _sequence_kl(logps, old, sequence_ratio, group_size)

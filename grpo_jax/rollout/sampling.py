@@ -19,7 +19,7 @@ class PromptBatch(NamedTuple):
 
     tokens: jax.Array
     mask: jax.Array
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment] # a field, and not the method of tuples
 
 
 class Rollout(NamedTuple):

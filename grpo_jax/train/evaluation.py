@@ -111,7 +111,7 @@ def decode(program: Program, rollout: Rollout) -> list[str]:
 
 def _texts(program: Program, rollout: Rollout, rewards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
     few = min(4, rewards.shape[1])
-    part = Rollout(*(np.asarray(x)[rows, :few] for x in rollout))
+    part = Rollout(*(x[rows, :few] for x in rollout))
     texts = iter(decode(program, part))
     return [
         {

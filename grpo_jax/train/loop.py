@@ -1,5 +1,6 @@
 """A run from start to end: reference, prediction, iterations, measurement, report."""
 
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -42,7 +43,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
       ConfigError, RunDirectoryError, CheckpointError, Preempted, Diverged, WarmStartFailed, ValueError: each message says what
         to do.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     task, objective = validate(config, num_devices=jax.device_count())
     with ExitStack() as stack:
         directory = stack.enter_context(open_run_directory(Path(workdir), flat(config)))
@@ -86,7 +87,11 @@ def _phases(run: Run) -> dict[str, Any]:
     result = report.make_result(config, before, after, forecast)
     rows = [row for row in report.read_rows(run.directory / "metrics.jsonl") if row["phase"] == "probe"]
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
-    iterates = None if forecast is None else report.exact_iterates(forecast.p_ref, config.train.iterations, **shape)
+    iterates = (
+        None
+        if forecast is None
+        else report.exact_iterates(np.asarray(forecast.p_ref), config.train.iterations, **shape)
+    )
     report.draw_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
@@ -117,7 +122,9 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
     state, done = program.start(ref_params), 0
     found = checkpoints.restore_latest(state)
     if found is not None:
-        done, state = found[0], found[1]
+        _, state, meta = found
+        done = meta["data_position"]
+        run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
         run.console.print(f"resuming after iteration {done} of {c.train.iterations}", highlight=False)
     log = report.MetricsLog(run.directory, after=done)
     try:
@@ -144,7 +151,7 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
                 if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
                     log.flush()  # a checkpoint vouches for the rows before it
                     key = jax.random.key_data(run.base_key).tolist()
-                    checkpoints.save(n, state, {"iteration": n, "data_position": n, "base_key": key})
+                    checkpoints.save(n, state, {"data_position": n, "base_key": key})
                     if n < c.train.iterations:
                         check_preempted(run)
         return state
@@ -158,7 +165,8 @@ def one_iteration(run: Run, state: TrainState, ref_params: Any, n: int) -> tuple
     c, program = run.config, run.program
     index = prompt_order(c.seed, n - 1, num_prompts=len(program.task.examples), batch=c.data.prompts_per_iteration)
     prompts, answers, answer_mask = put_prompts(program, index)
-    beta, verdicts = jnp.float32(c.objective.beta), {}
+    beta = jnp.float32(c.objective.beta)
+    verdicts: dict[str, int] = {}
     if program.iterate is not None:
         number = jnp.int32(n)
         state, metrics = program.iterate(state, ref_params, prompts, answers, answer_mask, run.base_key, number, beta)

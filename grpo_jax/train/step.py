@@ -89,12 +89,11 @@ def train_step(
             temperature=temperature,
             chunk_size=chunk_size,
         )
-        rows = lambda x: None if x is None else x.reshape(logps.shape)  # noqa: E731
-        mask = rows(part.mask)
+        mask, sampler_logps = part.mask.reshape(logps.shape), part.sampler_logps.reshape(logps.shape)
         terms = grpo_loss_terms(
             logps,
-            rows(part.old_logps),
-            rows(part.ref_logps),
+            None if part.old_logps is None else part.old_logps.reshape(logps.shape),
+            None if part.ref_logps is None else part.ref_logps.reshape(logps.shape),
             part.advantages.reshape(-1),
             mask,
             beta=beta,
@@ -103,7 +102,7 @@ def train_step(
         )
         tokens = mask.sum().astype(jnp.float32)
         entropy, drift = jax.lax.stop_gradient(
-            (jnp.where(mask, entropy, 0.0), jnp.where(mask, rows(part.sampler_logps) - logps, 0.0))
+            (jnp.where(mask, entropy, 0.0), jnp.where(mask, sampler_logps - logps, 0.0))
         )
         terms.metrics["policy/entropy"] = (entropy.sum(), tokens)
         terms.metrics["rollout/logp_k3"] = ((jnp.exp(-drift) - 1.0 + drift).sum(), tokens)

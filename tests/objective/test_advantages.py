@@ -14,7 +14,11 @@ REWARDS = jnp.array([[1.0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     [
         ({"epsilon": 0.0}, [3**0.5] + [-(3**-0.5)] * 3, [3**-0.5] * 3 + [-(3**0.5)]),
         ({"epsilon": 0.0, "ddof": 1}, [1.5, -0.5, -0.5, -0.5], [0.5, 0.5, 0.5, -1.5]),
-        ({"ddof": 1, "epsilon_in": "std"}, [0.75 / 0.5001] + [-0.25 / 0.5001] * 3, [0.25 / 0.5001] * 3 + [-0.75 / 0.5001]),
+        (
+            {"ddof": 1, "epsilon_in": "std"},
+            [0.75 / 0.5001] + [-0.25 / 0.5001] * 3,
+            [0.25 / 0.5001] * 3 + [-0.75 / 0.5001],
+        ),
         ({"scale": "none"}, [0.75, -0.25, -0.25, -0.25], [0.25, 0.25, 0.25, -0.75]),
         ({"scale": "none", "baseline": "leave_one_out"}, [1, -1 / 3, -1 / 3, -1 / 3], [1 / 3] * 3 + [-1]),
         ({"scale": "mean"}, [3, -1, -1, -1], [1 / 3] * 3 + [-1]),
@@ -50,7 +54,9 @@ def test_golden_numbers_of_peers(shared):
         "MaxRL (prime) (r-m)/m": {"scale": "mean"},
     }.items():
         # The file prints five decimals.
-        np.testing.assert_allclose(group_advantages(rewards, **choices).reshape(-1), wanted[name], atol=1.1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            group_advantages(rewards, **choices).reshape(-1), wanted[name], atol=1.1e-5, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("choices", [{"scale": "stdd"}, {"baseline": "median"}, {"ddof": 2}, {"epsilon_in": "root"}])

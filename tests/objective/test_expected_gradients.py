@@ -134,7 +134,7 @@ def test_group_baseline_silences_the_gradient_at_the_optimum():
     table = np.zeros((len(PREFIXES), 3))
     prob = np.exp(np.asarray(optimum, np.float64))
     for k in range(len(PREFIXES)):
-        at = np.asarray((PREFIX == k) & MASK)
+        at = np.asarray((k == PREFIX) & MASK)
         for token in range(3):
             table[k, token] = np.log(prob[(at & (token == TOKENS)).any(-1)].sum())
     table = jnp.asarray(table, jnp.float32)

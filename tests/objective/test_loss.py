@@ -8,7 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.objective import DAPO, GRPO, GRPO_TRL, Objective, beta_effective, completion_logps, grpo_loss, grpo_loss_terms
+from grpo_jax.objective import (
+    DAPO,
+    GRPO,
+    GRPO_TRL,
+    Objective,
+    beta_effective,
+    completion_logps,
+    grpo_loss,
+    grpo_loss_terms,
+)
 
 B, T, G = 8, 5, 4
 RNG = np.random.default_rng(0)
@@ -64,7 +73,9 @@ def test_clip_by_hand():
     for kind in ("token", "sequence_product"):
         objective = Objective(ratio=kind, kl="none", clip_low=0.2, clip_high=0.3)
         value, slope = jax.value_and_grad(
-            lambda lp, o=objective: grpo_loss_terms(lp, jnp.zeros((4, 1)), None, advantages, mask, beta=0.0, objective=o).total
+            lambda lp, o=objective: (
+                grpo_loss_terms(lp, jnp.zeros((4, 1)), None, advantages, mask, beta=0.0, objective=o).total
+            )
         )(jnp.log(ratio)[:, None])
         np.testing.assert_allclose(value, -(1.3 + 0.5 - 1.5 - 0.8), rtol=1e-6)
         # Constant beyond the bound on the side that would profit; full gradient on the other side.
@@ -138,7 +149,14 @@ def test_golden_numbers_of_trl(shared, case, objective, beta):
     ],
 )
 def test_bad_arguments_are_named(changes, error, match):
-    arguments = {"logps": LOGPS, "old_logps": OLD, "ref_logps": REF, "advantages": ADVANTAGES, "mask": MASK, "beta": 0.1}
+    arguments = {
+        "logps": LOGPS,
+        "old_logps": OLD,
+        "ref_logps": REF,
+        "advantages": ADVANTAGES,
+        "mask": MASK,
+        "beta": 0.1,
+    }
     with pytest.raises(error, match=match):
         grpo_loss(**(arguments | changes))
 
@@ -181,7 +199,9 @@ def test_chunked_logps_are_plain_logps(chunk_size):
         chosen = jnp.take_along_axis(full, targets[..., None], -1)[..., 0]
         return (jnp.sin(chosen) - (jnp.exp(full) * full).sum(-1)).sum()
 
-    for a, b in zip(*(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, unembedding)) for f in (chunked, plain)), strict=True):
+    for a, b in zip(
+        *(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, unembedding)) for f in (chunked, plain)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 

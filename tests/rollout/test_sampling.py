@@ -86,7 +86,9 @@ def test_logps_of_the_full_forward(rollout):
             n = int(rollout.mask[row, g].sum())
             text = np.concatenate([prompt, np.asarray(rollout.completions[row, g])[:n]])[None]
             positions = np.arange(text.shape[1], dtype=np.int32)[None]
-            hidden, _ = POLICY.forward(PARAMS, jnp.asarray(text, jnp.int32), jnp.asarray(positions), jnp.ones(text.shape, bool))
+            hidden, _ = POLICY.forward(
+                PARAMS, jnp.asarray(text, jnp.int32), jnp.asarray(positions), jnp.ones(text.shape, bool)
+            )
             full = jax.nn.log_softmax(POLICY.unembed(PARAMS, hidden))[0, len(prompt) - 1 : -1]
             chosen = np.asarray(full)[np.arange(n), text[0, len(prompt) :]]
             np.testing.assert_allclose(rollout.logps[row, g, :n], chosen, atol=1e-5)

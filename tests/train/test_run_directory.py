@@ -64,12 +64,17 @@ def test_an_impossible_place_is_refused():
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not(tmp_path):
-    code = "import sys,time; from pathlib import Path; from grpo_jax.train.run_directory import open_run_directory as o\n"
+    code = (
+        "import sys,time; from pathlib import Path; from grpo_jax.train.run_directory import open_run_directory as o\n"
+    )
     code += "with o(Path(sys.argv[1]), {'seed': 0}): print('in', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "in\n"
-        with pytest.raises(RunDirectoryError, match=f"in use by process {other.pid}"), open_run_directory(
-            tmp_path / "run", {"seed": 0}
+        with (
+            pytest.raises(RunDirectoryError, match=f"in use by process {other.pid}"),
+            open_run_directory(tmp_path / "run", {"seed": 0}),
         ):
             pass
         other.kill()

@@ -40,7 +40,9 @@ def reward(completions, mask, *_):
 def batch() -> Batch:
     rollout = jax.jit(SAMPLE)(PARAMS, prompts(), jax.random.key(3))
     rewards = reward(rollout.completions, rollout.mask).astype(jnp.float32)
-    reference = jnp.where(rollout.mask, rollout.logps - 0.3 * jnp.sin(jnp.arange(T, dtype=jnp.float32))[None, None], 0.0)
+    reference = jnp.where(
+        rollout.mask, rollout.logps - 0.3 * jnp.sin(jnp.arange(T, dtype=jnp.float32))[None, None], 0.0
+    )
     advantages = group_advantages(rewards)
     assert (advantages != 0).any()
     return Batch(prompts(), rollout.completions, rollout.mask, advantages, rollout.logps, None, reference)
