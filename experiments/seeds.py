@@ -17,7 +17,9 @@ from absl import app, flags
 _CONFIG = flags.DEFINE_string("config", "configs/small.py", "Config file, as for launch.py.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds to run.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/seeds", "Where the runs go.")
-_OVERRIDES = flags.DEFINE_multi_string("set", [], "Further flags of launch.py, such as --set=--config.objective.beta=0.5")
+_OVERRIDES = flags.DEFINE_multi_string(
+    "set", [], "Further flags of launch.py, such as --set=--config.objective.beta=0.5"
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +30,13 @@ def main(arguments: list[str]) -> None:
     results = []
     for seed in _SEEDS.value:
         run = workdir / seed
-        command = [sys.executable, "launch.py", f"--config={_CONFIG.value}", f"--config.seed={seed}", f"--workdir={run}"]
+        command = [
+            sys.executable,
+            "launch.py",
+            f"--config={_CONFIG.value}",
+            f"--config.seed={seed}",
+            f"--workdir={run}",
+        ]
         print(f"seed {seed}: {run}", flush=True)
         subprocess.run([*command, *_OVERRIDES.value], check=True, env=os.environ)
         results.append(json.loads((run / "result.json").read_text(encoding="utf-8")))
@@ -45,7 +53,8 @@ def table(results: list[dict[str, Any]]) -> str:
     |---|---|---|---|---|---|---|---|---|---|
     <BLANKLINE>
     """
-    head = "seed|p_ref|predicted p*|final p̂|p̂ − p*|interval|inside|rms per prompt (noise)|KL (predicted)|greedy".split("|")
+    head = ["seed", "p_ref", "predicted p*", "final p̂", "p̂ − p*", "interval", "inside"]
+    head += ["rms per prompt (noise)", "KL (predicted)", "greedy"]
     lines = [head, ["---"] * len(head)]
     for r in results:
         difference, star = r["difference"], r["p_star"]

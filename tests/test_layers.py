@@ -59,10 +59,25 @@ def test_imports_go_one_way(path):
 
 def loaded_by(statement: str) -> set[str]:
     code = f"{statement}\nimport sys\nprint(*{{m.split('.')[0] for m in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
-HEAVY = {"flax", "optax", "orbax", "absl", "ml_collections", "tokenizers", "safetensors", "matplotlib", "tensorboardX", "rich"}
+HEAVY = {
+    "flax",
+    "optax",
+    "orbax",
+    "absl",
+    "ml_collections",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "tensorboardX",
+    "rich",
+}
 
 
 def test_the_core_loads_jax_and_nothing_else_of_the_stack():
@@ -75,7 +90,9 @@ def test_verifiers_load_neither_jax_nor_numpy():
     assert not loaded_by("import grpo_jax.tasks") & (HEAVY | {"jax", "jaxlib", "numpy"})
 
 
-FORBIDDEN = r"\b(eval|exec)\(|pickle|\btorch\b|parse_expr|sympify|yaml\.load\(|allow_pickle=True|shell=True|trust_remote_code"
+FORBIDDEN = (
+    r"\b(eval|exec)\(|pickle|\btorch\b|parse_expr|sympify|yaml\.load\(|allow_pickle=True|shell=True|trust_remote_code"
+)
 FORBIDDEN += r"|jinja2\.Environment\(|signal\.alarm|os\.fork|except:|jax\.pmap|nnx\.jit"
 
 

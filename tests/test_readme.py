@@ -55,4 +55,6 @@ def test_the_python_example_runs():
 
 @pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "experiments/LOG.md", "pyproject.toml", ".ci/run"])
 def test_no_placeholder_is_left(path):
-    assert not re.search(r"TODO|FIXME|[A-Z]{3,}_(?:TIMES?|OUTPUT|TABLE|NOTE)\b", (ROOT / path).read_text(encoding="utf-8"))
+    assert not re.search(
+        r"TODO|FIXME|[A-Z]{3,}_(?:TIMES?|OUTPUT|TABLE|NOTE)\b", (ROOT / path).read_text(encoding="utf-8")
+    )

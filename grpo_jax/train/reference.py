@@ -57,6 +57,7 @@ def warm_start(run: Run) -> Any:
                 success = float(found.successes.mean() / found.trials)
                 line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
                 if success >= c.target:
+                    run.console.print(f"warm start: success {success:.3f} after {step} steps", highlight=False)
                     return state.params
     raise WarmStartFailed(
         f"warm_start.max_steps={c.max_steps} steps did not reach warm_start.target={c.target} (success {success:.3f}): "
