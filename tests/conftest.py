@@ -1,13 +1,17 @@
-"""Eight CPU devices, strict dtypes and ranks, no GPU: set before jax starts."""
+"""Eight CPU devices, the XLA flags of launch.py, strict dtypes and ranks, no GPU: set before jax starts."""
 
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
-import jax
 import pytest
+
+import launch
+
+launch.prepare_environment()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -56,7 +56,8 @@ def completion_logps(
         log_probs = jax.nn.log_softmax(logits)
         chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
         probs = jnp.exp(log_probs)
-        entropy = -jnp.where(probs > 0, probs * log_probs, 0.0).sum(-1)  # a token of probability 0 adds 0, not 0·(−inf)
+        # A token of probability 0 adds 0, and not 0·(−inf), to the entropy and to its gradient.
+        entropy = -(probs * jnp.where(probs > 0, log_probs, 0.0)).sum(-1)
         return chosen, entropy
 
     if num_chunks == 1:

@@ -261,7 +261,7 @@ def _binomial_mean(values: jax.Array, logit: jax.Array) -> jax.Array:
     logit = jnp.clip(logit, -1e4, 1e4)[..., None]  # 0·∞ at the ends would be nan
     mass = jnp.exp(choose + j * jax.nn.log_sigmoid(logit) + (n - j) * jax.nn.log_sigmoid(-logit))
     # Divided by the sum of the masses, 1 but for the rounding of large ln C(n, j). Both sums are one matrix product
-    # because the fused float32 reductions of jax 0.12's CPU backend return wrong sums inside larger programs.
+    # because the fused float32 reductions of jax 0.11 and 0.12's CPU backend return wrong sums inside larger programs.
     both = jnp.matmul(mass, jnp.stack([values, jnp.ones_like(values)], axis=-1), precision="highest")
     return both[..., 0] / both[..., 1]
 

@@ -150,7 +150,7 @@ def test_from_a_thread_with_an_outer_alarm_after_jax() -> None:
 def test_verdicts_do_not_depend_on_load() -> None:
     task = stories()
     openings = [example.prompt for example in task.examples] * 20
-    targets = [example.target for example in task.examples[::-1]] * 20
+    targets = [f"any:{word}" for word in ("dog", "she", "zebra", "a")] * (len(openings) // 4)
     cut = [i % 2 == 0 for i in range(len(openings))]
     expected = [task.verify(*row) for row in zip(openings, targets, cut, strict=True)]
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
