@@ -21,9 +21,7 @@ def get_config() -> ConfigDict:
     config.rollout.group_size = 16
     config.rollout.max_completion = 64
     config.train.iterations = 240
-    config.objective.beta = 1.0
-    config.objective.kl = "token_reverse"
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 1.5e-4
     config.optimizer.b2 = 0.999
     config.optimizer.max_grad_norm = 1e3  # 64 tokens' worth of score vectors: norms of 20 to 40 are normal
     config.evaluate.interval = 25
