@@ -17,14 +17,17 @@ EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; its keys are flags: --config.objective.beta=0.5"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<name of the config file> by default.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/NAME of the config file by default.")
 
 
 def main(arguments: list[str]) -> None:
     """Trains the config of the command line."""
     if len(arguments) > 1:
         stop(f"not understood: {' '.join(arguments[1:])} (flags start with --)", EXIT_USAGE)
-    workdir = _WORKDIR.value or Path("runs") / Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    name, _, regime = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    workdir = _WORKDIR.value or Path("runs") / "_".join([Path(name).stem, *([regime] if regime else [])])
+    for stream in (sys.stdout, sys.stderr):  # a β must not end a run where the locale has none
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
     from grpo_jax.config import ConfigError
@@ -37,8 +40,8 @@ def main(arguments: list[str]) -> None:
         stop(str(error), EXIT_USAGE)
     except Preempted as error:
         stop(str(error), EXIT_PREEMPTED)
-    except (RunError, ValueError, OSError) as error:
-        stop(str(error), EXIT_FAILED)
+    except (RunError, ValueError, OSError, RuntimeError) as error:
+        stop(str(error) or type(error).__name__, EXIT_FAILED)
     except KeyboardInterrupt:
         stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
 

@@ -2,7 +2,7 @@
 
     python launch.py --config=configs/small.py --config.objective.beta=0.5 --workdir=runs/beta_half
 
-A group of keys is the keyword arguments of one function, so a key that nothing reads is a TypeError.
+The config is locked: a key that is not listed here is refused, in a config file as on the command line.
 """
 
 from ml_collections import ConfigDict
@@ -64,8 +64,8 @@ def get_config() -> ConfigDict:
                 "ddof": placeholder(int),  # 0 | 1
                 "epsilon_in": placeholder(str),  # variance | std
                 "ratio": placeholder(str),  # sequence_product | token
-                "clip_low": placeholder(float),  # ratio clipped below 1 − this
-                "clip_high": placeholder(float),  # ratio clipped above 1 + this
+                "clip_low": placeholder(float),  # ratio clipped below 1 − this; 1.0 never clips
+                "clip_high": placeholder(float),  # ratio clipped above 1 + this; 1e9 never clips
                 "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean
                 "kl": placeholder(str),  # sequence_reverse | token_reverse | token_forward | none
             },
@@ -108,4 +108,4 @@ def get_config() -> ConfigDict:
                 "tensor": 1,
             },
         }
-    )
+    ).lock()

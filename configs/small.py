@@ -3,7 +3,7 @@
     python launch.py --config=configs/small.py
 
 A random decoder of 124,160 parameters with character tokens is warm-started on demonstrations until it answers about 40 % of
-the 100 sums "a+b=" right, and is frozen as the reference; 400 iterations of GRPO follow at β = 1, where the predicted p* is
+the 100 sums "a+b=" right, and is frozen as the reference; 600 iterations of GRPO follow at β = 1, where the predicted p* is
 interior. The amplifying regime, p* ≈ 1: --config=configs/small.py:amplify (β = 0.1).
 """
 
@@ -20,6 +20,10 @@ def get_config(regime: str = "interior") -> ConfigDict:
     config.objective.beta = betas[regime]
     config.data.max_prompt = 5  # BOS and "a+b="
     config.rollout.max_completion = 4
-    config.train.iterations = 400
+    config.warm_start.learning_rate = 5e-4
+    config.warm_start.interval = 2
+    config.train.iterations = 600
+    config.evaluate.interval = 20
+    config.optimizer.learning_rate = 3e-4  # sampling noise shifts the point in proportion to it
     config.optimizer.b2 = 0.999  # a short memory shifts the fixed point: see experiments/LOG.md
     return config

@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.data.prompts_per_iteration = 16
     config.rollout.group_size = 16
     config.rollout.max_completion = 64
-    config.train.iterations = 240
-    config.optimizer.learning_rate = 1.5e-4
+    config.train.iterations = 150
+    config.optimizer.learning_rate = 2e-4
     config.optimizer.b2 = 0.999
     config.optimizer.max_grad_norm = 1e3  # 64 tokens' worth of score vectors: norms of 20 to 40 are normal
     config.evaluate.interval = 25

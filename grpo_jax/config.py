@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.models.decoder import DTYPES, DecoderConfig
 from grpo_jax.objective import NAMED, Objective
 from grpo_jax.tasks import Task, make_task
 
 _SCHEDULES = ("cosine", "linear", "constant")
-_DTYPES = ("float32", "bfloat16")
 
 
 class ConfigError(ValueError):
@@ -77,13 +77,18 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
             found.append(f"{key}={value} must be inside (0, 1)")
     for key, value, choices in (
         ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
-        ("model.dtype", config.model.dtype, _DTYPES),
+        ("model.dtype", config.model.dtype, DTYPES),
     ):
         if value not in choices:
             found.append(f"{key}={value!r} is not one of {', '.join(choices)}")
     if config.seed >= 2**32:
         found.append(f"seed={config.seed} must be below 2**32")
 
+    if not all(type(i) is int for i in config.model.stop_ids):
+        found.append(f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)")
+    if config.model.path is None:
+        sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids")}
+        _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **sizes))
     objective = _attempt(found, "objective", lambda: make_objective(config))
     task = _attempt(found, "task", lambda: make_task(config.task.name, **_task_options(config)))
     if not found:
@@ -108,7 +113,8 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _task_options(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.task.get(config.task.name, {}).items() if value is not None}
+    options = config.task.get(config.task.name, {})
+    return {key: value for key, value in options.items() if value is not None} if hasattr(options, "items") else {}
 
 
 def _attempt(found: list[str], group: str, make: Any) -> Any:

@@ -30,6 +30,15 @@ def test_the_theory_weighs_what_the_trainer_weighs(objective, group_size):
         np.testing.assert_allclose(theory.omega(p, weights), plus + minus, rtol=2e-5)
 
 
+def test_effective_beta_of_a_leave_one_out_baseline():
+    objective = replace(GRPO, baseline="leave_one_out", epsilon=0.0, ddof=1)
+    effective = beta_effective(1.3, objective=objective, group_size=6)
+    a = theory.flow_point(0.2, beta=1.3, weights=group_weights(objective, 6))
+    b = theory.flow_point(0.2, beta=effective, weights=theory.Group(6))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert beta_effective(1.3, objective=replace(DR_GRPO, baseline="leave_one_out"), group_size=6) == 1.3
+
+
 def test_effective_beta_is_what_the_fixed_point_sees():
     """ddof 1 at β is ddof 0 at β_eff; mean-only with a group's own mean is Ω = 1 at β_eff."""
     bessel = replace(GRPO, ddof=1, epsilon=0.0)

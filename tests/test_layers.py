@@ -25,7 +25,7 @@ ROOMS = {
         {"objective", "theory", "tasks", "rollout", "models", "data", "report", "config"},
         {"jax", "numpy", "optax", "orbax", "absl", "rich"},
     ),
-    "config": ({"objective", "tasks"}, set()),
+    "config": ({"objective", "tasks", "models"}, set()),
     "": ({"objective", "theory"}, set()),
 }
 

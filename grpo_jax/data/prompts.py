@@ -34,8 +34,8 @@ class PromptSet(NamedTuple):
 
     Attributes:
       tokens: [N, S] int32, left-padded.  mask: [N, S] bool.
-      answers: [N, T] int32, right-padded demonstrations, stop token included.  answer_mask: [N, T] bool; a row is all False
-        where the task has no demonstration, or it does not fit into T tokens.
+      answers: [N, T] int32, right-padded demonstrations, stop token included.  answer_mask: [N, T] bool; all False where the
+        task has no demonstrations.
     """
 
     tokens: np.ndarray
@@ -61,7 +61,7 @@ def encode_prompts(
 
     Raises:
       ValueError: a prompt that the tokenizer cannot encode, that is empty, or that is longer than ``max_prompt`` tokens: the
-        question would have to be cut. Names the prompt.
+        question would have to be cut; or an answer longer than ``max_completion``, which could never be given. Names the prompt.
     """
     prompts, answers = [], []
     for row, example in enumerate(task.examples):
@@ -75,8 +75,13 @@ def encode_prompts(
                 f"prompt {row} of task {task.name!r} ({example.prompt[:60]!r}) has {len(ids)} tokens; "
                 f"data.max_prompt={max_prompt} allows 1 to {max_prompt}"
             )
+        if len(answer) > max_completion:
+            raise ValueError(
+                f"the answer to prompt {row} of task {task.name!r} ({example.prompt[:60]!r}) has {len(answer)} tokens, its stop "
+                f"token included; rollout.max_completion={max_completion} allows {max_completion}"
+            )
         prompts.append(ids)
-        answers.append(answer if len(answer) <= max_completion else [])
+        answers.append(answer)
     width = max(map(len, prompts))
     tokens = np.full((len(prompts), width), tokenizer.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)

@@ -1,7 +1,7 @@
 """The GRPO loss, from log-probabilities alone: usable inside any JAX trainer."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ class LossTerms(NamedTuple):
     metrics: Metrics
 
 
-@partial(jax.jit, static_argnames=("objective", "group_size"))
 def grpo_loss(
     logps: jax.Array,
     old_logps: jax.Array | None,
@@ -52,18 +51,10 @@ def grpo_loss(
     >>> float(loss), float(metrics["kl/sequence"])
     (0.0, 0.0)
     """
-    terms = grpo_loss_terms(
-        logps,
-        old_logps,
-        ref_logps,
-        advantages,
-        mask,
-        beta=beta,
-        beta_mirror=beta_mirror,
-        objective=objective,
-        group_size=group_size,
-    )
-    return terms.total / terms.weight, {name: total / weight for name, (total, weight) in terms.metrics.items()}
+    arrays = (logps, old_logps, ref_logps, advantages, mask)
+    mirror = None if _is_zero(beta_mirror) else beta_mirror  # a traced zero would still compute the term
+    _check(*arrays, beta, objective, group_size)
+    return _grpo_loss(*arrays, beta=beta, beta_mirror=mirror, objective=objective, group_size=group_size)
 
 
 def grpo_loss_terms(
@@ -74,7 +65,7 @@ def grpo_loss_terms(
     mask: jax.Array,
     *,
     beta: float | jax.Array,
-    beta_mirror: float | jax.Array = 0.0,
+    beta_mirror: float | jax.Array | None = 0.0,
     objective: Objective = GRPO,
     group_size: int | None = None,
 ) -> LossTerms:
@@ -144,9 +135,19 @@ def grpo_loss_terms(
         elif objective.kl != "none":
             token_kl = keep(_token_kl(logps - ref, objective.kl))
             terms = terms + beta * row_weights * token_kl.sum(-1)
-    if not (isinstance(beta_mirror, float) and beta_mirror == 0.0):
+    if beta_mirror is not None and not _is_zero(beta_mirror):
         terms = terms + beta_mirror * row_weights * _sequence_kl(logps, old, sequence_ratio, group_size)
     return LossTerms(terms.sum(), weight, jax.tree.map(jax.lax.stop_gradient, metrics))
+
+
+@partial(jax.jit, static_argnames=("objective", "group_size"))
+def _grpo_loss(*arrays: jax.Array | None, **options: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    terms = grpo_loss_terms(*arrays, **options)  # type: ignore[arg-type]
+    return terms.total / terms.weight, {name: total / weight for name, (total, weight) in terms.metrics.items()}
+
+
+def _is_zero(beta: float | jax.Array) -> bool:
+    return isinstance(beta, float) and beta == 0.0
 
 
 def _bounded_exp(log_ratio: jax.Array) -> jax.Array:

@@ -98,8 +98,8 @@ NAMED: dict[str, Objective] = {"GRPO": GRPO, "DR_GRPO": DR_GRPO, "GRPO_TRL": GRP
 def beta_effective(beta: float, *, objective: Objective, group_size: int) -> float:
     """The β of the paper's normaliser (population std, ddof 0) that the objective's conventions amount to.
 
-    Scaling all advantages by s is training with β/s. ddof = 1 scales them by √((G−1)/G), a mean baseline without scale by
-    (G−1)/G relative to Ω = 1, so β_eff = β√(G/(G−1)) and β·G/(G−1). What depends on p (the finite group, ε) is no rescaling
+    Scaling all advantages by s is training with β/s. ddof = 1 scales them by √((G−1)/G), a leave-one-out baseline by G/(G−1), and
+    a mean baseline without scale by (G−1)/G relative to Ω = 1. What depends on p (the finite group, ε) is no rescaling
     of β and is left to ``theory.Group``.
 
     Args:
@@ -112,8 +112,11 @@ def beta_effective(beta: float, *, objective: Objective, group_size: int) -> flo
     >>> round(beta_effective(1.0, objective=GRPO_TRL, group_size=4), 4)
     1.1547
     """
+    factor = (group_size - 1) / group_size
     if objective.scale == "std" and objective.ddof == 1:
-        return beta * math.sqrt(group_size / (group_size - 1))
-    if objective.scale == "none" and objective.baseline == "mean":
-        return beta * group_size / (group_size - 1)
+        beta /= math.sqrt(factor)
+    if objective.scale == "none" and objective.baseline != "none":
+        beta /= factor
+    if objective.baseline == "leave_one_out":
+        beta *= factor
     return beta

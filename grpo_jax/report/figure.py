@@ -42,10 +42,11 @@ def _over_time(axes: Any, rows: list[dict[str, Any]], result: dict[str, Any], it
     last = int(n.max())
     axes.axhline(result["p_ref"]["mean"], color=INK, linestyle=":", linewidth=1.2)
     axes.text(last, result["p_ref"]["mean"] - 0.015, r"$p_\mathrm{ref}$", ha="right", va="top", color=INK)
-    if iterates is not None:
+    if "p_star" in result:
         star = result["p_star"]
         axes.axhspan(star["low"], star["high"], color=PREDICTED, alpha=0.25, linewidth=0)
         axes.axhline(star["mean"], color=PREDICTED, linewidth=1.2, label=r"predicted $p^*$ and its band")
+    if iterates is not None:
         shown = iterates[: last + 1]
         axes.plot(
             np.arange(len(shown)),

@@ -5,6 +5,7 @@ killed and resumed; seconds and rates, which no two runs share, have a file of t
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, sort_keys=True) + "\n"
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }  # JSON has no NaN
+    return json.dumps(finite, sort_keys=True) + "\n"
 
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(map(_line, rows)), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, rows))
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -52,8 +52,13 @@ def mean_with_interval(successes: np.ndarray, trials: int, confidence: float) ->
 
 def exact_iterates(
     p_ref: np.ndarray, num_iterations: int, *, objective: Objective, group_size: int, beta: float
-) -> np.ndarray:
-    """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}), were each iteration's problem solved exactly."""
+) -> np.ndarray | None:
+    """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}), were each iteration's problem solved exactly.
+
+    None where the KL term is not a KL(π‖π_ref), whose recursion this is.
+    """
+    if objective.kl not in ("sequence_reverse", "token_reverse"):
+        return None
     with jax.enable_x64(True):
         orbit = theory.iterate(p_ref, num_iterations, beta=beta, weights=group_weights(objective, group_size))
         return np.asarray(orbit.mean(-1))

@@ -50,37 +50,52 @@ class Checkpoints:
     def restore_latest(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest intact step as (step, state, meta); None where there never was one.
 
+        Newer steps that are damaged are put aside as ``STEP.corrupt`` once an intact one is found, and not before: what looks
+        like damage may be a full memory or a missing permission.
+
         Args:
           like: the state's structure: arrays, or ``jax.ShapeDtypeStruct`` with shardings.
 
         Raises:
-          CheckpointError: there are checkpoints and none is intact; a run must not silently start over.
+          CheckpointError: there are checkpoints and none can be restored; a run must not silently start over.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                with _quiet():
-                    restored = self._manager.restore(
-                        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
-                    )
-                expected, found = restored["meta"].pop("digests"), digests(restored["state"])
-                if expected != found:
-                    wrong = [name for name in found if found[name] != expected.get(name)]
-                    raise ValueError(f"the data of {', '.join(wrong[:3])} changed on disk (SHA-256)")
-                return step, restored["state"], restored["meta"]
-            except Exception as error:  # whatever the damage, the older step may be good
-                number = sum(1 for _ in self._directory.glob(f"{step}.corrupt*"))
-                aside = self._directory / (f"{step}.corrupt" + (f".{number}" if number else ""))
-                (self._directory / str(step)).rename(aside)
-                self._report(
-                    f"checkpoint {step} is damaged ({_first_line(error)}); kept as {aside.name}, trying an older one"
-                )
-        if steps:
+                found = self._restore(step, like)
+            except Exception as error:  # whatever is wrong with it, the older step may be good
+                damaged[step] = _first_line(error)
+                continue
+            for bad, reason in damaged.items():
+                self._put_aside(bad, reason)
+            if damaged:
+                self._manager.reload()  # Orbax remembers the steps it has seen
+            return step, *found
+        aside = [path.name for path in self._directory.glob("*.corrupt*")]
+        if damaged or aside:
+            reasons = [f"  - {step}: {reason}" for step, reason in damaged.items()] + [f"  - {name}" for name in aside]
             raise CheckpointError(
-                f"every checkpoint in {self._directory} is damaged ({', '.join(map(str, steps))}; kept as *.corrupt). "
-                "Start again in a new --workdir"
+                "\n".join(
+                    [f"no checkpoint in {self._directory} can be restored:", *reasons, "Start again in a new --workdir"]
+                )
             )
         return None
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
+        with _quiet():
+            restored = self._manager.restore(step, args=arguments)
+        expected, found = restored["meta"].pop("digests"), digests(restored["state"])
+        if expected != found:
+            wrong = [name for name in found if found[name] != expected.get(name)]
+            raise ValueError(f"the data of {', '.join(wrong[:3])} changed on disk (SHA-256)")
+        return restored["state"], restored["meta"]
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        number = sum(1 for _ in self._directory.glob(f"{step}.corrupt*"))
+        aside = self._directory / (f"{step}.corrupt" + (f".{number}" if number else ""))
+        (self._directory / str(step)).rename(aside)
+        self._report(f"checkpoint {step} is damaged ({reason}); kept as {aside.name}, and an older one taken")
 
     def close(self) -> None:
         """Ends Orbax's threads."""

@@ -41,42 +41,42 @@ def probe(
     *,
     samples: int,
     batch_samples: int,
+    batch_prompts: int,
     examples: int = 0,
     greedy: bool = False,
 ) -> Probe:
     """Draws ``samples`` completions of every prompt and counts successes.
 
-    Sample j of a prompt has the same key whatever ``batch_samples`` is.
+    Sample j of a prompt has the same key whatever the batches are.
 
     Args:
       program, pool: of the run; the pool is None for a verifier on the device.
       params, ref_params: policy and reference.
       key: of this measurement.
       samples: per prompt.
-      batch_samples: drawn at a time.
+      batch_samples, batch_prompts: samples per prompt, and prompts, drawn at a time.
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
     """
-    index = np.arange(len(program.task.examples))
-    prompts, answers, answer_mask = put_prompts(program, index)
+    rows = len(program.task.examples)
+    shown = np.linspace(0, rows - 1, min(examples, rows)).astype(int)
     group_size = min(samples, batch_samples)
-    successes = np.zeros(len(index), np.int64)
-    sums = np.zeros(3)
+    successes, sums = np.zeros(rows, np.int64), np.zeros(3)
     verdicts: Counter[str] = Counter()
     kept: list[dict[str, Any]] = []
-    for first in range(0, samples, group_size):
-        rollout = program.draw(params, prompts, key, jnp.int32(first), group_size=group_size, greedy=greedy)
-        log_ratio = program.sequence_kl(params, ref_params, prompts, rollout)
-        rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
-        verdicts.update(counts)
-        successes += rewards.sum(-1).astype(np.int64)
-        lengths, truncated = rollout.mask.sum(-1), rollout.truncated
-        sums += [np.asarray(x, np.float64).sum() for x in (log_ratio, lengths, truncated)]
-        if first == 0 and examples:
-            kept = _texts(
-                program, rollout, rewards, np.linspace(0, len(index) - 1, min(examples, len(index))).astype(int)
-            )
-    kl, length, truncated_share = (sums / (len(index) * samples)).tolist()
+    for block in np.split(np.arange(rows), range(batch_prompts, rows, batch_prompts)):
+        prompts, answers, answer_mask = put_prompts(program, block)
+        for first in range(0, samples, group_size):
+            rollout = program.draw(params, prompts, key, jnp.int32(first), group_size=group_size, greedy=greedy)
+            log_ratio = program.sequence_kl(params, ref_params, prompts, rollout)
+            rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
+            verdicts.update(counts)
+            successes[block] += rewards.sum(-1).astype(np.int64)
+            lengths, truncated = rollout.mask.sum(-1), rollout.truncated
+            sums += [np.asarray(x, np.float64).sum() for x in (log_ratio, lengths, truncated)]
+            if first == 0 and examples:
+                kept += _texts(program, rollout, rewards, block, shown)
+    kl, length, truncated_share = (sums / (rows * samples)).tolist()
     return Probe(successes, samples, kl, length, truncated_share, dict(verdicts), kept)
 
 
@@ -109,15 +109,17 @@ def decode(program: Program, rollout: Rollout) -> list[str]:
     return [program.tokenizer.decode(row[:n]) for row, n in zip(rows, lengths.reshape(-1).tolist(), strict=True)]
 
 
-def _texts(program: Program, rollout: Rollout, rewards: np.ndarray, rows: np.ndarray) -> list[dict[str, Any]]:
+def _texts(
+    program: Program, rollout: Rollout, rewards: np.ndarray, block: np.ndarray, shown: np.ndarray
+) -> list[dict[str, Any]]:
     few = min(4, rewards.shape[1])
-    part = Rollout(*(x[rows, :few] for x in rollout))
-    texts = iter(decode(program, part))
+    places = np.flatnonzero(np.isin(block, shown))
+    texts = iter(decode(program, Rollout(*(x[places, :few] for x in rollout))))
     return [
         {
-            "prompt": program.task.examples[row].prompt,
-            "target": program.task.examples[row].target,
-            "completions": [{"text": next(texts), "reward": float(rewards[row, g])} for g in range(few)],
+            "prompt": program.task.examples[block[place]].prompt,
+            "target": program.task.examples[block[place]].target,
+            "completions": [{"text": next(texts), "reward": float(rewards[place, g])} for g in range(few)],
         }
-        for row in rows.tolist()
+        for place in places.tolist()
     ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from grpo_jax import report, theory
 from grpo_jax.config import flat, validate
 from grpo_jax.data import prompt_order
-from grpo_jax.report.metrics import PERF
+from grpo_jax.report.metrics import METRICS, PERF
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import Diverged
@@ -49,7 +49,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         directory = stack.enter_context(open_run_directory(Path(workdir), flat(config)))
         if (directory / RESULT).exists():
             result = read_json(directory / RESULT)
-            console.print(f"{directory} holds a finished run:")
+            console.print(f"{directory} holds a finished run:", markup=False, highlight=False)
             show(console, report.table(result))
             return result
         program = make_program(config, task, objective)
@@ -85,7 +85,7 @@ def _phases(run: Run) -> dict[str, Any]:
 
     after = measure_in_full(run, state.params, ref_params, config.train.iterations)
     result = report.make_result(config, before, after, forecast)
-    rows = [row for row in report.read_rows(run.directory / "metrics.jsonl") if row["phase"] == "probe"]
+    rows = [row for row in report.read_rows(run.directory / METRICS) if row["phase"] == "probe"]
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
     iterates = (
         None
@@ -100,6 +100,7 @@ def _phases(run: Run) -> dict[str, Any]:
     show(console, report.table(result))
     console.print(
         f"{time.monotonic() - begun:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}",
+        markup=False,
         highlight=False,
     )
     return result
@@ -126,7 +127,7 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
         done = meta["data_position"]
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
         run.console.print(f"resuming after iteration {done} of {c.train.iterations}", highlight=False)
-    log = report.MetricsLog(run.directory, after=done)
+    log = report.MetricsLog(run.directory, after=done or None)
     try:
         if done == 0:
             log.write(report.probe_row(0, before, c.evaluate.confidence))
@@ -141,7 +142,7 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
                 if int(state.skipped) > c.train.max_skipped:
                     raise Diverged(
                         f"{int(state.skipped)} updates in a row had a non-finite loss or gradient (iteration {n}); lower "
-                        f"optimizer.learning_rate. The checkpoints in {run.directory} are from before"
+                        f"optimizer.learning_rate, in a new --workdir. The checkpoints in {run.directory} are from before"
                     )
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
                     probe = measure(run, state.params, ref_params, n)

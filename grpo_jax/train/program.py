@@ -63,15 +63,20 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
       ValueError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
     """
     mesh = make_mesh(**config.mesh)
-    policy, params, tokenizer, max_length = _model(config, task)
+    policy, params, tokenizer, decoder = _model(config, task)
     stop_ids = _stop_ids(config, tokenizer)
     limits = {"max_prompt": config.data.max_prompt, "max_completion": config.rollout.max_completion}
     prompts = encode_prompts(task, tokenizer, stop_id=stop_ids[0], **limits)
     total = prompts.tokens.shape[1] + config.rollout.max_completion
-    if total > max_length:
+    used = max(*stop_ids, tokenizer.pad_id, int(prompts.tokens.max()), int(prompts.answers.max()))
+    if used >= decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer uses token id {used}, but the model's vocabulary has {decoder.vocab_size}: not a pair"
+        )
+    if total > decoder.max_length:
         raise ValueError(
             f"prompts of {prompts.tokens.shape[1]} and completions of rollout.max_completion={config.rollout.max_completion} "
-            f"tokens make {total}, more than the model's {max_length}"
+            f"tokens make {total}, more than the model's {decoder.max_length}"
         )
 
     rows, whole = row_sharding(mesh), replicated(mesh)
@@ -96,7 +101,8 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
         temperature=temperature,
         **{k: config.train[k] for k in ("inner_epochs", "minibatches", "microbatches", "chunk_size")},
     )
-    verify_tokens = task.verify_tokens
+    # One answer has one spelling in characters, and may have several in sub-words: those are judged as text, on the host.
+    verify_tokens = task.verify_tokens if config.model.path is None and len(stop_ids) == 1 else None
     iterate = None
     if verify_tokens is not None:
         iterate = jax.jit(
@@ -121,7 +127,15 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
     @jax.jit
     def sequence_kl(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
         logps, ref_logps = (
-            score_groups(policy, p, prompts, rollout.completions, rollout.mask, temperature=temperature)[0]
+            score_groups(
+                policy,
+                p,
+                prompts,
+                rollout.completions,
+                rollout.mask,
+                temperature=temperature,
+                chunk_size=config.train.chunk_size,
+            )[0]
             for p in (params, ref_params)
         )
         ratio = (logps - ref_logps).reshape(rollout.mask.shape)
@@ -129,7 +143,9 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
 
     def demonstration_terms(params: Any, part: tuple) -> tuple[LossTerms, dict[str, jax.Array]]:
         prompts, answers, mask = part
-        logps, _ = score_groups(policy, params, prompts, answers[:, None], mask[:, None])
+        logps, _ = score_groups(
+            policy, params, prompts, answers[:, None], mask[:, None], chunk_size=config.train.chunk_size
+        )
         return LossTerms(-jnp.where(mask, logps, 0.0).sum(), mask.sum().astype(jnp.float32), {}), {}
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
@@ -165,10 +181,10 @@ def put_prompts(program: Program, index: np.ndarray) -> tuple[PromptBatch, jax.A
     return jax.device_put(batch, row_sharding(program.mesh) if len(index) % shards == 0 else replicated(program.mesh))
 
 
-def _model(config: Any, task: Task) -> tuple[Policy, Any, Tokenizer, int]:
+def _model(config: Any, task: Task) -> tuple[Policy, Any, Tokenizer, DecoderConfig]:
     if config.model.path is not None:
         policy, params = load_pretrained(config.model.path, dtype=config.model.dtype)
-        return policy, params, HFTokenizer(config.model.path), read_config(config.model.path).max_length
+        return policy, params, HFTokenizer(config.model.path), read_config(config.model.path)
     demonstrations = [task.demonstrations(example) for example in task.examples] if task.demonstrations else []
     tokenizer = CharTokenizer(
         "".join(sorted({c for text in [*demonstrations, *(e.prompt for e in task.examples)] for c in text}))
@@ -177,7 +193,7 @@ def _model(config: Any, task: Task) -> tuple[Policy, Any, Tokenizer, int]:
     max_length = config.data.max_prompt + config.rollout.max_completion
     decoder = DecoderConfig(vocab_size=tokenizer.vocab_size, max_length=max_length, **sizes)
     params = init_params(decoder, role_key(jax.random.key(config.seed), "initialisation", 0))
-    return make_policy(decoder), params, tokenizer, max_length
+    return make_policy(decoder), params, tokenizer, decoder
 
 
 def _stop_ids(config: Any, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -48,11 +48,18 @@ def warm_start(run: Run) -> Any:
         for step in range(1, c.max_steps + 1):
             index = prompt_order(run.config.seed, step - 1, num_prompts=rows, batch=min(c.batch, rows))
             state, metrics = program.warm_start_step(state, *put_prompts(program, index))
-            if step % c.interval == 0:
+            if step % c.interval == 0 or step == c.max_steps:
                 check_preempted(run)
                 key = role_key(run.base_key, "warm_start", step)
                 found = probe(
-                    program, run.pool, state.params, state.params, key, samples=c.samples, batch_samples=c.samples
+                    program,
+                    run.pool,
+                    state.params,
+                    state.params,
+                    key,
+                    samples=c.samples,
+                    batch_samples=c.samples,
+                    batch_prompts=run.config.data.prompts_per_iteration,
                 )
                 success = float(found.successes.mean() / found.trials)
                 line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
@@ -61,5 +68,5 @@ def warm_start(run: Run) -> Any:
                     return state.params
     raise WarmStartFailed(
         f"warm_start.max_steps={c.max_steps} steps did not reach warm_start.target={c.target} (success {success:.3f}): "
-        "raise max_steps or learning_rate, lower the target, or widen the model"
+        "raise max_steps or learning_rate, lower the target, or widen the model, in a new --workdir"
     )

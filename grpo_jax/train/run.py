@@ -38,31 +38,24 @@ class Run(NamedTuple):
     signals: list[int]
 
 
-def measure(run: Run, params: Any, ref_params: Any, iteration: int) -> Probe:
-    """The probe after an iteration, with the samples of the interval."""
+def measure(run: Run, params: Any, ref_params: Any, iteration: int, **options: Any) -> Probe:
+    """The probe after an iteration, with the samples of the interval unless ``options`` of `probe` say otherwise."""
     c = run.config.evaluate
+    sizes = {
+        "samples": c.samples,
+        "batch_samples": c.batch_samples,
+        "batch_prompts": run.config.data.prompts_per_iteration,
+    }
     key = role_key(run.base_key, "probe", iteration)
-    return probe(
-        run.program, run.pool, params, ref_params, key, samples=c.samples, batch_samples=min(c.samples, c.batch_samples)
-    )
+    return probe(run.program, run.pool, params, ref_params, key, **(sizes | options))
 
 
 def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> dict[str, Any]:
     """The measurement before and after training, as JSON: per-prompt successes, greedy accuracy, KL, lengths, samples."""
     c = run.config.evaluate
     run.console.print(f"measuring the success probability: {c.final_samples} samples of every prompt", highlight=False)
-    key = role_key(run.base_key, "probe", iteration)
-    found = probe(
-        run.program,
-        run.pool,
-        params,
-        ref_params,
-        key,
-        samples=c.final_samples,
-        batch_samples=c.batch_samples,
-        examples=c.examples,
-    )
-    greedy = probe(run.program, run.pool, params, ref_params, key, samples=1, batch_samples=1, greedy=True)
+    found = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples)
+    greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
     return found._asdict() | {"successes": found.successes.tolist(), "greedy": float(greedy.successes.mean())}
 
 

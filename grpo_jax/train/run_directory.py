@@ -10,10 +10,10 @@ from typing import Any
 
 from grpo_jax.train.errors import RunDirectoryError
 
-CONFIG, RESULT, REFERENCE, METRICS = "config.json", "result.json", "reference.json", "metrics.jsonl"
+CONFIG, RESULT, REFERENCE = "config.json", "result.json", "reference.json"
 
 # Keys that may differ when a run is started again: they say how often to look and save, never what is computed.
-CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "verifier.deadline")
+CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers")
 
 
 @contextmanager
@@ -29,12 +29,13 @@ def open_run_directory(path: Path, config: dict[str, Any]) -> Iterator[Path]:
 
     Raises:
       RunDirectoryError: the path is not a directory or not writable, holds something else, belongs to another config (every
-        key that differs is named), or is in use by another process. Nothing has been changed then.
+        key that differs is named; a start that failed before it made anything binds nobody), or is in use by another process.
+        Nothing has been changed then.
     """
     path = path.expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        names = {p.name for p in path.iterdir()} - {"lock"}
+        names = {p.name for p in path.iterdir()} - {"lock", f".{CONFIG}.tmp"}
         if names and CONFIG not in names:
             raise RunDirectoryError(
                 f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with --workdir=PATH"
@@ -55,7 +56,7 @@ def open_run_directory(path: Path, config: dict[str, Any]) -> Iterator[Path]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        if (path / CONFIG).exists():
+        if names > {CONFIG}:
             _compare(path, config)
         else:
             write_json(path / CONFIG, config)

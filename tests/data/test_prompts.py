@@ -19,10 +19,9 @@ def test_encoding():
     assert found.answers[78, 2] == 2
 
 
-def test_an_answer_that_does_not_fit_has_no_mask():
-    found = encode_prompts(arithmetic("+", 9), TOKENIZER, stop_id=2, max_prompt=5, max_completion=2)
-    assert found.answer_mask[0].tolist() == [True, True]  # "0" and EOS
-    assert not found.answer_mask[99].any()  # "18" and EOS
+def test_an_answer_that_cannot_be_given_is_refused():
+    with pytest.raises(ValueError, match=r"prompt 19 .*'1\+9='.* has 3 tokens.*max_completion=2"):
+        encode_prompts(arithmetic("+", 9), TOKENIZER, stop_id=2, max_prompt=5, max_completion=2)
 
 
 def test_padding_is_on_the_left():

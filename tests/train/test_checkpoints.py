@@ -96,8 +96,29 @@ def test_leftovers_of_a_killed_save_are_ignored(saved):
 def test_all_damaged_is_an_error_and_not_a_fresh_start(saved):
     for step in ("2", "3"):
         DAMAGE["a flipped bit"](saved / step)
-    with pytest.raises(CheckpointError, match="every checkpoint"):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
         latest(saved)
+
+
+def test_a_run_goes_on_after_falling_back(saved):
+    """The step put aside is forgotten: it can be saved again, and it does not count among those kept."""
+    DAMAGE["a flipped bit"](saved / "3")
+    checkpoints = Checkpoints(saved, keep=2, report=lambda message: None)
+    assert checkpoints.restore_latest(state(0))[0] == 2
+    checkpoints.save(3, state(3), {"iteration": 3})
+    checkpoints.close()
+    assert latest(saved)[0] == 3
+    assert sorted(p.name for p in saved.iterdir() if p.name.isdigit()) == ["2", "3"]
+
+
+def test_what_cannot_be_restored_stays_where_it_is(saved):
+    """No intact step: an error, now and at every later start, and nothing is renamed."""
+    for step in ("2", "3"):
+        DAMAGE["a flipped bit"](saved / step)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="--workdir"):
+            latest(saved)
+    assert sorted(p.name for p in saved.iterdir() if p.name.isdigit()) == ["2", "3"]
 
 
 def test_saving_an_older_step_is_an_error(saved):

@@ -28,13 +28,20 @@ def test_created_reopened_and_written_as_json(tmp_path):
 
 
 def test_another_config_is_refused_with_every_difference(tmp_path):
-    use(tmp_path / "run")
+    (use(tmp_path / "run") / "metrics.jsonl").touch()
     before = (tmp_path / "run" / "config.json").read_bytes()
     with pytest.raises(RunDirectoryError) as error:
         use(tmp_path / "run", seed=1, objective__beta=0.5)
     assert "seed: 0 there, 1 now" in str(error.value)
     assert "objective.beta: 1.0 there, 0.5 now" in str(error.value)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_start_that_failed_binds_nobody(tmp_path):
+    use(tmp_path / "run")
+    (tmp_path / "run" / ".config.json.tmp").touch()  # as kill −9 leaves it
+    use(tmp_path / "run", seed=1)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
