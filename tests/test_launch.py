@@ -165,11 +165,12 @@ def test_a_damaged_newest_checkpoint_is_reported_and_recomputed(unbroken, tmp_pa
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)
     (workdir / "result.json").unlink()
-    files = (p for p in (workdir / "checkpoints" / "7" / "state").rglob("*") if p.is_file())
-    data = max(files, key=lambda p: p.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+    files = [p for p in (workdir / "checkpoints" / "7" / "state").rglob("*") if p.parent.name == "d" and p.is_file()]
+    for data in files:
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    assert files
     done = launch(workdir)
     assert done.returncode == 0, done.stderr
     assert "checkpoint 7 is damaged" in done.stderr + done.stdout
