@@ -41,7 +41,7 @@ def _over_time(axes: Any, rows: list[dict[str, Any]], result: dict[str, Any], it
     mean, low, high = (np.array([row[f"success/{k}"] for row in rows]) for k in ("mean", "low", "high"))
     last = int(n.max())
     axes.axhline(result["p_ref"]["mean"], color=INK, linestyle=":", linewidth=1.2)
-    axes.text(last, result["p_ref"]["mean"] - 0.015, r"$p_\mathrm{ref}$", ha="right", va="top", color=INK)
+    axes.text(0.01 * last, result["p_ref"]["mean"] - 0.015, r"$p_\mathrm{ref}$", ha="left", va="top", color=INK)
     if "p_star" in result:
         star = result["p_star"]
         axes.axhspan(star["low"], star["high"], color=PREDICTED, alpha=0.25, linewidth=0)
@@ -64,7 +64,7 @@ def _over_time(axes: Any, rows: list[dict[str, Any]], result: dict[str, Any], it
     axes.set_title(
         f"β = {result['beta']:g}, G = {result['group_size']}, {result['objective']}, seed {result['seed']}", fontsize=10
     )
-    axes.legend(frameon=False, loc="lower right", fontsize=9, bbox_to_anchor=(1.0, 0.06))
+    axes.legend(frameon=False, loc="best", fontsize=9)
 
 
 def _per_prompt(axes: Any, result: dict[str, Any]) -> None:
