@@ -104,25 +104,40 @@ def test_a_finished_run_says_so_and_changes_nothing(unbroken):
     assert outcome(workdir) == before
 
 
+def wait_for_rows(workdir, count, process=None):
+    """Returns once metrics.jsonl holds so many rows, or the process has ended."""
+    metrics = workdir / "metrics.jsonl"
+    for _ in range(12_000):
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
+            return
+        if process is not None and process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError("no such row within two minutes")
+
+
 @pytest.mark.slow
-def test_killed_anywhere_and_resumed_is_the_unbroken_run_bit_for_bit(unbroken, tmp_path):
-    reference = outcome(unbroken[0])
-    workdir, waits = tmp_path / "killed", random.Random(0)
+def test_killed_anywhere_and_resumed_is_the_unbroken_run_bit_for_bit(tmp_path):
+    """kill −9 while starting, in the warm start, and at five places among iterations, probes and checkpoints."""
+    more = {"train__iterations": 60, "checkpoint__interval": 4, "evaluate__interval": 5}
+    done = launch(tmp_path / "unbroken", **more)
+    assert done.returncode == 0, done.stderr
+    workdir, delays = tmp_path / "killed", random.Random(0)
     kills = 0
-    for _ in range(40):
-        process = subprocess.Popen(
-            command(workdir), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        try:
-            process.communicate(timeout=waits.uniform(2.0, 9.0))
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
-    assert process.returncode == 0
-    assert kills >= 2
-    assert outcome(workdir) == reference
+    for rows in (-1, 0, 2, 10, 25, 40, 55):  # rows written when the kill comes; fewer than 0: after seconds
+        process = subprocess.Popen(command(workdir, **more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        if rows < 0:
+            time.sleep(2.0)
+        else:
+            wait_for_rows(workdir, rows, process)
+        time.sleep(delays.uniform(0.0, 0.2))
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 5
+    done = launch(workdir, **more)
+    assert done.returncode == 0, done.stderr
+    assert outcome(workdir) == outcome(tmp_path / "unbroken")
 
 
 @pytest.mark.slow
@@ -134,15 +149,6 @@ def test_the_comparison_can_fail(unbroken, tmp_path):
         assert mine != theirs
 
 
-def wait_for_row(workdir, count):
-    for _ in range(1200):
-        metrics = workdir / "metrics.jsonl"
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.1)
-    raise AssertionError("no such row within two minutes")
-
-
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_75(unbroken, tmp_path):
     workdir = tmp_path / "preempted"
@@ -151,7 +157,7 @@ def test_sigterm_saves_and_exits_75(unbroken, tmp_path):
     process = subprocess.Popen(
         command(workdir, **more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for_row(workdir, 1)
+    wait_for_rows(workdir, 2, process)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 75, error
