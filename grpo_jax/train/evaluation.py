@@ -67,7 +67,9 @@ def probe(
     for block in np.split(np.arange(rows), range(batch_prompts, rows, batch_prompts)):
         prompts, answers, answer_mask = put_prompts(program, block)
         for first in range(0, samples, group_size):
-            rollout = program.draw(params, prompts, key, jnp.int32(first), group_size=group_size, greedy=greedy)
+            rollout = program.draw(
+                params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
+            )
             log_ratio = program.sequence_kl(params, ref_params, prompts, rollout)
             rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
             verdicts.update(counts)

@@ -32,7 +32,7 @@ class Program(NamedTuple):
         (state, metrics); None where the task verifies on the host only.
       sample, improve: its two halves, (params, prompts, key) -> rollout, and
         (state, ref_params, prompts, rollout, rewards, key, beta) -> (state, metrics).
-      draw: probe sampling, (params, prompts, key, first_sample, group_size, greedy) -> rollout.
+      draw: ``sample`` for probes, with group_size, greedy and first_sample to choose.
       grade: (rollout, answers, answer_mask) -> rewards on the device; None as for ``iterate``.
       sequence_kl: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
       warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
@@ -111,19 +111,6 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
             out_shardings=(state_shardings, whole),
         )
 
-    @partial(jax.jit, static_argnames=("group_size", "greedy"))
-    def draw(
-        params: Any,
-        prompts: PromptBatch,
-        key: jax.Array,
-        first_sample: jax.Array,
-        *,
-        group_size: int,
-        greedy: bool = False,
-    ) -> Rollout:
-        options = dict(config.rollout) | {"group_size": group_size, "greedy": greedy, "first_sample": first_sample}
-        return sample_groups(policy, params, prompts, key, stop_ids=stop_ids, pad_id=tokenizer.pad_id, **options)
-
     @jax.jit
     def sequence_kl(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
         logps, ref_logps = (
@@ -166,7 +153,7 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
         iterate=iterate,
         sample=jax.jit(sample, out_shardings=rows),
         improve=jax.jit(improve, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        draw=draw,
+        draw=jax.jit(sample, static_argnames=("group_size", "greedy")),
         grade=None if verify_tokens is None else jax.jit(lambda r, a, m: verify_tokens(r.completions, r.mask, a, m)),
         sequence_kl=sequence_kl,
         warm_start=partial(start, warm_optimizer),

@@ -6,10 +6,8 @@ from grpo_jax import report
 from grpo_jax.data import prompt_order
 from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import WarmStartFailed
-from grpo_jax.train.evaluation import probe
-from grpo_jax.train.iteration import role_key
 from grpo_jax.train.program import put_prompts
-from grpo_jax.train.run import Run, check_preempted, measure_in_full
+from grpo_jax.train.run import Run, check_preempted, measure, measure_in_full
 from grpo_jax.train.run_directory import REFERENCE, read_json, write_json
 
 
@@ -50,17 +48,8 @@ def warm_start(run: Run) -> Any:
             state, metrics = program.warm_start_step(state, *put_prompts(program, index))
             if step % c.interval == 0 or step == c.max_steps:
                 check_preempted(run)
-                key = role_key(run.base_key, "warm_start", step)
-                found = probe(
-                    program,
-                    run.pool,
-                    state.params,
-                    state.params,
-                    key,
-                    samples=c.samples,
-                    batch_samples=c.samples,
-                    batch_prompts=run.config.data.prompts_per_iteration,
-                )
+                sizes = {"samples": c.samples, "batch_samples": c.samples}
+                found = measure(run, state.params, state.params, step, role="warm_start", **sizes)
                 success = float(found.successes.mean() / found.trials)
                 line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
                 if success >= c.target:

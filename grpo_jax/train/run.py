@@ -38,15 +38,15 @@ class Run(NamedTuple):
     signals: list[int]
 
 
-def measure(run: Run, params: Any, ref_params: Any, iteration: int, **options: Any) -> Probe:
-    """The probe after an iteration, with the samples of the interval unless ``options`` of `probe` say otherwise."""
+def measure(run: Run, params: Any, ref_params: Any, iteration: int, *, role: str = "probe", **options: Any) -> Probe:
+    """The probe after an iteration (or a step of the warm start), with the interval's samples unless told otherwise."""
     c = run.config.evaluate
     sizes = {
         "samples": c.samples,
         "batch_samples": c.batch_samples,
         "batch_prompts": run.config.data.prompts_per_iteration,
     }
-    key = role_key(run.base_key, "probe", iteration)
+    key = role_key(run.base_key, role, iteration)
     return probe(run.program, run.pool, params, ref_params, key, **(sizes | options))
 
 
