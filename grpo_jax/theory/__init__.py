@@ -1,16 +1,19 @@
-"""What GRPO with verifiable rewards will do: weights, the p-recurrence, its limits, and predictions from counts.
+"""What GRPO with verifiable rewards will do: weights, optimal policies, the p-recurrence, its limits, and predictions.
 
 Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds out, because p rounds to 1.
 """
 
-from grpo_jax.theory.dynamics import (
-    bernoulli_kl,
-    dead_fraction,
-    iterate,
-    kl_budget,
-    success_map,
-    success_map_slope,
+from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
+from grpo_jax.theory.convergence import (
+    Sensitivity,
+    accumulated_error,
+    iterate_bounds,
+    local_beta_bound,
+    sensitivity,
+    steps_to_tolerance,
 )
+from grpo_jax.theory.dynamics import bernoulli_kl, iterate, kl_budget, success_map, success_map_slope
+from grpo_jax.theory.groups import dead_fraction, groups_per_live_group, mean_dead_fraction
 from grpo_jax.theory.limits import (
     FixedPoint,
     LimitPoint,
@@ -20,32 +23,78 @@ from grpo_jax.theory.limits import (
     forward_kl_fixed_point,
     limit_point,
 )
+from grpo_jax.theory.mirror import mirror_flow, mirror_step_kl, mirror_steps
+from grpo_jax.theory.policies import (
+    log_partition,
+    log_policy_ratio,
+    optimal_log_policy,
+    optimality_gap,
+    policy_entropy,
+    renyi_correction,
+)
 from grpo_jax.theory.prediction import Prediction, mean_interval, predict, wilson_interval
-from grpo_jax.theory.weights import Group, MeanOnly, Weights, Whitened, WhitenedStd, omega, omega_minus, omega_plus
+from grpo_jax.theory.thresholds import Cusp, bistable_window, cusp, flip_limit, flip_window, fold_beta
+from grpo_jax.theory.weights import (
+    Group,
+    MeanOnly,
+    NoisyVerifier,
+    Weights,
+    Whitened,
+    WhitenedStd,
+    omega,
+    omega_minus,
+    omega_plus,
+)
 
 __all__ = [
+    "Cusp",
     "FixedPoint",
     "Group",
     "LimitPoint",
     "MeanOnly",
+    "NoisyVerifier",
     "Prediction",
+    "Sensitivity",
     "Weights",
     "Whitened",
     "WhitenedStd",
+    "accumulated_error",
     "bernoulli_kl",
     "beta_for_target",
+    "bistable_window",
+    "clipped_success_map",
+    "contrastive_term",
+    "cusp",
     "dead_fraction",
     "fixed_points",
+    "flip_limit",
+    "flip_window",
     "flow_point",
+    "fold_beta",
     "forward_kl_fixed_point",
+    "groups_per_live_group",
     "iterate",
+    "iterate_bounds",
     "kl_budget",
     "limit_point",
+    "local_beta_bound",
+    "log_partition",
+    "log_policy_ratio",
+    "mean_dead_fraction",
     "mean_interval",
+    "mirror_flow",
+    "mirror_step_kl",
+    "mirror_steps",
     "omega",
     "omega_minus",
     "omega_plus",
+    "optimal_log_policy",
+    "optimality_gap",
+    "policy_entropy",
     "predict",
+    "renyi_correction",
+    "sensitivity",
+    "steps_to_tolerance",
     "success_map",
     "success_map_slope",
     "wilson_interval",

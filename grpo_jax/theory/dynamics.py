@@ -176,26 +176,6 @@ def kl_budget(p_ref: ArrayLike, *, logits: bool = False) -> jax.Array:
     return -jax.nn.log_sigmoid(log_odds(p_ref, logits=logits))
 
 
-def dead_fraction(p: ArrayLike, group_size: int, *, logits: bool = False) -> jax.Array:
-    """The fraction p^G + (1 − p)^G of groups whose rewards are all equal and which teach nothing.
-
-    Args:
-      p: [...] success probability.
-      group_size: G.
-      logits: ``p`` is given as log-odds.
-
-    Returns:
-      [...] the fraction.
-
-    Source: derived; two terms of the binomial distribution.
-
-    >>> round(float(dead_fraction(0.1, 8)), 6)
-    0.430467
-    """
-    logit = log_odds(p, logits=logits)
-    return jnp.exp(group_size * jax.nn.log_sigmoid(logit)) + jnp.exp(group_size * jax.nn.log_sigmoid(-logit))
-
-
 def log_odds_slope(logit: jax.Array, weights: Weights) -> jax.Array:
     """dΩ/dL = p(1 − p) dΩ/dp at log-odds [...]; 0 where p has rounded to an end.
 

@@ -25,12 +25,26 @@ def all_roots(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.Ar
     """Every root of `_reverse_residual` above one reference, ascending, then nan; at most `MOST_ROOTS`."""
     grid = jnp.linspace(-REACH, REACH, POINTS, dtype=reference.dtype)
     # Hills and valleys of g are nodes too, so that no pair of roots hides between two points of the grid.
-    extrema = _sign_changes(lambda x: beta - log_odds_slope(x, weights), grid)
+    extrema = sign_changes(lambda x: beta - log_odds_slope(x, weights), grid)
     most = jnp.maximum(weights.omega(jnp.full_like(reference, jnp.inf)), weights.omega(reference))
     beyond = jnp.maximum(reference, REACH) + jnp.where(jnp.isinf(most), 0.0, most) / beta + 1
     nodes = jnp.concatenate([reference[None], beyond[None], grid, jnp.where(jnp.isnan(extrema), grid[0], extrema)])
     nodes = jnp.sort(jnp.maximum(nodes, reference))
-    return _sign_changes(lambda x: _reverse_residual(x, reference, beta, weights), nodes)
+    return sign_changes(lambda x: _reverse_residual(x, reference, beta, weights), nodes)
+
+
+def sign_changes(f: Callable[[jax.Array], jax.Array], nodes: jax.Array) -> jax.Array:
+    """[MOST_ROOTS] where f changes sign between neighbours of nodes [N], to the last bit, padded with nan.
+
+    >>> round(float(sign_changes(lambda x: x**2 - 2, jnp.array([0.0, 1.0, 3.0]))[0]), 5)
+    1.41421
+    """
+    above = f(nodes) >= 0
+    changes = above[:-1] != above[1:]
+    (cell,) = jnp.nonzero(changes, size=MOST_ROOTS, fill_value=-1)
+    sign = jnp.where(above[cell], -1.0, 1.0).astype(nodes.dtype)
+    found = _bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
+    return jnp.where(cell < 0, jnp.nan, found)
 
 
 def fold_between(low: jax.Array, high: jax.Array, beta: jax.Array, weights: Weights) -> jax.Array:
@@ -55,16 +69,6 @@ def fold_between(low: jax.Array, high: jax.Array, beta: jax.Array, weights: Weig
     falling = log_odds_slope(grid, weights) > beta
     grid, falling = (x.reshape((-1,) + (1,) * low.ndim) for x in (grid, falling))
     return (falling & (grid > low[None]) & (grid < high[None])).any(0)
-
-
-def _sign_changes(f: Callable[[jax.Array], jax.Array], nodes: jax.Array) -> jax.Array:
-    """[MOST_ROOTS] where f changes sign between neighbours of nodes [N], padded with nan."""
-    above = f(nodes) >= 0
-    changes = above[:-1] != above[1:]
-    (cell,) = jnp.nonzero(changes, size=MOST_ROOTS, fill_value=-1)
-    sign = jnp.where(above[cell], -1.0, 1.0).astype(nodes.dtype)
-    found = _bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
-    return jnp.where(cell < 0, jnp.nan, found)
 
 
 def _implicit(residual: _Residual, solve: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -128,9 +132,13 @@ def _solve_flow(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.
 
 
 def _solve_forward(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.Array:
-    """The one root of `_forward_residual`. Every Ω is below 4 e^{L/2} for L ≥ 0, so the root is below ``high``."""
-    high = 2 * (jnp.maximum(reference, 0.0) + jnp.log1p(1 / beta) + 3)
-    return _bisect(lambda x: _forward_residual(x, reference, beta, weights), reference, high)
+    """The one root of `_forward_residual`; infinite where only dynamic sampling, whose Ω grows like e^L, leaves none.
+
+    Every other Ω is below 4 e^{L/2} for L ≥ 0, so the root is below ``high``.
+    """
+    high = jnp.maximum(2 * (jnp.maximum(reference, 0.0) + jnp.log1p(1 / beta) + 3), REACH)
+    root = _bisect(lambda x: _forward_residual(x, reference, beta, weights), reference, high)
+    return jnp.where(_forward_residual(high, reference, beta, weights) < 0, jnp.inf, root)
 
 
 flow_root = _implicit(_reverse_residual, _solve_flow)

@@ -88,7 +88,7 @@ class MeanOnly:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["epsilon"],
-    meta_fields=["size", "ddof", "epsilon_in", "baseline", "scale"],
+    meta_fields=["size", "ddof", "epsilon_in", "baseline", "scale", "dynamic_sampling"],
 )
 @dataclass(frozen=True)
 class Group:
@@ -100,7 +100,8 @@ class Group:
                                   "none": c = 1, J ~ Binomial(G−1, p).
 
     Groups whose rewards are all equal have zero advantage and so are absent, except for baseline "none" with a scale
-    other than "std", where a group of successes only still pushes.
+    other than "std", where a group of successes only still pushes. With ``dynamic_sampling`` they are drawn again until
+    they differ: Ω = Ω_G / (1 − p^G − (1−p)^G), which grows without bound at both ends.
 
     Source: derived; E[score | success] = ∇p/p and E[score | failure] = −∇p/(1−p), then C(G,k) k (G−k) =
     G (G−1) C(G−2,k−1). Checked by enumerating all 2^G reward vectors in tests/theory.
@@ -115,6 +116,7 @@ class Group:
     epsilon_in: str = "variance"
     baseline: str = field(default="mean", kw_only=True)
     scale: str = field(default="std", kw_only=True)
+    dynamic_sampling: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_epsilon(self.epsilon)
@@ -131,13 +133,25 @@ class Group:
 
     def omega(self, logit: jax.Array) -> jax.Array:
         """Ω_G at log-odds [...]."""
-        return _binomial_mean(self._coefficients(logit.dtype), logit)
+        mean = _binomial_mean(self._coefficients(logit.dtype), logit)
+        return mean / self._live(logit) if self.dynamic_sampling else mean
 
     def slope(self, logit: jax.Array) -> jax.Array:
         """dΩ_G/dp at log-odds [...]: the derivative of a binomial mean is a binomial mean of differences."""
         coefficients = self._coefficients(logit.dtype)
         degree = coefficients.shape[0] - 1
-        return _binomial_mean(degree * jnp.diff(coefficients), logit) if degree else jnp.zeros_like(logit)
+        rise = _binomial_mean(degree * jnp.diff(coefficients), logit) if degree else jnp.zeros_like(logit)
+        if not self.dynamic_sampling:
+            return rise
+        power = self.size - 1  # d live/dp = G [(1−p)^{G−1} − p^{G−1}]
+        tilt = jnp.exp(power * jax.nn.log_sigmoid(-logit)) - jnp.exp(power * jax.nn.log_sigmoid(logit))
+        return (rise - self.omega(logit) * self.size * tilt) / self._live(logit)
+
+    def _live(self, logit: jax.Array) -> jax.Array:
+        """1 − p^G − (1−p)^G without the difference: Σ_k C(G,k) p^k (1−p)^{G−k} = v G(G−1) E[1/((J+1)(G−1−J))]."""
+        j = jnp.arange(self.size - 1, dtype=logit.dtype)
+        share = self.size * (self.size - 1) / ((j + 1) * (self.size - 1 - j))
+        return variance(logit) * _binomial_mean(share, logit)
 
     def _coefficients(self, dtype: jnp.dtype) -> jax.Array:
         """c / s_k for k = 1 … G−1, and for baseline "none" also k = G."""
@@ -150,11 +164,57 @@ class Group:
         else:
             inverse = size / successes if self.scale == "mean" else jnp.ones_like(successes)
         if self.baseline == "none":
-            return jnp.append(inverse, 0.0 if self.scale == "std" else 1.0)
+            return jnp.append(inverse, 0.0 if self.scale == "std" or self.dynamic_sampling else 1.0)
         return inverse * (size - 1) / size if self.baseline == "mean" else inverse
 
 
-Weights: TypeAlias = Whitened | WhitenedStd | MeanOnly | Group
+@partial(jax.tree_util.register_dataclass, data_fields=["weights", "tpr", "fpr"], meta_fields=[])
+@dataclass(frozen=True)
+class NoisyVerifier:
+    """A normaliser fed by a verifier that passes correct completions at rate TPR and wrong ones at rate FPR.
+
+    The observed success probability is p̃ = FPR + J p with J = TPR − FPR, and the true one is pushed with
+    Ω(p) = J · Ω_w(p̃). J < 0, a verifier worse than chance, pushes down.
+
+    Source: derived; E[A | truly correct] − E[A | truly wrong] = J (ω⁺ + ω⁻)(p̃). Checked on explicit policies in
+    tests/theory.
+
+    >>> round(float(omega(0.3, NoisyVerifier(MeanOnly(), tpr=0.9, fpr=0.2))), 3)
+    0.7
+    """
+
+    weights: "Whitened | WhitenedStd | MeanOnly | Group"
+    tpr: ArrayLike = 1.0
+    fpr: ArrayLike = 0.0
+
+    def __post_init__(self) -> None:
+        for name, rate in (("tpr", self.tpr), ("fpr", self.fpr)):
+            if isinstance(rate, (int, float)) and not 0 <= rate <= 1:
+                raise ValueError(f"{name}={rate!r} is a rate, in [0, 1]")
+
+    def omega(self, logit: jax.Array) -> jax.Array:
+        """J Ω_w(p̃) at log-odds [...] of the true p."""
+        return self.advantage(logit.dtype) * self.weights.omega(self.observed(logit))
+
+    def slope(self, logit: jax.Array) -> jax.Array:
+        """dΩ/dp = J² dΩ_w/dp̃ at log-odds [...] of the true p."""
+        return self.advantage(logit.dtype) ** 2 * self.weights.slope(self.observed(logit))
+
+    def advantage(self, dtype: jnp.dtype) -> jax.Array:
+        """J = TPR − FPR, Youden's index."""
+        return jnp.asarray(self.tpr, dtype) - jnp.asarray(self.fpr, dtype)
+
+    def observed(self, logit: jax.Array) -> jax.Array:
+        """The log-odds of p̃ at log-odds [...] of the true p; 1 − p̃ is a sum of its own, never a difference."""
+        p, q = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
+        tpr, fpr = jnp.asarray(self.tpr, logit.dtype), jnp.asarray(self.fpr, logit.dtype)
+        passed, failed = tpr * p + fpr * q, (1 - tpr) * p + (1 - fpr) * q
+        inside = (passed > 0) & (failed > 0)
+        ends = jnp.where(passed > 0, jnp.inf, -jnp.inf).astype(logit.dtype)
+        return jnp.where(inside, jnp.log(jnp.where(inside, passed, 1.0) / jnp.where(inside, failed, 1.0)), ends)
+
+
+Weights: TypeAlias = Whitened | WhitenedStd | MeanOnly | Group | NoisyVerifier
 
 
 def omega(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.Array:
@@ -192,8 +252,7 @@ def omega_plus(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.A
     >>> round(float(omega_plus(0.1, Whitened(epsilon=1e-2))), 5)
     2.84605
     """
-    logit = log_odds(p, logits=logits)
-    return weights.omega(logit) if _uncentred(weights) else jax.nn.sigmoid(-logit) * weights.omega(logit)
+    return _omega_pair(log_odds(p, logits=logits), weights)[0]
 
 
 def omega_minus(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.Array:
@@ -212,8 +271,7 @@ def omega_minus(p: ArrayLike, weights: Weights, *, logits: bool = False) -> jax.
     >>> round(float(omega_minus(0.1, Whitened(epsilon=1e-2))), 5)
     0.31623
     """
-    logit = log_odds(p, logits=logits)
-    return jnp.zeros_like(logit) if _uncentred(weights) else jax.nn.sigmoid(logit) * weights.omega(logit)
+    return _omega_pair(log_odds(p, logits=logits), weights)[1]
 
 
 def log_odds(p: ArrayLike, *, logits: bool = False) -> jax.Array:
@@ -247,8 +305,16 @@ def _std(logit: jax.Array) -> jax.Array:
     return jnp.exp((jax.nn.log_sigmoid(logit) + jax.nn.log_sigmoid(-logit)) / 2)
 
 
-def _uncentred(weights: Weights) -> bool:
-    return isinstance(weights, Group) and weights.baseline == "none"
+def _omega_pair(logit: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
+    """(ω⁺, ω⁻) at log-odds [...]."""
+    if isinstance(weights, NoisyVerifier):
+        plus, minus = _omega_pair(weights.observed(logit), weights.weights)
+        tpr, fpr = (jnp.asarray(rate, logit.dtype) for rate in (weights.tpr, weights.fpr))
+        return tpr * plus - (1 - tpr) * minus, (1 - fpr) * minus - fpr * plus
+    total = weights.omega(logit)
+    if isinstance(weights, Group) and weights.baseline == "none":
+        return total, jnp.zeros_like(logit)
+    return jax.nn.sigmoid(-logit) * total, jax.nn.sigmoid(logit) * total
 
 
 def _binomial_mean(values: jax.Array, logit: jax.Array) -> jax.Array:

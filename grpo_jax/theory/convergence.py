@@ -1,0 +1,178 @@
+"""How fast exact iterations converge, what they can never leave, and what becomes of errors on the way."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from grpo_jax.theory.dynamics import log_odds_slope
+from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, log_odds, variance
+
+
+class Sensitivity(NamedTuple):
+    """How a fixed point moves, with m its multiplier and v = p(1 − p).
+
+    p_ref: [...] dp*/dp_ref = (v*/v_ref)/(1 − m).
+    logit: [...] dL*/dL_ref = 1/(1 − m).
+    beta: [...] dp*/dβ = −v* (L* − L_ref)/(β(1 − m)).
+    """
+
+    p_ref: jax.Array
+    logit: jax.Array
+    beta: jax.Array
+
+
+def local_beta_bound(p: ArrayLike, *, weights: Weights, logits: bool = False) -> jax.Array:
+    """B(p) = p(1−p) |Ω'(p)|: a fixed point at p attracts exact iterations exactly if β > B(p).
+
+    p* itself depends on β, so B is no threshold in β; those are `fold_beta` and `flip_window`.
+
+    Args:
+      p: [...] success probability.
+      weights: the normaliser.
+      logits: ``p`` is given as log-odds.
+
+    Returns:
+      [...] B.
+
+    Source: arXiv 2503.06639, Thm 6.
+
+    >>> from grpo_jax.theory import Whitened
+    >>> round(float(local_beta_bound(0.9, weights=Whitened(1e-5))), 5)
+    1.33311
+    """
+    return jnp.abs(log_odds_slope(log_odds(p, logits=logits), weights))
+
+
+def sensitivity(
+    p_star: ArrayLike, p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, logits: bool = False
+) -> Sensitivity:
+    """How a fixed point p* moves with p_ref and with β.
+
+    Args:
+      p_star: [...] a fixed point at ``beta``, from `flow_point` or `fixed_points`.
+      p_ref: [...] success probability of the reference policy.
+      beta: weight of the sequence-level KL, > 0.
+      weights: the normaliser.
+      logits: probabilities are given as log-odds.
+
+    Returns:
+      A `Sensitivity`, infinite on a fold.
+
+    Source: derived from arXiv 2503.06639, Thm 2, by the implicit function theorem.
+
+    >>> from grpo_jax.theory import MeanOnly
+    >>> round(float(sensitivity(0.5, 0.2, beta=1 / jnp.log(4.0), weights=MeanOnly()).logit), 4)
+    1.0
+    """
+    star, reference = log_odds(p_star, logits=logits), log_odds(p_ref, logits=logits)
+    beta = jnp.asarray(beta, star.dtype)
+    rate = 1 / (1 - log_odds_slope(star, weights) / beta)
+    v = variance(star)
+    return Sensitivity(v / variance(reference) * rate, rate, -v * (star - reference) / beta * rate)
+
+
+def iterate_bounds(
+    p_ref: ArrayLike,
+    num_iterations: int = 1,
+    *,
+    beta: ArrayLike,
+    weights: Weights,
+    alpha: ArrayLike = 1.0,
+    logits: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Bounds on p_n for exact iterations from the reference; at α = 1 for every n ≥ 1.
+
+    L_ref + (Ω_min/β) s_n ≤ L_n ≤ L_ref + (Ω_max/β) s_n with s_n = Σ_{j<n} (1 − α)^j, which is 1 at α = 1 and n at α = 0.
+    So GRPO at β is never below mean-only GRPO at β/Ω_min.
+
+    Args:
+      p_ref: [...] success probability of the reference policy.
+      num_iterations: n ≥ 1.
+      beta: weight of the sequence-level KL, > 0.
+      weights: the normaliser.
+      alpha: share of the KL that goes to the reference.
+      logits: probabilities are taken and returned as log-odds.
+
+    Returns:
+      (low, high), each [...].
+
+    Source: derived from arXiv 2503.06639, Thms 2, 4 and 9.
+
+    >>> from grpo_jax.theory import Whitened
+    >>> [round(float(p), 4) for p in iterate_bounds(0.2, beta=5.0, weights=Whitened(1e-2))]
+    [0.2701, 0.6488]
+    """
+    reference = log_odds(p_ref, logits=logits)
+    kept = 1 - jnp.asarray(alpha, reference.dtype)
+    steps = jnp.where(kept == 1, num_iterations, (1 - kept**num_iterations) / jnp.where(kept == 1, 1.0, 1 - kept))
+    reach = steps / jnp.asarray(beta, reference.dtype)
+    bounds = tuple(reference + reach * end for end in _omega_range(weights, reference.dtype))
+    return bounds if logits else (jax.nn.sigmoid(bounds[0]), jax.nn.sigmoid(bounds[1]))
+
+
+def steps_to_tolerance(multiplier: ArrayLike, error: ArrayLike, tolerance: ArrayLike) -> jax.Array:
+    """How many exact iterations shrink an error at a fixed point to a tolerance: ln(tolerance/|error|)/ln|m|.
+
+    Args:
+      multiplier: [...] m of the fixed point.
+      error: [...] the distance from it now.
+      tolerance: [...] the distance wanted, > 0.
+
+    Returns:
+      [...] the number, not rounded; 0 where the error is small enough, infinite where |m| ≥ 1.
+
+    Source: arXiv 2503.06639, Thm 6: |p_n − p*| ~ |m|^n.
+
+    >>> round(float(steps_to_tolerance(-0.5, 0.1, 0.1 / 16)), 4)
+    4.0
+    """
+    m, error = jnp.abs(jnp.asarray(multiplier, float)), jnp.abs(jnp.asarray(error, float))
+    needed = jnp.asarray(tolerance, error.dtype) / jnp.where(error == 0, 1.0, error)
+    inside = (m > 0) & (m < 1)
+    steps = jnp.log(needed) / jnp.log(jnp.where(inside, m, 0.5))
+    steps = jnp.where(inside, steps, jnp.where(m == 0, 1.0, jnp.inf))
+    return jnp.where((error == 0) | (needed >= 1), 0.0, steps)
+
+
+def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
+    """A bound on how far inexact iterations are from the exact ones: E_n = κ E_{n−1} + δ_n.
+
+    With |h'| ≤ κ < 1 on an interval that holds both orbits, constant errors δ end at δ/(1 − κ) and old ones are forgotten.
+    With κ = 1 it is the sum, which bounds |p̃_n − p_n| also where δ_n are total variations that add up (the paper's theorem has
+    twice that, and half of it suffices).
+
+    Args:
+      errors: [N, ...] δ_n ≥ 0, what iteration n adds.
+      slope: [...] κ ≥ 0, a bound on |h'|.
+
+    Returns:
+      [N, ...] E_n.
+
+    Source: arXiv 2503.06639, Thm 10 (κ = 1); the contraction is derived.
+
+    >>> [round(float(e), 3) for e in accumulated_error(jnp.full(4, 0.1), 0.5)]
+    [0.1, 0.15, 0.175, 0.188]
+    """
+    errors = jnp.asarray(errors)
+    slope = jnp.broadcast_to(jnp.asarray(slope, errors.dtype), errors.shape[1:])
+
+    def step(total: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = slope * total + error
+        return total, total
+
+    return jax.lax.scan(step, jnp.zeros_like(slope), errors)[1]
+
+
+def _omega_range(weights: Weights, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """(least, largest) value of Ω: it is monotone on either side of p = ½, or lies between a group's coefficients."""
+    if isinstance(weights, NoisyVerifier):
+        inner, rates = weights.weights, jnp.stack([jnp.asarray(r, dtype) for r in (weights.tpr, weights.fpr)])
+        observed = log_odds(jnp.clip(jnp.asarray(0.5, dtype), rates.min(), rates.max()))
+        ends = weights.advantage(dtype) * inner.omega(jnp.append(log_odds(rates), observed))
+    elif isinstance(weights, Group) and weights.baseline == "none":
+        ends = weights._coefficients(dtype)
+    else:
+        ends = weights.omega(jnp.asarray([-jnp.inf, 0.0, jnp.inf], dtype))
+    return ends.min(), ends.max()

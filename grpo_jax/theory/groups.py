@@ -1,0 +1,72 @@
+"""What finite groups waste: a group whose rewards are all equal teaches nothing."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from grpo_jax.theory.weights import log_odds
+
+
+def dead_fraction(p: ArrayLike, group_size: int, *, logits: bool = False) -> jax.Array:
+    """The fraction p^G + (1 − p)^G of groups whose rewards are all equal and which teach nothing.
+
+    Args:
+      p: [...] success probability.
+      group_size: G.
+      logits: ``p`` is given as log-odds.
+
+    Returns:
+      [...] the fraction.
+
+    Source: derived; two terms of the binomial distribution.
+
+    >>> round(float(dead_fraction(0.1, 8)), 6)
+    0.430467
+    """
+    logit = log_odds(p, logits=logits)
+    return jnp.exp(group_size * jax.nn.log_sigmoid(logit)) + jnp.exp(group_size * jax.nn.log_sigmoid(-logit))
+
+
+def mean_dead_fraction(a: ArrayLike, b: ArrayLike, group_size: int) -> jax.Array:
+    """The fraction of dead groups over prompts whose success probabilities are spread as Beta(a, b).
+
+    E[p^G + (1 − p)^G] = Π_{i<G} (a + i)/(a + b + i) + Π_{i<G} (b + i)/(a + b + i); for uniform p, 2/(G + 1).
+
+    Args:
+      a, b: [...] parameters of the Beta distribution, > 0.
+      group_size: G.
+
+    Returns:
+      [...] the fraction.
+
+    Source: derived; moments of the Beta distribution.
+
+    >>> round(float(mean_dead_fraction(0.5, 0.5, 8)), 6)
+    0.392761
+    """
+    a, b = jnp.broadcast_arrays(jnp.asarray(a, float), jnp.asarray(b, float))
+    steps = jnp.arange(group_size, dtype=a.dtype).reshape((-1,) + (1,) * a.ndim)
+    total = a[None] + b[None] + steps
+    return ((a[None] + steps) / total).prod(0) + ((b[None] + steps) / total).prod(0)
+
+
+def groups_per_live_group(p: ArrayLike, group_size: int, *, logits: bool = False) -> jax.Array:
+    """How many groups dynamic sampling draws for each one that teaches: 1 / (1 − p^G − (1 − p)^G).
+
+    Args:
+      p: [...] success probability.
+      group_size: G.
+      logits: ``p`` is given as log-odds.
+
+    Returns:
+      [...] the number, at least 1; infinite at p ∈ {0, 1}.
+
+    Source: derived; the mean of a geometric distribution.
+
+    >>> round(float(groups_per_live_group(0.01, 8)), 1)
+    12.9
+    """
+    # 1 − p^G − (1−p)^G as (1 − (1−p)^G) − p^G loses digits only where p^G is near 1, so the smaller of p, 1 − p leads.
+    small = -jnp.abs(log_odds(p, logits=logits))
+    live = -jnp.expm1(group_size * jax.nn.log_sigmoid(-small)) - jnp.exp(group_size * jax.nn.log_sigmoid(small))
+    return 1 / live
