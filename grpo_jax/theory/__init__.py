@@ -3,6 +3,7 @@
 Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds out, because p rounds to 1.
 """
 
+from grpo_jax.theory import tabular
 from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
 from grpo_jax.theory.convergence import (
     Sensitivity,
@@ -13,6 +14,13 @@ from grpo_jax.theory.convergence import (
     steps_to_tolerance,
 )
 from grpo_jax.theory.dynamics import bernoulli_kl, iterate, kl_budget, success_map, success_map_slope
+from grpo_jax.theory.explanation import explain
+from grpo_jax.theory.forward_kl import (
+    forward_kl_flip_limit,
+    forward_kl_multiplier,
+    forward_kl_orbit_end,
+    forward_kl_success_map,
+)
 from grpo_jax.theory.groups import dead_fraction, groups_per_live_group, mean_dead_fraction
 from grpo_jax.theory.limits import (
     FixedPoint,
@@ -24,6 +32,8 @@ from grpo_jax.theory.limits import (
     limit_point,
 )
 from grpo_jax.theory.mirror import mirror_flow, mirror_step_kl, mirror_steps
+from grpo_jax.theory.orbits import OrbitEnd, orbit_end
+from grpo_jax.theory.planning import PlanRow, beta_for_mean, plan, recommended_range
 from grpo_jax.theory.policies import (
     log_partition,
     log_policy_ratio,
@@ -53,6 +63,8 @@ __all__ = [
     "LimitPoint",
     "MeanOnly",
     "NoisyVerifier",
+    "OrbitEnd",
+    "PlanRow",
     "Prediction",
     "Sensitivity",
     "Weights",
@@ -60,18 +72,24 @@ __all__ = [
     "WhitenedStd",
     "accumulated_error",
     "bernoulli_kl",
+    "beta_for_mean",
     "beta_for_target",
     "bistable_window",
     "clipped_success_map",
     "contrastive_term",
     "cusp",
     "dead_fraction",
+    "explain",
     "fixed_points",
     "flip_limit",
     "flip_window",
     "flow_point",
     "fold_beta",
     "forward_kl_fixed_point",
+    "forward_kl_flip_limit",
+    "forward_kl_multiplier",
+    "forward_kl_orbit_end",
+    "forward_kl_success_map",
     "groups_per_live_group",
     "iterate",
     "iterate_bounds",
@@ -90,12 +108,16 @@ __all__ = [
     "omega_plus",
     "optimal_log_policy",
     "optimality_gap",
+    "orbit_end",
+    "plan",
     "policy_entropy",
     "predict",
+    "recommended_range",
     "renyi_correction",
     "sensitivity",
     "steps_to_tolerance",
     "success_map",
     "success_map_slope",
+    "tabular",
     "wilson_interval",
 ]

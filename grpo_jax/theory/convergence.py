@@ -108,8 +108,9 @@ def iterate_bounds(
     kept = 1 - jnp.asarray(alpha, reference.dtype)
     steps = jnp.where(kept == 1, num_iterations, (1 - kept**num_iterations) / jnp.where(kept == 1, 1.0, 1 - kept))
     reach = steps / jnp.asarray(beta, reference.dtype)
-    bounds = tuple(reference + reach * end for end in _omega_range(weights, reference.dtype))
-    return bounds if logits else (jax.nn.sigmoid(bounds[0]), jax.nn.sigmoid(bounds[1]))
+    least, most = _omega_range(weights, reference.dtype)
+    low, high = reference + reach * least, reference + reach * most
+    return (low, high) if logits else (jax.nn.sigmoid(low), jax.nn.sigmoid(high))
 
 
 def steps_to_tolerance(multiplier: ArrayLike, error: ArrayLike, tolerance: ArrayLike) -> jax.Array:

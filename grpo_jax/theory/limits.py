@@ -7,6 +7,7 @@ Which is reached depends on the dynamics: exact iterations can jump past a fixed
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grpo_jax.theory.dynamics import iterate, log_odds_slope
+from grpo_jax.theory.orbits import LONGEST_CYCLE, orbit_end
 from grpo_jax.theory.roots import all_roots, flow_root, forward_root
-from grpo_jax.theory.weights import Weights, log_odds
+from grpo_jax.theory.weights import NoisyVerifier, Weights, log_odds
 
-LONGEST_CYCLE = 64
+ROUNDS = 32  # of iterations that `limit_point` waits for an orbit to settle
 
 
 class FixedPoint(NamedTuple):
@@ -147,13 +149,12 @@ def fixed_points(p_ref: float, *, beta: float, weights: Weights, logits: bool = 
         reference, scale = _scalar_inputs(p_ref, beta, logits)
         if math.isinf(reference):
             return [FixedPoint(float(reference > 0), float(reference), 0.0, True)]
-        roots = all_roots(jnp.asarray(reference), jnp.asarray(scale), weights).tolist()
-        roots = [root for root in roots if not math.isnan(root)]
-        multipliers = [float(log_odds_slope(jnp.asarray(root), weights)) / scale for root in roots]
-        return [
-            FixedPoint(float(jax.nn.sigmoid(root)), root, multiplier, abs(multiplier) < 1)
-            for root, multiplier in zip(roots, multipliers, strict=True)
-        ]
+        sign, upward = _upward(weights)
+        roots = sign * all_roots(sign * reference, jnp.asarray(scale), upward)
+        roots = jnp.sort(roots[~jnp.isnan(roots)])
+        multipliers = (log_odds_slope(roots, weights) / scale).tolist()
+        points = zip(jax.nn.sigmoid(roots).tolist(), roots.tolist(), multipliers, strict=True)
+        return [FixedPoint(p, logit, multiplier, abs(multiplier) < 1) for p, logit, multiplier in points]
 
 
 def limit_point(
@@ -194,14 +195,25 @@ def limit_point(
         reference, scale = _scalar_inputs(p_ref, beta, logits)
         start = reference if p_0 is None else _scalar_inputs(p_0, beta, logits)[0]
         show = float if logits else lambda logit: float(jax.nn.sigmoid(logit))
-        if math.isinf(reference):
-            return LimitPoint("fixed", show(reference), 1)
-        if alpha == 0:
-            return LimitPoint("fixed", show(start if start == -math.inf else math.inf), 1)
-        kind, points = _orbit_end(reference, start, scale, weights, float(alpha))
-        if kind == "fixed":
-            return LimitPoint(kind, show(points[0]), 1)
-        return LimitPoint(kind, tuple(show(point) for point in points), len(points) if kind == "cycle" else 0)
+        options = {"beta": scale, "weights": weights, "alpha": float(alpha), "logits": True}
+        for _ in range(ROUNDS):
+            end = orbit_end(reference, p_0=start, num_iterations=1024, **options)
+            start = float(end.high)
+            if end.period > 0:
+                break
+        if math.isinf(start):
+            return LimitPoint("fixed", show(start), 1)
+        path = iterate(reference, 1024, p_0=start, **options)
+        if end.period == 0 and end.lyapunov > 0:
+            return LimitPoint("chaos", (show(path.min()), show(path.max())), 0)
+        # What has not settled after all these iterations is next to a bifurcation; its nearest return counts.
+        period = int(end.period) or 1 + int(jnp.abs(path[-2 : -2 - LONGEST_CYCLE : -1] - path[-1]).argmin())
+        if period > 1:
+            return LimitPoint("cycle", tuple(show(point) for point in sorted(path[-period:].tolist())), period)
+        # One Newton step takes away what slow convergence has left; two-KL has the fixed points of beta·alpha.
+        point, pull = path[-1], alpha * scale
+        left = point - reference - weights.omega(point) / pull
+        return LimitPoint("fixed", show(point - left / (1 - log_odds_slope(point, weights) / pull)), 1)
 
 
 def _end_point(
@@ -211,34 +223,19 @@ def _end_point(
     beta = jnp.broadcast_to(jnp.asarray(beta, reference.dtype), reference.shape)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, reference.dtype), weights)
     at_end = jnp.isinf(reference)
-    logit = jnp.where(at_end, reference, root(jnp.where(at_end, 0.0, reference), beta, weights))
+    sign, upward = _upward(weights)
+    logit = sign * root(sign * jnp.where(at_end, 0.0, reference), beta, upward)
+    logit = jnp.where(at_end, reference, logit)
     return logit if logits else jax.nn.sigmoid(logit)
 
 
-def _orbit_end(
-    reference: float, start: float, beta: float, weights: Weights, alpha: float
-) -> tuple[str, tuple[float, ...]]:
-    """The kind of limit, and its points in log-odds, ascending."""
-    for _ in range(32):
-        path = iterate(reference, 1024, beta=beta, weights=weights, alpha=alpha, p_0=start, logits=True)
-        start = float(path[-1])
-        tail = path[-2 * LONGEST_CYCLE :].tolist()
-        errors = [max(abs(a - b) for a, b in zip(tail[k:], tail, strict=False)) for k in range(1, LONGEST_CYCLE + 1)]
-        settled = [error <= 1e-11 * (1 + abs(start)) for error in errors]
-        if any(settled):
-            period = 1 + settled.index(True)
-            break
-    else:
-        slopes = 1 - alpha + log_odds_slope(path, weights) / beta
-        if float(jnp.log(jnp.abs(slopes)).mean()) > 0:  # the Lyapunov exponent
-            return "chaos", (float(path.min()), float(path.max()))
-        period = 1 + errors.index(min(errors))
-    if period > 1:
-        return "cycle", tuple(sorted(tail[-period:]))
-    # One Newton step takes away what slow convergence has left; two-KL has the fixed points of beta·alpha.
-    pull = alpha * beta
-    left = start - reference - float(weights.omega(jnp.asarray(start))) / pull
-    return "fixed", (start - left / (1 - float(log_odds_slope(jnp.asarray(start), weights)) / pull),)
+def _upward(weights: Weights) -> tuple[ArrayLike, Weights]:
+    """(s, weights) for s L: a verifier worse than chance pushes p down as its opposite pushes 1 − p up."""
+    if not isinstance(weights, NoisyVerifier):
+        return 1.0, weights
+    tpr, fpr = jnp.asarray(weights.tpr), jnp.asarray(weights.fpr)
+    upward = replace(weights, tpr=jnp.maximum(tpr, fpr), fpr=jnp.minimum(tpr, fpr))
+    return jnp.where(tpr < fpr, -1.0, 1.0).astype(tpr.dtype), upward
 
 
 def _scalar_inputs(p: float, beta: float, logits: bool) -> tuple[float, float]:

@@ -48,7 +48,7 @@ def optimal_log_policy(
     """
     log_ref = jnp.asarray(log_ref)
     (p_old, beta, alpha), batch = _columns(log_ref.dtype, p_old, beta, alpha, shape=log_ref.shape[:-1])
-    log_ref, right = (jnp.broadcast_to(x, (*batch, log_ref.shape[-1])) for x in (log_ref, jnp.asarray(rewards) > 0))
+    log_ref, right = (jnp.broadcast_to(x, (*batch, log_ref.shape[-1])) for x in (log_ref, is_correct(rewards)))
     tilt = jnp.where(right, omega_plus(p_old, weights), -omega_minus(p_old, weights)) / beta
     possible = jnp.isfinite(log_ref)
     held = jnp.where(possible, log_ref, 0.0)
@@ -78,7 +78,7 @@ def log_policy_ratio(rewards: ArrayLike, p: ArrayLike, p_ref: ArrayLike, *, logi
     >>> round(float(log_policy_ratio(1, 0.5, 0.25)), 4)  # ln 2
     0.6931
     """
-    sign = jnp.where(jnp.asarray(rewards) > 0, 1, -1)
+    sign = jnp.where(is_correct(rewards), 1, -1)
     a, b = log_odds(p, logits=logits), log_odds(p_ref, logits=logits)
     new, old = (jax.nn.log_sigmoid(sign.astype(x.dtype) * x) for x in (a, b))
     same = new == old
@@ -187,7 +187,7 @@ def renyi_correction(log_ref: ArrayLike, log_old: ArrayLike, rewards: ArrayLike,
     True
     """
     log_ref, log_old = jnp.asarray(log_ref), jnp.asarray(log_old)
-    right = jnp.asarray(rewards) > 0
+    right = is_correct(rewards)
     (share,), batch = _columns(log_ref.dtype, alpha, shape=log_ref.shape[:-1])
     log_ref, log_old, right = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (log_ref, log_old, right))
 
@@ -200,8 +200,18 @@ def renyi_correction(log_ref: ArrayLike, log_old: ArrayLike, rewards: ArrayLike,
     return overlap(right) - overlap(~right)
 
 
+def is_correct(rewards: ArrayLike) -> jax.Array:
+    """Rewards [...], 0 or 1 of any type, as booleans.
+
+    >>> is_correct([0.0, 1.0]).tolist(), is_correct([True]).tolist()
+    ([False, True], [True])
+    """
+    rewards = jnp.asarray(rewards)
+    return rewards if rewards.dtype == bool else rewards > 0
+
+
 def _columns(dtype: jnp.dtype, *values: ArrayLike, shape: tuple[int, ...]) -> tuple[list[jax.Array], tuple[int, ...]]:
-    """Values [...] as columns [..., 1] to set against outcomes, and the shape [...] that all of them and ``shape`` broadcast to."""
+    """Values [...] as columns [..., 1] to set against outcomes, and the shape [...] that they and ``shape`` broadcast to."""
     arrays = [jnp.asarray(value, dtype) for value in values]
     batch = jnp.broadcast_shapes(shape, *(array.shape for array in arrays))
     return [jnp.broadcast_to(array, batch)[..., None] for array in arrays], batch

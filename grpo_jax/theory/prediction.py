@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grpo_jax.theory.dynamics import bernoulli_kl, log_odds_slope
+from grpo_jax.theory.forward_kl import forward_kl_multiplier
 from grpo_jax.theory.limits import flow_point, forward_kl_fixed_point
 from grpo_jax.theory.roots import fold_between
 from grpo_jax.theory.weights import Weights, log_odds
@@ -21,7 +22,7 @@ class Prediction(NamedTuple):
     p_ref, p_ref_low, p_ref_high: [Q] measured success probabilities and their Wilson intervals.
     p_star, p_star_low, p_star_high: [Q] predicted ones, and where the ends of the interval of p_ref are sent.
     saturates: [Q] bool, p_star > 0.99.
-    stable: [Q] bool, p_star also attracts exactly solved iterations: |h'(p*)| < 1.
+    stable: [Q] bool, p_star also attracts exactly solved iterations: its multiplier is between −1 and 1.
     fold: [Q] bool, p_star jumps within the interval of p_ref: p_star_low and p_star_high are values on two branches,
       and some of what lies between them is the end of no p_ref.
     mean_p_ref, mean_p_ref_low, mean_p_ref_high: over the prompts.
@@ -108,7 +109,8 @@ def predict(
             stable = jnp.abs(log_odds_slope(star[0], weights)) < scale
             fold = fold_between(star[1], star[2], scale, weights)
         else:
-            stable, fold = jnp.ones_like(p_ref, bool), jnp.zeros_like(p_ref, bool)
+            multiplier = forward_kl_multiplier(star[0], beta=float(beta), weights=weights, logits=True)
+            stable, fold = jnp.abs(multiplier) < 1, jnp.zeros_like(p_ref, bool)
         means = [*map(float, mean_interval(p_ref, *ends)), *map(float, mean_interval(p_star, p_star_low, p_star_high))]
         return Prediction(
             p_ref=p_ref.astype(dtype),

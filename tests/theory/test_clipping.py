@@ -105,7 +105,7 @@ def test_a_clipped_orbit_stops_where_an_unclipped_one_jumps(double):
 
 
 def test_the_bound_on_the_width_that_forbids_jumps_holds_and_is_needed(double):
-    """c ≤ 2 − 1/p_m: never past p_m, over 4,000 random cases; beyond it, a case that passes."""
+    """c_high ≤ (2p_m − 1)/(1 − p_m): never past p_m, over 4,000 random cases; beyond it, a case that passes."""
     rng = np.random.default_rng(1)
     weights, tried = Whitened(1e-6), 0
     for p_ref in np.exp(rng.uniform(np.log(1e-9), np.log(0.4), 40)):
@@ -115,14 +115,14 @@ def test_the_bound_on_the_width_that_forbids_jumps_holds_and_is_needed(double):
                 continue
             middle = points[1].p
             starts = jnp.asarray(rng.uniform(p_ref, middle * (1 - 1e-9), 50))
-            width = min(2 - 1 / middle, 1.0)
-            paths = orbit(jnp.full(50, p_ref), 60, p_0=starts, beta=beta, weights=weights, clip=width)
+            widths = {"clip": rng.uniform(0.05, 1), "clip_high": (2 * middle - 1) / (1 - middle)}
+            paths = orbit(jnp.full(50, p_ref), 60, p_0=starts, beta=beta, weights=weights, **widths)
             assert (paths < middle * (1 + 1e-12)).all()
             tried += 50
     assert tried > 4000
     beta = 1.0005 * fold_beta(1e-12, weights=Whitened(1e-5))
     _, middle, high = fixed_points(1e-12, beta=beta, weights=Whitened(1e-5))
-    assert 2 - 1 / middle.p < 0.5
+    assert (2 * middle.p - 1) / (1 - middle.p) < 0.5
     assert orbit(1e-12, 400, beta=beta, weights=Whitened(1e-5), clip=0.5)[-1] == pytest.approx(high.p)
 
 

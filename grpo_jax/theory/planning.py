@@ -1,0 +1,483 @@
+"""Planning before spending compute: what each β would do to prompts whose p_ref has been measured, and which are worth it.
+
+Prompts with the same counts have the same future, so everything is computed once per distinct count, in blocks of one
+shape: a million rows with a hundred trials each cost what a hundred do. Computed in double precision on the host.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, success_map
+from grpo_jax.theory.forward_kl import forward_kl_flip_limit, forward_kl_orbit_end, forward_kl_success_map
+from grpo_jax.theory.groups import dead_fraction
+from grpo_jax.theory.limits import flow_point, forward_kl_fixed_point
+from grpo_jax.theory.mirror import mirror_step_kl, mirror_steps
+from grpo_jax.theory.orbits import orbit_end
+from grpo_jax.theory.prediction import SATURATED, wilson_interval
+from grpo_jax.theory.roots import fold_between
+from grpo_jax.theory.thresholds import flip_limit
+from grpo_jax.theory.weights import Group, MeanOnly, Weights, log_odds
+
+Counts: TypeAlias = ArrayLike | Sequence[float]
+
+KLS = ("reverse", "forward", "none")
+DEAD = 0.99  # a prompt whose groups fail in full more often than this hardly ever teaches
+GAIN = 0.95  # share of the gain that counts as arrived
+ITERATIONS, TAIL = 256, 64  # exact iterations followed, and how many of the last ones their end is averaged over
+SWEEP = (0.9, 0.1)  # shares of the reachable gain at the ends of the recommended range
+LARGEST_BLOCK = 256
+SWING = 1e-4  # of p, the least that counts as an oscillation
+CLOSE = 1e-10  # of a mean p*, near enough to its target
+JUMP = 1e-6  # a mean p* that moves more between neighbouring βs has passed a fold
+
+
+class PlanRow(NamedTuple):
+    """What training at one β would do, over the prompts. Shares are of all prompts; KL in nats per sequence.
+
+    beta: the β.
+    p_ref, p_ref_low, p_ref_high: mean measured success probability, with its interval; the same in every row.
+    p_star, p_star_low, p_star_high: mean success probability at which many small steps end, with its interval.
+    p_exact: mean over the last 64 of 256 exactly solved iterations, which can jump past p_star, or cycle.
+    iterations: after how many of them their mean stays within 5 % of the gain of p_exact; None: not in 256.
+    saturates: share with p* > 0.99.
+    dead: share that stays where it is for want of a success: none measured, or more than 99 % of groups without one.
+    oscillates: share whose exactly solved iterations end in a cycle or in chaos.
+    folds: share whose interval of p_ref straddles a fold, so that p* may lie on either branch.
+    kl: KL(π*‖π_ref), mean. kl_budget: mean of the most it can be, ln(1/p_ref); prompts at p_ref = 0 spend nothing.
+    dead_groups_start, dead_groups: fraction of groups whose rewards are all equal, at p_ref and at p*; None without groups.
+    mirror_steps: steps of mirror GRPO at this β to 95 % of a prompt's gain, mean over the prompts that can move.
+    mirror_step_kl: KL of its first step, mean over the same; both None where none can move.
+    """
+
+    beta: float
+    p_ref: float
+    p_ref_low: float
+    p_ref_high: float
+    p_star: float
+    p_star_low: float
+    p_star_high: float
+    p_exact: float
+    iterations: int | None
+    saturates: float
+    dead: float
+    oscillates: float
+    folds: float
+    kl: float
+    kl_budget: float
+    dead_groups_start: float | None
+    dead_groups: float | None
+    mirror_steps: float | None
+    mirror_step_kl: float | None
+
+
+class TargetBeta(NamedTuple):
+    """The β at which the mean p* is a target.
+
+    beta: the smallest β whose mean p* does not exceed the target.
+    p_star: mean p* there: the target, unless it is jumped over.
+    jumps_to: mean p* just below that β, where a fold jumps over the target; else None.
+    """
+
+    beta: float
+    p_star: float
+    jumps_to: float | None
+
+
+class BetaRange(NamedTuple):
+    """The βs worth sweeping: below ``low`` prompts are saturated, above ``high`` the reference holds them.
+
+    low, high: as for `beta_for_mean`, of 90 % and 10 % of the gain in mean p that any β can reach.
+    """
+
+    low: TargetBeta
+    high: TargetBeta
+
+
+class CurvePoint(NamedTuple):
+    """Mean p* at one β with its interval, and p* of the prompts at quantiles of p_ref."""
+
+    beta: float
+    p_star: float
+    p_star_low: float
+    p_star_high: float
+    quantiles: tuple[float, ...]
+
+
+class _Block(NamedTuple):
+    """Distinct prompts: logit [3, B], the log-odds of p_ref and of its interval's ends; times [B], 0 for padding."""
+
+    logit: jax.Array
+    times: jax.Array
+
+
+def plan(
+    successes: Counts,
+    trials: Counts | None,
+    betas: Sequence[float],
+    *,
+    weights: Weights,
+    group_size: int | None = None,
+    kl: str = "reverse",
+    confidence: float = 0.95,
+) -> list[PlanRow]:
+    """What training at each of several βs would do to prompts with measured success.
+
+    Args:
+      successes: [Q] counts of correct completions of the reference policy; with ``trials`` None, its success
+        probabilities themselves, taken as exact.
+      trials: [Q] or scalar, counts of completions; None: see ``successes``.
+      betas: weights of the KL term, > 0.
+      weights: the normaliser.
+      group_size: G, for the fraction of dead groups; None: that of ``weights`` if it is a `Group`.
+      kl: what the gradient of the KL term descends: "reverse" KL(π‖π_ref), "forward" KL(π_ref‖π) (k3 in the loss),
+        or "none", where every prompt with a success runs to 1 whatever β is.
+      confidence: of the intervals, in (0, 1).
+
+    Returns:
+      One row per β, in their order.
+
+    Raises:
+      ValueError: names the argument that is out of range or of the wrong shape.
+
+    Source: derived from arXiv 2503.06639, Thm 2, as `predict`, `orbit_end` and `mirror_steps` are.
+
+    >>> row = plan([0, 20, 50], 100, [1.0], weights=Group(8))[0]
+    >>> round(row.p_star, 4), round(row.dead, 4), row.iterations
+    (0.513, 0.3333, 1)
+    """
+    group_size = weights.size if group_size is None and isinstance(weights, Group) else group_size
+    with jax.enable_x64(True):
+        for beta in betas:
+            _check(beta, kl)
+        blocks = _blocks(successes, trials, confidence)
+        return [_row(blocks, float(beta), weights, group_size, kl) for beta in betas]
+
+
+def beta_for_mean(
+    target: float, successes: Counts, trials: Counts | None, *, weights: Weights, kl: str = "reverse"
+) -> TargetBeta:
+    """The β at which the mean of p* over the prompts is a target; p* falls with β, prompt by prompt.
+
+    Args:
+      target: mean success probability, above that of the reference and below what β → 0 reaches, which is the share
+        of prompts with any success.
+      successes, trials: as for `plan`.
+      weights: the normaliser.
+      kl: "reverse" or "forward".
+
+    Returns:
+      The β, and what happens where a fold jumps over the target: no β then has it.
+
+    Raises:
+      ValueError: ``target`` is out of reach, and why, or a count is wrong.
+
+    Source: derived; bisection in ln β to the last bit.
+
+    >>> from grpo_jax.theory import MeanOnly
+    >>> round(beta_for_mean(0.5, [0.2], None, weights=MeanOnly()).beta, 5)  # 1/ln 4
+    0.72135
+    """
+    with jax.enable_x64(True):
+        return _beta_for_mean(target, _blocks(successes, trials, 0.95), weights, kl)
+
+
+def recommended_range(
+    successes: Counts, trials: Counts | None, *, weights: Weights, kl: str = "reverse"
+) -> BetaRange | None:
+    """The βs between which the mean p* does most of its moving: from 90 % of the gain that β → 0 reaches to 10 %.
+
+    Args:
+      successes, trials: as for `plan`.
+      weights: the normaliser.
+      kl: as for `plan`.
+
+    Returns:
+      The range, or None where no β moves any prompt, or every β does the same (no KL).
+
+    Raises:
+      ValueError: a count is wrong.
+
+    Source: a convention, ours.
+
+    >>> from grpo_jax.theory import MeanOnly
+    >>> found = recommended_range([0.2], None, weights=MeanOnly())
+    >>> round(found.low.p_star, 4), round(found.high.p_star, 4)
+    (0.92, 0.28)
+    """
+    with jax.enable_x64(True):
+        blocks = _blocks(successes, trials, 0.95)
+        start, most = _reach(blocks)
+        if kl == "none" or not most > start:
+            return None
+        low, high = (_beta_for_mean(start + share * (most - start), blocks, weights, kl) for share in SWEEP)
+        return BetaRange(low, high)
+
+
+def curve(
+    successes: Counts,
+    trials: Counts | None,
+    betas: Sequence[float],
+    *,
+    weights: Weights,
+    quantiles: Sequence[float],
+    kl: str = "reverse",
+    confidence: float = 0.95,
+) -> list[CurvePoint]:
+    """Mean p* over β with its interval, and the p* of the prompts at quantiles of p_ref.
+
+    Args:
+      successes, trials, weights, kl, confidence: as for `plan`.
+      betas: where to compute it.
+      quantiles: of p_ref, in [0, 1]; p* rises with p_ref, so they are those of p* too.
+
+    Returns:
+      One point per β.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    Source: as `plan`.
+
+    >>> point = curve([0.2, 0.5], None, [1.0], weights=Group(8), quantiles=[0.0, 1.0])[0]
+    >>> [round(p, 4) for p in point.quantiles]
+    [0.6249, 0.9142]
+    """
+    with jax.enable_x64(True):
+        blocks = _blocks(successes, trials, confidence)
+        pairs = sorted((x, c) for b in blocks for x, c in zip(b.logit[0].tolist(), b.times.tolist(), strict=True) if c)
+        shown = jnp.asarray([_quantile(pairs, q) for q in quantiles])
+        points = []
+        for beta in betas:
+            _check(beta, kl)
+            scale = jnp.asarray(float(beta))
+            ends = jax.nn.sigmoid(_end(shown, scale, weights, kl)).tolist()
+            mean = _mean(blocks, [_end(block.logit, scale, weights, kl) for block in blocks])
+            points.append(CurvePoint(float(beta), *mean, tuple(ends)))
+        return points
+
+
+def _row(blocks: list[_Block], beta: float, weights: Weights, group_size: int | None, kl: str) -> PlanRow:
+    scale = jnp.asarray(beta)
+    ends = [_end(block.logit, scale, weights, kl) for block in blocks]
+    parts = [_sums(*pair, scale, weights, group_size, kl) for pair in zip(blocks, ends, strict=True)]
+    path = [math.fsum(values) for values in zip(*(part.pop("path").tolist() for part in parts), strict=True)]
+    sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
+    prompts, movable = sums.pop("prompts"), sums.pop("movable")
+    mirror: dict[str, Any] = {name: sums.pop(name) for name in ("mirror_steps", "mirror_step_kl")}
+    mirror = {name: total / movable if movable else None for name, total in mirror.items()}
+    shares: dict[str, Any] = {name: total / prompts for name, total in sums.items()}
+    if group_size is None:
+        shares |= {"dead_groups_start": None, "dead_groups": None}
+    named = {
+        ("p_ref", "p_ref_low", "p_ref_high"): _mean(blocks, [block.logit for block in blocks]),
+        ("p_star", "p_star_low", "p_star_high"): _mean(blocks, ends),
+        ("p_exact", "iterations"): _settled([total / prompts for total in path]),
+    }
+    for names, values in named.items():
+        shares |= dict(zip(names, values, strict=True))
+    oscillates = _oscillating(blocks, scale, weights, kl) / prompts
+    return PlanRow(beta=beta, oscillates=oscillates, **shares, **mirror)
+
+
+@partial(jax.jit, static_argnames=("group_size", "kl"))
+def _sums(
+    block: _Block, ends: jax.Array, beta: jax.Array, weights: Weights, group_size: int | None, kl: str
+) -> dict[str, jax.Array]:
+    """Totals over the prompts of a block, named as in `PlanRow`; "path" [ITERATIONS + 1] is that of exact iterates."""
+    reference, count = block.logit[0], block.times
+    star, low, high = ends
+    never, at_end = reference == -jnp.inf, jnp.isinf(reference)
+    dead, groups = never, jnp.zeros((2, *reference.shape))
+    if group_size is not None:
+        dead = never | (jnp.exp(group_size * jax.nn.log_sigmoid(-reference)) > DEAD)
+        groups = dead_fraction(jnp.stack([reference, star]), group_size, logits=True)
+    folds = fold_between(low, high, beta, weights) if kl == "reverse" else jnp.zeros_like(never)
+    inside = jnp.where(at_end, 0.0, reference)
+    p_ref, p_star = jax.nn.sigmoid(inside), jnp.where(at_end, 0.5, jax.nn.sigmoid(star))
+    arrived = p_ref + GAIN * (p_star - p_ref)
+
+    def follow(logit: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        logit = _exact_step(logit, reference, beta, weights, kl)
+        return logit, count @ jax.nn.sigmoid(logit)
+
+    _, path = jax.lax.scan(follow, reference, None, length=ITERATIONS)
+    movable = jnp.where(at_end, 0.0, count)
+    return {
+        "prompts": count.sum(),
+        "movable": movable.sum(),
+        "saturates": count @ (jax.nn.sigmoid(star) > SATURATED).astype(float),
+        "dead": count @ dead.astype(float),
+        "folds": count @ folds.astype(float),
+        "kl": count @ bernoulli_kl(star, reference, logits=True),
+        "kl_budget": movable @ kl_budget(inside, logits=True),  # at either end of [0, 1] nothing is spent
+        "dead_groups_start": count @ groups[0],
+        "dead_groups": count @ groups[1],
+        "mirror_steps": movable @ mirror_steps(p_ref, arrived, beta=beta, weights=weights),
+        "mirror_step_kl": movable @ mirror_step_kl(p_ref, beta=beta, weights=weights),
+        "path": jnp.concatenate([(count @ jax.nn.sigmoid(reference))[None], path]),
+    }
+
+
+def _settled(path: list[float]) -> tuple[float, int | None]:
+    """Where a path ends, the mean of its tail, and after how many steps it stays near that end."""
+    end = fmean(path[-TAIL:])
+    away = [n for n, p in enumerate(path) if abs(p - end) > (1 - GAIN) * abs(end - path[0])]
+    after = away[-1] + 1 if away else 0
+    return end, after if after <= len(path) - TAIL else None
+
+
+def _oscillating(blocks: list[_Block], beta: jax.Array, weights: Weights, kl: str) -> float:
+    """How many prompts exact iterations leave in a cycle or in chaos; only those that can at some β are iterated."""
+    limit = {"reverse": flip_limit, "forward": forward_kl_flip_limit, "none": lambda _: None}[kl](weights)
+    if limit is None:
+        return 0.0
+    least = float(log_odds(min(1.01 * limit, 0.5)))
+    suspects = Counter(
+        {
+            x: c
+            for block in blocks
+            for x, c in zip(block.logit[0].tolist(), block.times.tolist(), strict=True)
+            if c and -math.inf < x < least
+        }
+    )
+    if not suspects:
+        return 0.0
+    counted = _padded(jnp.asarray([*suspects])[None], jnp.asarray([*suspects.values()]))
+    return math.fsum(float(_swings(block, beta, weights, kl)) for block in counted)
+
+
+@partial(jax.jit, static_argnames="kl")
+def _swings(block: _Block, beta: jax.Array, weights: Weights, kl: str) -> jax.Array:
+    """The number of prompts of a block [1, B] whose exact iterations are still going to and fro after 2000."""
+    end_of = orbit_end if kl == "reverse" else forward_kl_orbit_end
+    end = end_of(block.logit[0], beta=beta, weights=weights, logits=True)
+    swing = jax.nn.sigmoid(end.high) - jax.nn.sigmoid(end.low)
+    # Period 0 without chaos is slow convergence.
+    return block.times @ ((swing > SWING) & ((end.period > 1) | (end.lyapunov > 0))).astype(float)
+
+
+def _exact_step(logit: jax.Array, reference: jax.Array, beta: jax.Array, weights: Weights, kl: str) -> jax.Array:
+    """One exactly solved iteration in log-odds; without KL it ends at 1."""
+    if kl == "none":
+        return jnp.where(jnp.isinf(reference), reference, jnp.inf)
+    mapped = success_map if kl == "reverse" else forward_kl_success_map
+    return mapped(logit, reference, beta=beta, weights=weights, logits=True)
+
+
+def _beta_for_mean(target: float, blocks: list[_Block], weights: Weights, kl: str) -> TargetBeta:
+    start, most = _reach(blocks)
+    if kl == "none":
+        raise ValueError("target: without a KL term every β leads to the same p*")
+    if not 0 < target < 1:
+        raise ValueError(f"target={target!r} must be inside (0, 1)")
+    if not target > start:
+        raise ValueError(f"target={target:g} is not above the mean p_ref of {start:.4g}: training only raises p")
+    if not target < most:
+        raise ValueError(f"target={target:g} is not below {most:.4g}, the share of prompts with any success")
+
+    def excess(x: float) -> float:
+        ends = [_end(block.logit, jnp.asarray(math.exp(x)), weights, kl) for block in blocks]
+        return _mean(blocks, ends)[0] - target
+
+    low = high = 0.0  # ln β
+    while (above := excess(low)) <= 0:
+        low -= 2
+    while (below := excess(high)) > 0:
+        high += 2
+    up, down = above, below  # false position, with the end that stays put counted less and less (Illinois)
+    while min(above, -below) > CLOSE and high - low > 1e-15 * (1 + abs(high)):
+        middle = low + (high - low) * min(max(up / (up - down), 0.01), 0.99)
+        if (found := excess(middle)) > 0:
+            low, above, up, down = middle, found, found, down / 2
+        else:
+            high, below, down, up = middle, found, found, up / 2
+    if above - below > JUMP and min(above, -below) > CLOSE:
+        return TargetBeta(math.exp(high), target + below, target + above)
+    x, off = (low, above) if above < -below else (high, below)
+    return TargetBeta(math.exp(x), target + off, None)
+
+
+def _end(reference: jax.Array, beta: jax.Array, weights: Weights, kl: str) -> jax.Array:
+    """Where many small steps end, in log-odds, elementwise."""
+    if kl == "none":
+        return jnp.where(reference == -jnp.inf, reference, jnp.inf)
+    solve = flow_point if kl == "reverse" else forward_kl_fixed_point
+    return solve(reference, beta=beta, weights=weights, logits=True)
+
+
+def _mean(blocks: list[_Block], logits: list[jax.Array]) -> tuple[float, float, float]:
+    """`mean_interval` of quantities given as log-odds [3, B] (the estimate, and the ends of its interval) per block."""
+    pairs = zip(blocks, logits, strict=True)
+    prompts, total, down, up = (math.fsum(x) for x in zip(*(_moments(*pair).tolist() for pair in pairs), strict=True))
+    mean = total / prompts
+    return mean, mean - math.sqrt(down) / prompts, mean + math.sqrt(up) / prompts
+
+
+@jax.jit
+def _moments(block: _Block, logit: jax.Array) -> jax.Array:
+    x, low, high = jax.nn.sigmoid(logit)
+    return jnp.stack([jnp.ones_like(x), x, jnp.square(x - low), jnp.square(high - x)]) @ block.times
+
+
+def _reach(blocks: list[_Block]) -> tuple[float, float]:
+    """Mean p_ref, and the share of prompts with any success, which is the mean that β → 0 reaches."""
+    start, _, _ = _mean(blocks, [block.logit for block in blocks])
+    most, _, _ = _mean(blocks, [_end(block.logit, jnp.ones(()), MeanOnly(), "none") for block in blocks])
+    return start, most
+
+
+def _quantile(pairs: list[tuple[float, float]], q: float) -> float:
+    """The smallest value of (value, count) pairs, ascending, with at least a share q of all counts at or below it."""
+    if not 0 <= q <= 1:
+        raise ValueError(f"quantiles={q!r} must be in [0, 1]")
+    total, passed = math.fsum(count for _, count in pairs), 0.0
+    for value, count in pairs:
+        passed += count
+        if passed >= q * total:
+            return value
+    return pairs[-1][0]
+
+
+def _blocks(successes: Counts, trials: Counts | None, confidence: float) -> list[_Block]:
+    """The distinct prompts with how often each occurs, checked."""
+    found = jnp.asarray(successes)
+    if found.ndim != 1 or not found.size:
+        raise ValueError(f"successes must be one axis of at least one prompt, got shape {found.shape}")
+    if trials is None:
+        same = Counter(found.astype(float).tolist())
+        if not all(0 <= p <= 1 for p in same):
+            raise ValueError("successes must be probabilities in [0, 1] where trials is None")
+        p = jnp.asarray([*same])
+        ends = p, p, p
+    else:
+        total = jnp.asarray(trials)
+        if total.ndim and total.shape != found.shape:
+            raise ValueError(f"trials must be a scalar or of the shape {found.shape} of successes, got {total.shape}")
+        same = Counter(zip(found.tolist(), jnp.broadcast_to(total, found.shape).tolist(), strict=True))
+        k, n = (jnp.asarray(x, float) for x in zip(*same, strict=True))
+        low, high = wilson_interval(k, n, confidence)
+        ends = k / n, low, high
+    return _padded(log_odds(jnp.stack(ends)), jnp.asarray([*same.values()], float))
+
+
+def _padded(logit: jax.Array, count: jax.Array) -> list[_Block]:
+    """Blocks of one size, a power of two, so that few shapes are ever compiled."""
+    size = min(LARGEST_BLOCK, max(16, 1 << (count.size - 1).bit_length()))
+    spare = -count.size % size
+    logit, count = jnp.pad(logit, ((0, 0), (0, spare))), jnp.pad(count, (0, spare))
+    return [_Block(logit[:, i : i + size], count[i : i + size]) for i in range(0, count.size, size)]
+
+
+def _check(beta: float, kl: str) -> None:
+    if not 0 < float(beta) < math.inf:
+        raise ValueError(f"beta={beta!r} must be positive and finite")
+    if kl not in KLS:
+        raise ValueError(f"kl={kl!r} is not one of {', '.join(map(repr, KLS))}")
