@@ -4,13 +4,13 @@ A run started again with the same config and run directory resumes, or shows its
 Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config.
 """
 
-import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from grpo_jax.environment import prepare_environment
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -44,17 +44,6 @@ def main(arguments: list[str]) -> None:
         stop(str(error) or type(error).__name__, EXIT_FAILED)
     except KeyboardInterrupt:
         stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
-
-
-def prepare_environment() -> None:
-    """What must be known before jax starts: where compiled programs are kept, and a flag without which sums can be wrong."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "compiled"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    # On CPUs, "YNN" fusions of jaxlib 0.10.2 to 0.12.0 can return wrong sums without an error (tests/test_xla.py); no fusion
-    # is named, so there are none. Later versions may not know the flag, and an unknown one is fatal.
-    if version("jaxlib").split(".")[:2] in (["0", "10"], ["0", "11"], ["0", "12"]):
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}"
 
 
 def parse(arguments: list[str]) -> list[str]:

@@ -6,13 +6,12 @@ Each seed is a run of its own in WORKDIR/SEED, so the command resumes; WORKDIR/t
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+
+from experiments.runs import result_of
 
 _CONFIG = flags.DEFINE_string("config", "configs/small.py", "Config file, as for launch.py.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds to run.")
@@ -23,23 +22,14 @@ _OVERRIDES = flags.DEFINE_multi_string(
 
 
 def main(arguments: list[str]) -> None:
-    """Runs every seed in a process of its own, one after the other."""
+    """Runs every seed, one after the other."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     workdir = Path(_WORKDIR.value)
     results = []
     for seed in _SEEDS.value:
-        run = workdir / seed
-        command = [
-            sys.executable,
-            "launch.py",
-            f"--config={_CONFIG.value}",
-            f"--config.seed={seed}",
-            f"--workdir={run}",
-        ]
-        print(f"seed {seed}: {run}", flush=True)
-        subprocess.run([*command, *_OVERRIDES.value], check=True, env=os.environ)
-        results.append(json.loads((run / "result.json").read_text(encoding="utf-8")))
+        options = f"--config.seed={seed}", *_OVERRIDES.value
+        results.append(result_of(_CONFIG.value, workdir / seed, *options))
     (workdir / "seeds.json").write_text(json.dumps(results), encoding="utf-8")
     (workdir / "table.md").write_text(table(results), encoding="utf-8")
     print(table(results))

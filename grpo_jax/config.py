@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.models.decoder import DTYPES, DecoderConfig
-from grpo_jax.objective import NAMED, Objective
+from grpo_jax.objective import Objective, named_objective
 from grpo_jax.tasks import Task, make_task
 
 _SCHEDULES = ("cosine", "linear", "constant")
@@ -13,17 +13,6 @@ _SCHEDULES = ("cosine", "linear", "constant")
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message lists every conflict."""
-
-
-def make_objective(config: Any) -> Objective:
-    """The named objective with the keys that the config sets. Raises ValueError for an unknown name or choice."""
-    options = {
-        key: value for key, value in config.objective.items() if key not in ("name", "beta") and value is not None
-    }
-    if config.objective.name not in NAMED:
-        raise ValueError(f"objective.name={config.objective.name!r} is not one of {', '.join(NAMED)}")
-    named = NAMED[config.objective.name]
-    return Objective(**({field: getattr(named, field) for field in named.__dataclass_fields__} | options))
 
 
 def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
@@ -89,7 +78,7 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
     if config.model.path is None:
         sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids")}
         _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **sizes))
-    objective = _attempt(found, "objective", lambda: make_objective(config))
+    objective = _attempt(found, "objective", lambda: named_objective(**_without_beta(config)))
     task = _attempt(found, "task", lambda: make_task(config.task.name, **_task_options(config)))
     if not found:
         found += _divisions(config, num_devices)
@@ -115,6 +104,11 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def _task_options(config: Any) -> dict[str, Any]:
     options = config.task.get(config.task.name, {})
     return {key: value for key, value in options.items() if value is not None} if hasattr(options, "items") else {}
+
+
+def _without_beta(config: Any) -> dict[str, Any]:
+    """β is an argument of the loss, not part of the objective's description."""
+    return {key: choice for key, choice in config.objective.items() if key != "beta"}
 
 
 def _attempt(found: list[str], group: str, make: Any) -> Any:

@@ -1,13 +1,13 @@
-"""Eight CPU devices, the XLA flags of launch.py, strict dtypes and ranks, no GPU: set before jax starts."""
+"""Eight CPU devices, the XLA flags of every command line, strict dtypes and ranks, no GPU: set before jax starts."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-import launch
+from grpo_jax.environment import prepare_environment
 
-launch.prepare_environment()
+prepare_environment()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 

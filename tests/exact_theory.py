@@ -12,7 +12,11 @@ mp.dps = 40
 
 
 def sigmoid(L):
-    return 1 / (1 + mp.exp(-mp.mpf(L)))
+    return 1 / (1 + mp.exp(-max(mp.mpf(L), mp.mpf(-(10**6)))))  # e^1e50 has too many digits
+
+
+def log_sigmoid(L):
+    return -mp.log1p(mp.exp(-mp.mpf(L)))
 
 
 def logit(p):
@@ -21,9 +25,10 @@ def logit(p):
 
 
 def kl(a, b):
-    """kl(p‖q) of coins with log-odds a and b."""
+    """kl of coins with log-odds a and b."""
+    a, b = mp.mpf(a), mp.mpf(b)
     p, q = sigmoid(a), sigmoid(-a)
-    return p * mp.log(p / sigmoid(b)) + q * mp.log(q / sigmoid(-b))
+    return p * (log_sigmoid(a) - log_sigmoid(b)) + q * (log_sigmoid(-a) - log_sigmoid(-b))
 
 
 def advantages(size, k, weights):

@@ -26,10 +26,11 @@ ROOMS = {
         {"jax", "numpy", "optax", "orbax", "absl", "rich"},
     ),
     "config": ({"objective", "tasks", "models"}, set()),
+    "environment": (set(), set()),
     "": ({"objective", "theory"}, set()),
 }
 # The theory's command line derives Ω from the trainer's own description of an objective, and draws if it can.
-COMMAND_LINES = {"theory/__main__.py": ({"objective"}, {"jax", "matplotlib"})}
+COMMAND_LINES = {"theory/__main__.py": ({"environment", "objective"}, {"matplotlib"})}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,6 +1,8 @@
 """The README: what it says exists, and its code runs."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -53,7 +55,51 @@ def test_the_python_example_runs():
     assert float(point) == pytest.approx(said, abs=5e-4)
 
 
-@pytest.mark.parametrize("path", ["README.md", "CHANGELOG.md", "experiments/LOG.md", "pyproject.toml", ".ci/run"])
+PAGE = (ROOT / "docs/theory.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(tests/\w+/\w+\.py::\w+)`", PAGE))
+def test_every_test_that_the_page_cites_exists(name):
+    path, _, function = name.partition("::")
+    assert f"\ndef {function}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("names", "path"), re.findall(r"\[((?:`\w+`(?:, )?)+)\]\(\.\./([^)]+)\)", PAGE))
+def test_every_function_that_the_page_cites_exists(names, path):
+    for name in re.findall(r"`(\w+)`", names):
+        assert re.search(rf"^(?:def|class) {name}\b", (ROOT / path).read_text(encoding="utf-8"), re.M), name
+
+
+def test_every_link_of_the_page_leads_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / link).exists(), link
+
+
+def test_what_the_commands_of_the_theory_print_is_what_the_readme_shows():
+    """`explain` needs no run; `plan` of runs/small is left to the eye."""
+    command, shown = re.search(r"\$ python -m grpo_jax\.theory (explain [^\n]*)\n(.*?)```", TEXT, re.S).groups()
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_jax.theory", *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == shown.strip()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "README.md",
+        "docs/theory.md",
+        "experiments/README.md",
+        "CHANGELOG.md",
+        "experiments/LOG.md",
+        "pyproject.toml",
+        ".ci/run",
+    ],
+)
 def test_no_placeholder_is_left(path):
     assert not re.search(
         r"TODO|FIXME|[A-Z]{3,}_(?:TIMES?|OUTPUT|TABLE|NOTE)\b", (ROOT / path).read_text(encoding="utf-8")

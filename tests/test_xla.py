@@ -24,6 +24,6 @@ def test_two_sums_of_different_width_in_one_program():
 
 
 def test_launch_sets_what_is_needed():
-    code = "import launch; launch.prepare_environment()" + CODE
+    code = "from grpo_jax.environment import prepare_environment; prepare_environment()" + CODE
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[15.0, 21.0]"

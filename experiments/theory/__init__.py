@@ -1,6 +1,6 @@
 """What the theory says, drawn and tabulated: one command per figure, listed in experiments/README.md."""
 
-from launch import prepare_environment
+from grpo_jax.environment import prepare_environment
 
 # Here, because jax reads it when it is first imported, and every experiment imports jax.
 prepare_environment()

@@ -26,7 +26,7 @@ from experiments.theory import figures
 from grpo_jax.theory.dynamics import log_odds_slope
 from grpo_jax.theory.orbits import LONGEST_CYCLE, orbit_end
 from grpo_jax.theory.thresholds import cusp, flip_limit
-from grpo_jax.theory.weights import Group, Weights, Whitened, log_odds
+from grpo_jax.theory.weights import Group, Weights, Whitened, as_tree, log_odds
 
 POINTS, ITERATIONS = 400, 2000
 P_REF, BETA = (1e-6, 0.9999), (0.05, 200.0)
@@ -47,7 +47,7 @@ CAPTION = (
 Kernel = Callable[[Any], tuple[Any, Any]]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["coefficients"], meta_fields=[])
+@as_tree("coefficients")
 @dataclass(frozen=True)
 class EvenPolynomial:
     """Ω = Σ_i a_i w^i in w = (2p − 1)² = tanh²(L/2), with the a_i of `group_polynomial`: Ω_G without its matrix product."""

@@ -3,7 +3,16 @@
 from grpo_jax.objective.advantages import check_normaliser, group_advantages
 from grpo_jax.objective.logps import completion_logps
 from grpo_jax.objective.loss import LossTerms, grpo_loss, grpo_loss_terms
-from grpo_jax.objective.objective import DAPO, DR_GRPO, GRPO, GRPO_TRL, NAMED, Objective, beta_effective
+from grpo_jax.objective.objective import (
+    DAPO,
+    DR_GRPO,
+    GRPO,
+    GRPO_TRL,
+    NAMED,
+    Objective,
+    beta_effective,
+    named_objective,
+)
 
 __all__ = [
     "DAPO",
@@ -19,4 +28,5 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "grpo_loss_terms",
+    "named_objective",
 ]

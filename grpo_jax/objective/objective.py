@@ -5,7 +5,7 @@ it (`Objective.normaliser`), so what is predicted is what is trained.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_jax.objective.advantages import check_normaliser
@@ -93,6 +93,30 @@ DAPO = Objective(ddof=1, epsilon_in="std", ratio="token", clip_high=0.28, reduce
 """DAPO's loss: clip-higher, one denominator of all tokens, no KL: nothing holds the policy, and p* = 1."""
 
 NAMED: dict[str, Objective] = {"GRPO": GRPO, "DR_GRPO": DR_GRPO, "GRPO_TRL": GRPO_TRL, "DAPO": DAPO}
+
+
+def named_objective(name: str, **choices: Any) -> Objective:
+    """A named objective with some of its choices changed.
+
+    Args:
+      name: a key of `NAMED`.
+      **choices: fields of `Objective`; None keeps what the name says.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError: an unknown name, or choices that `Objective` refuses.
+      TypeError: an unknown field.
+
+    Source: a convention, ours.
+
+    >>> named_objective("DR_GRPO", clip_low=None) == DR_GRPO, named_objective("GRPO", scale="none") == DR_GRPO
+    (True, True)
+    """
+    if name not in NAMED:
+        raise ValueError(f"objective {name!r} is not one of {', '.join(NAMED)}")
+    return replace(NAMED[name], **{field: choice for field, choice in choices.items() if choice is not None})
 
 
 def beta_effective(beta: float, *, objective: Objective, group_size: int) -> float:

@@ -6,18 +6,17 @@ Exit codes: 0 done, 2 bad command line or input, with one line on stderr that sa
 import argparse
 import json
 import math
-import os
 import sys
+import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import jax
-
-from grpo_jax.objective import NAMED, Objective
+from grpo_jax.environment import prepare_environment
+from grpo_jax.objective import NAMED, Objective, named_objective
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.planning import (
     BetaRange,
@@ -140,11 +139,12 @@ def _explain(options: argparse.Namespace) -> list[str]:
     for name in ("p_ref", "beta"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing")
-    objective = _named(options.objective or OBJECTIVE)
+    objective = named_objective(options.objective or OBJECTIVE)
     weights = Group(_group_size(options.group_size or GROUP_SIZE), **objective.normaliser())
     betas, references = _betas(options.beta), [float(p) for p in _probabilities(options.p_ref)]
     texts = [explain(p, beta=beta, weights=weights, kl=KL[objective.kl]) for p in references for beta in betas]
-    return "\n\n".join(texts).split("\n")
+    lines = "\n\n".join(texts).split("\n")
+    return ["\n".join(textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)) for line in lines]
 
 
 def _inputs(options: argparse.Namespace) -> Inputs:
@@ -171,7 +171,9 @@ def _inputs(options: argparse.Namespace) -> Inputs:
     try:
         objective, name = _objective(options.objective, config)
     except (TypeError, ValueError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{options.path}/config.json: {error}") from None
+        raise InputError(
+            str(error) if options.objective or not config else f"{options.path}/config.json: {error}"
+        ) from None
     group_size = _group_size(options.group_size or config.get("rollout.group_size", GROUP_SIZE))
     confidence = _number("--confidence", options.confidence or str(config.get("evaluate.confidence", CONFIDENCE)))
     if not 0 < confidence < 1:
@@ -180,19 +182,12 @@ def _inputs(options: argparse.Namespace) -> Inputs:
 
 
 def _objective(name: str | None, config: dict[str, Any]) -> tuple[Objective, str]:
-    """The objective asked for; else the run's, with the keys that its config sets."""
+    """The objective asked for; else the run's, with the choices that its config sets."""
     if name is not None or "objective.name" not in config:
-        return _named(name or OBJECTIVE), name or OBJECTIVE
+        return named_objective(name or OBJECTIVE), name or OBJECTIVE
+    choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
     name = str(config["objective.name"])
-    keys = [field.name for field in fields(Objective)]
-    options = {key: config[f"objective.{key}"] for key in keys if config.get(f"objective.{key}") is not None}
-    return replace(_named(name), **options), name
-
-
-def _named(name: str) -> Objective:
-    if name not in NAMED:
-        raise InputError(f"objective {name!r} is not one of {', '.join(NAMED)}")
-    return NAMED[name]
+    return named_objective(name, **choices), name
 
 
 def _reference(path: Path) -> tuple[list[int], list[int]]:
@@ -432,8 +427,5 @@ def _draw(path: str, points: Sequence[CurvePoint], rows: list[PlanRow], sweep: B
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # a β must not fail where the locale has none
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # compiled once, for launch.py too
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    prepare_environment()
     sys.exit(main(sys.argv[1:]))

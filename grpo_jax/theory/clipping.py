@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from grpo_jax.theory.dynamics import finite_or_held
 from grpo_jax.theory.policies import is_correct
 from grpo_jax.theory.weights import NoisyVerifier, Weights, log_odds, omega_minus, omega_plus
 
@@ -24,7 +25,7 @@ def contrastive_term(
 
     ω⁺ min(ρ, 1 + c_high) if correct, −ω⁻ max(ρ, 1 − c) if wrong. It is constant, with zero gradient, for a correct completion
     from ρ = 1 + c_high up and for a wrong one from ρ = 1 − c down; the other two directions are never clipped. Unclipped, its
-    mean under π_old is Ω(p_old)(p − p_old).
+    mean under π_old is Ω(p_old)(p − p_old), or Ω(p_old) p where no baseline is subtracted.
 
     Args:
       ratio: [...] ρ = π(o)/π_old(o) of whole completions.
@@ -52,7 +53,8 @@ def contrastive_term(
     up = down = ratio
     if clip is not None:
         low, high = _widths(weights, clip, clip_high, old.dtype)
-        up, down = jnp.minimum(ratio, 1 + high), jnp.maximum(ratio, 1 - low)
+        # Not minimum and maximum, whose gradient at the kink is neither side's.
+        up, down = jnp.where(ratio < 1 + high, ratio, 1 + high), jnp.where(ratio > 1 - low, ratio, 1 - low)
     right = is_correct(rewards)
     return jnp.where(right, omega_plus(old, weights, logits=True) * up, -omega_minus(old, weights, logits=True) * down)
 
@@ -104,7 +106,8 @@ def clipped_success_map(
     low, high = _widths(weights, clip, clip_high, dtype)
     beta, alpha = jnp.asarray(beta, dtype), jnp.asarray(alpha, dtype)
     at_end = jnp.isinf(reference)
-    anchor = alpha * jnp.where(at_end, 0.0, reference) + (1 - alpha) * jnp.where(alpha == 1, 0.0, old)
+    old = jnp.where(at_end, 0.0, old)
+    anchor = alpha * jnp.where(at_end, 0.0, reference) + (1 - alpha) * finite_or_held(old, alpha)
     plus, minus = omega_plus(old, weights, logits=True), omega_minus(old, weights, logits=True)
 
     right, wrong = jax.nn.sigmoid(old), jax.nn.sigmoid(-old)

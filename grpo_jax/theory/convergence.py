@@ -1,5 +1,6 @@
 """How fast exact iterations converge, what they can never leave, and what becomes of errors on the way."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grpo_jax.theory.dynamics import log_odds_slope
-from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, log_odds, variance
+from grpo_jax.theory.roots import POINTS, REACH, sign_changes
+from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, as_float, log_odds, variance
 
 
 class Sensitivity(NamedTuple):
@@ -70,7 +72,8 @@ def sensitivity(
     beta = jnp.asarray(beta, star.dtype)
     rate = 1 / (1 - log_odds_slope(star, weights) / beta)
     v = variance(star)
-    return Sensitivity(v / variance(reference) * rate, rate, -v * (star - reference) / beta * rate)
+    gain = jnp.where(v == 0, 0.0, v * jnp.where(v == 0, 0.0, star - reference))  # a p that has rounded to its end stays
+    return Sensitivity(v / variance(reference) * rate, rate, -gain / beta * rate)
 
 
 def iterate_bounds(
@@ -105,11 +108,15 @@ def iterate_bounds(
     [0.2701, 0.6488]
     """
     reference = log_odds(p_ref, logits=logits)
-    kept = 1 - jnp.asarray(alpha, reference.dtype)
-    steps = jnp.where(kept == 1, num_iterations, (1 - kept**num_iterations) / jnp.where(kept == 1, 1.0, 1 - kept))
+    alpha = jnp.asarray(alpha, reference.dtype)
+    share = jnp.where((alpha > 0) & (alpha < 1), alpha, 0.5)
+    steps = -jnp.expm1(num_iterations * jnp.log1p(-share)) / share  # (1 − (1 − α)^n)/α
+    steps = jnp.where(alpha == 0, num_iterations, jnp.where(alpha == 1, 1.0, steps))
     reach = steps / jnp.asarray(beta, reference.dtype)
-    least, most = _omega_range(weights, reference.dtype)
-    low, high = reference + reach * least, reference + reach * most
+    at_end = jnp.isinf(reference)
+    low, high = (
+        jnp.where(at_end, reference, reference + reach * end) for end in _omega_range(weights, reference.dtype)
+    )
     return (low, high) if logits else (jax.nn.sigmoid(low), jax.nn.sigmoid(high))
 
 
@@ -129,7 +136,7 @@ def steps_to_tolerance(multiplier: ArrayLike, error: ArrayLike, tolerance: Array
     >>> round(float(steps_to_tolerance(-0.5, 0.1, 0.1 / 16)), 4)
     4.0
     """
-    m, error = jnp.abs(jnp.asarray(multiplier, float)), jnp.abs(jnp.asarray(error, float))
+    m, error = jnp.abs(as_float(multiplier)), jnp.abs(as_float(error))
     needed = jnp.asarray(tolerance, error.dtype) / jnp.where(error == 0, 1.0, error)
     inside = (m > 0) & (m < 1)
     steps = jnp.log(needed) / jnp.log(jnp.where(inside, m, 0.5))
@@ -156,7 +163,7 @@ def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
     >>> [round(float(e), 3) for e in accumulated_error(jnp.full(4, 0.1), 0.5)]
     [0.1, 0.15, 0.175, 0.188]
     """
-    errors = jnp.asarray(errors)
+    errors = as_float(errors)
     slope = jnp.broadcast_to(jnp.asarray(slope, errors.dtype), errors.shape[1:])
 
     def step(total: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -167,13 +174,20 @@ def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
 
 
 def _omega_range(weights: Weights, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """(least, largest) value of Ω: it is monotone on either side of p = ½, or lies between a group's coefficients."""
-    if isinstance(weights, NoisyVerifier):
+    """(least, largest) value of Ω, which is monotone on either side of p = ½ where groups are treated symmetrically."""
+    if _lopsided(weights):
+        grid = jnp.linspace(-REACH, REACH, POINTS, dtype=dtype)
+        peaks = sign_changes(partial(log_odds_slope, weights=weights), grid)
+        ends = weights.omega(jnp.concatenate([jnp.asarray([-jnp.inf, jnp.inf], dtype), grid, peaks]))
+    elif isinstance(weights, NoisyVerifier):
         inner, rates = weights.weights, jnp.stack([jnp.asarray(r, dtype) for r in (weights.tpr, weights.fpr)])
         observed = log_odds(jnp.clip(jnp.asarray(0.5, dtype), rates.min(), rates.max()))
         ends = weights.advantage(dtype) * inner.omega(jnp.append(log_odds(rates), observed))
-    elif isinstance(weights, Group) and weights.baseline == "none":
-        ends = weights._coefficients(dtype)
     else:
         ends = weights.omega(jnp.asarray([-jnp.inf, 0.0, jnp.inf], dtype))
-    return ends.min(), ends.max()
+    return jnp.nanmin(ends), jnp.nanmax(ends)
+
+
+def _lopsided(weights: Weights) -> bool:
+    inner = weights.weights if isinstance(weights, NoisyVerifier) else weights
+    return isinstance(inner, Group) and (inner.baseline == "none" or inner.scale == "mean")

@@ -4,6 +4,7 @@ Maximising E[A] − β KL(π‖anchor) exactly tilts the anchor by exp(A/β), so
 happens on one line: the distribution among correct answers, and among wrong ones, stays that of the reference policy.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -81,8 +82,8 @@ def success_map_slope(
     logit, reference = log_odds(p, logits=logits), log_odds(p_ref, logits=logits)
     if logits:
         return log_odds_slope(logit, weights) / jnp.asarray(beta, logit.dtype)
-    mapped = _log_odds_map(logit, reference, logit, beta=beta, weights=weights, alpha=1.0)
-    return variance(mapped) * weights.slope(logit) / jnp.asarray(beta, logit.dtype)
+    v = variance(_log_odds_map(logit, reference, logit, beta=beta, weights=weights, alpha=1.0))
+    return jnp.where(v == 0, 0.0, v * jnp.where(v == 0, 0.0, weights.slope(logit))) / jnp.asarray(beta, logit.dtype)
 
 
 @partial(jax.jit, static_argnames=("num_iterations", "logits"))
@@ -148,14 +149,21 @@ def bernoulli_kl(p: ArrayLike, q: ArrayLike, *, logits: bool = False) -> jax.Arr
     >>> round(float(bernoulli_kl(1.0, 0.2)), 5), float(bernoulli_kl(0.0, 0.0))
     (1.60944, 0.0)
     """
-    a, b = log_odds(p, logits=logits), log_odds(q, logits=logits)
+    a, b = jnp.broadcast_arrays(log_odds(p, logits=logits), log_odds(q, logits=logits))
 
     def term(a: jax.Array, b: jax.Array) -> jax.Array:
         mass = jax.nn.sigmoid(a)
         gap = jax.nn.log_sigmoid(a) - jax.nn.log_sigmoid(b)
         return jnp.where(mass == 0, 0.0, mass * jnp.where(mass == 0, 0.0, gap))
 
-    return term(a, b) + term(-a, -b)
+    # The two terms cancel where the coins are close; there, the cumulants of a coin in d = b − a.
+    d = jnp.where(jnp.isinf(a) & (a == b), 0.0, b - a)
+    near = jnp.abs(d) < (2520 * jnp.finfo(d.dtype).eps) ** (1 / 6)
+    d = jnp.where(near, d, 0.0)
+    v, tilt = variance(a), -jnp.tanh(a / 2)
+    cumulants = (jnp.ones_like(v), tilt, 1 - 6 * v, tilt * (1 - 12 * v), 1 - 30 * v + 120 * v**2)
+    series = jnp.stack([c * d**k / math.factorial(k + 2) for k, c in enumerate(cumulants)]).sum(0)
+    return jnp.where(near, v * d**2 * series, term(a, b) + term(-a, -b))
 
 
 def kl_budget(p_ref: ArrayLike, *, logits: bool = False) -> jax.Array:
@@ -187,12 +195,21 @@ def log_odds_slope(logit: jax.Array, weights: Weights) -> jax.Array:
     return jnp.where(v == 0, 0.0, v * jnp.where(v == 0, 0.0, weights.slope(logit)))
 
 
+def finite_or_held(previous: jax.Array, alpha: jax.Array) -> jax.Array:
+    """Log-odds of which a share 1 − α is held on to: infinite ones times a share of zero must count as zero.
+
+    >>> float(finite_or_held(jnp.asarray(jnp.inf), jnp.asarray(1.0))), float(finite_or_held(jnp.ones(()), jnp.asarray(1.0)))
+    (0.0, 1.0)
+    """
+    return jnp.where(jnp.isinf(previous) & (alpha == 1), 0.0, previous)
+
+
 def _log_odds_map(
     logit: jax.Array, reference: jax.Array, previous: jax.Array, *, beta: ArrayLike, weights: Weights, alpha: ArrayLike
 ) -> jax.Array:
     """`success_map` on log-odds."""
     alpha = jnp.asarray(alpha, logit.dtype)
     at_end = jnp.isinf(reference)
-    # An infinite log-odds times a share of zero counts as zero.
-    held = alpha * jnp.where(at_end, 0.0, reference) + (1 - alpha) * jnp.where(alpha == 1, 0.0, previous)
+    logit, reference_inside, previous = (jnp.where(at_end, 0.0, x) for x in (logit, reference, previous))
+    held = alpha * reference_inside + (1 - alpha) * finite_or_held(previous, alpha)
     return jnp.where(at_end, reference, held + weights.omega(logit) / jnp.asarray(beta, logit.dtype))

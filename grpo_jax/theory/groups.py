@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from grpo_jax.theory.weights import log_odds
+from grpo_jax.theory.weights import as_float, log_odds
 
 
 def dead_fraction(p: ArrayLike, group_size: int, *, logits: bool = False) -> jax.Array:
@@ -44,7 +44,7 @@ def mean_dead_fraction(a: ArrayLike, b: ArrayLike, group_size: int) -> jax.Array
     >>> round(float(mean_dead_fraction(0.5, 0.5, 8)), 6)
     0.392761
     """
-    a, b = jnp.broadcast_arrays(jnp.asarray(a, float), jnp.asarray(b, float))
+    a, b = jnp.broadcast_arrays(as_float(a), as_float(b))
     steps = jnp.arange(group_size, dtype=a.dtype).reshape((-1,) + (1,) * a.ndim)
     total = a[None] + b[None] + steps
     return ((a[None] + steps) / total).prod(0) + ((b[None] + steps) / total).prod(0)

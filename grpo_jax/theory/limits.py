@@ -7,7 +7,6 @@ Which is reached depends on the dynamics: exact iterations can jump past a fixed
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from jax.typing import ArrayLike
 from grpo_jax.theory.dynamics import iterate, log_odds_slope
 from grpo_jax.theory.orbits import LONGEST_CYCLE, orbit_end
 from grpo_jax.theory.roots import all_roots, flow_root, forward_root
-from grpo_jax.theory.weights import NoisyVerifier, Weights, log_odds
+from grpo_jax.theory.weights import Weights, log_odds, upward
 
 ROUNDS = 32  # of iterations that `limit_point` waits for an orbit to settle
 
@@ -55,7 +54,7 @@ def beta_for_target(p_star: ArrayLike, p_ref: ArrayLike, *, weights: Weights, lo
     """The one β at which p_star is a fixed point: β = Ω(p*) / (logit p* − logit p_ref).
 
     Args:
-      p_star: [...] the success probability wanted, above ``p_ref``.
+      p_star: [...] the success probability wanted, above ``p_ref`` (below, if a verifier worse than chance pushes down).
       p_ref: [...] of the reference policy.
       weights: the normaliser.
       logits: probabilities are given as log-odds.
@@ -70,8 +69,9 @@ def beta_for_target(p_star: ArrayLike, p_ref: ArrayLike, *, weights: Weights, lo
     0.72135
     """
     target = log_odds(p_star, logits=logits)
-    gain = target - log_odds(p_ref, logits=logits)
-    return jnp.where(gain > 0, weights.omega(target) / jnp.where(gain > 0, gain, 1.0), jnp.nan)
+    gain, pull = target - log_odds(p_ref, logits=logits), weights.omega(target)
+    reached = gain * jnp.sign(pull) > 0
+    return jnp.where(reached, pull / jnp.where(reached, gain, 1.0), jnp.nan)
 
 
 @partial(jax.jit, static_argnames="logits")
@@ -149,8 +149,8 @@ def fixed_points(p_ref: float, *, beta: float, weights: Weights, logits: bool = 
         reference, scale = _scalar_inputs(p_ref, beta, logits)
         if math.isinf(reference):
             return [FixedPoint(float(reference > 0), float(reference), 0.0, True)]
-        sign, upward = _upward(weights)
-        roots = sign * all_roots(sign * reference, jnp.asarray(scale), upward)
+        sign, better = upward(weights)
+        roots = sign * all_roots(sign * reference, jnp.asarray(scale), better)
         roots = jnp.sort(roots[~jnp.isnan(roots)])
         multipliers = (log_odds_slope(roots, weights) / scale).tolist()
         points = zip(jax.nn.sigmoid(roots).tolist(), roots.tolist(), multipliers, strict=True)
@@ -223,19 +223,10 @@ def _end_point(
     beta = jnp.broadcast_to(jnp.asarray(beta, reference.dtype), reference.shape)
     weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, reference.dtype), weights)
     at_end = jnp.isinf(reference)
-    sign, upward = _upward(weights)
-    logit = sign * root(sign * jnp.where(at_end, 0.0, reference), beta, upward)
+    sign, better = upward(weights)
+    logit = sign * root(sign * jnp.where(at_end, 0.0, reference), beta, better)
     logit = jnp.where(at_end, reference, logit)
     return logit if logits else jax.nn.sigmoid(logit)
-
-
-def _upward(weights: Weights) -> tuple[ArrayLike, Weights]:
-    """(s, weights) for s L: a verifier worse than chance pushes p down as its opposite pushes 1 − p up."""
-    if not isinstance(weights, NoisyVerifier):
-        return 1.0, weights
-    tpr, fpr = jnp.asarray(weights.tpr), jnp.asarray(weights.fpr)
-    upward = replace(weights, tpr=jnp.maximum(tpr, fpr), fpr=jnp.minimum(tpr, fpr))
-    return jnp.where(tpr < fpr, -1.0, 1.0).astype(tpr.dtype), upward
 
 
 def _scalar_inputs(p: float, beta: float, logits: bool) -> tuple[float, float]:

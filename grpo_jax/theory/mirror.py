@@ -33,11 +33,19 @@ def mirror_flow(p_0: ArrayLike, steps: ArrayLike, *, beta: ArrayLike, logits: bo
     0.6237
     """
     start = log_odds(p_0, logits=logits)
+    at_end = jnp.isinf(start)
+    half = jnp.where(at_end, 0.0, start) / 2  # ln tan θ_0
     turned = jnp.asarray(steps, start.dtype) / (2 * jnp.asarray(beta, start.dtype))
-    angle = jnp.arctan(jnp.exp(start / 2)) + turned
-    inside = angle < jnp.pi / 2
-    logit = jnp.where(inside, 2 * jnp.log(jnp.tan(jnp.where(inside, angle, 1.0))), jnp.inf)
-    logit = jnp.where(jnp.isneginf(start), start, logit)
+    inside = turned < jnp.pi / 2
+    tangent = jnp.tan(jnp.where(inside, turned, 0.0))
+    # ln tan(θ_0 + τ) = ln(tan θ_0 + tan τ) − ln(1 − tan θ_0 tan τ), which keeps both small and large log-odds
+    moved = tangent > 0
+    log_tangent = jnp.log(jnp.where(moved, tangent, 1.0))
+    inside &= ~moved | (log_tangent + half < 0)
+    still = half + tangent * jnp.exp(-jnp.maximum(half, -80.0))  # at τ = 0, with its derivative
+    top = jnp.where(moved, jnp.logaddexp(half, log_tangent), still)
+    logit = 2 * (top - jnp.log1p(jnp.where(inside, -tangent * jnp.exp(half), 0.0)))
+    logit = jnp.where(at_end, start, jnp.where(inside, logit, jnp.inf))
     return logit if logits else jax.nn.sigmoid(logit)
 
 

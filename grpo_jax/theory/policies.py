@@ -46,19 +46,22 @@ def optimal_log_policy(
     >>> [round(float(p), 4) for p in jnp.exp(policy)]
     [0.1459, 0.1459, 0.7081]
     """
-    log_ref = jnp.asarray(log_ref)
-    (p_old, beta, alpha), batch = _columns(log_ref.dtype, p_old, beta, alpha, shape=log_ref.shape[:-1])
-    log_ref, right = (jnp.broadcast_to(x, (*batch, log_ref.shape[-1])) for x in (log_ref, is_correct(rewards)))
-    tilt = jnp.where(right, omega_plus(p_old, weights), -omega_minus(p_old, weights)) / beta
-    possible = jnp.isfinite(log_ref)
-    held = jnp.where(possible, log_ref, 0.0)
+    log_ref, right = jnp.asarray(log_ref), is_correct(rewards)
+    given = log_ref if log_old is None else jnp.asarray(log_old, log_ref.dtype)
+    outcomes = jnp.broadcast_shapes(log_ref.shape, right.shape, given.shape)
+    (p_old, beta, alpha), batch = _columns(log_ref.dtype, p_old, beta, alpha, shape=outcomes[:-1])
+    log_ref, given, right = (jnp.broadcast_to(x, (*batch, outcomes[-1])) for x in (log_ref, given, right))
+    of_right, of_wrong = (
+        jax.nn.logsumexp(jnp.where(kind, log_ref, -jnp.inf), axis=-1, keepdims=True) for kind in (right, ~right)
+    )
+    one_kind = jnp.isneginf(of_right) | jnp.isneginf(of_wrong)  # nothing to contrast: π_ref stays
+    p_old = jnp.where(one_kind, 0.5, p_old)
     if log_old is None:
-        p_ref = jnp.where(right, jnp.exp(log_ref), 0.0).sum(-1, keepdims=True)
-        away = log_policy_ratio(right, p_old, p_ref)
-    else:
-        away = jnp.where(possible, jnp.broadcast_to(jnp.asarray(log_old, log_ref.dtype), log_ref.shape), 0.0) - held
-    mixed = held + jnp.where(alpha == 1, 0.0, (1 - alpha) * away)
-    return jax.nn.log_softmax(jnp.where(possible, mixed + tilt, -jnp.inf), axis=-1)
+        reference = jnp.where(one_kind, 0.0, of_right - of_wrong)
+        given = log_ref + jnp.where(one_kind, 0.0, log_policy_ratio(right, log_odds(p_old), reference, logits=True))
+    tilt = jnp.where(right, omega_plus(p_old, weights), -omega_minus(p_old, weights)) / beta
+    mixed = _share(alpha, log_ref) + _share(1 - alpha, given)
+    return jax.nn.log_softmax(mixed + jnp.where(one_kind, 0.0, tilt), axis=-1)
 
 
 def log_policy_ratio(rewards: ArrayLike, p: ArrayLike, p_ref: ArrayLike, *, logits: bool = False) -> jax.Array:
@@ -81,7 +84,7 @@ def log_policy_ratio(rewards: ArrayLike, p: ArrayLike, p_ref: ArrayLike, *, logi
     sign = jnp.where(is_correct(rewards), 1, -1)
     a, b = log_odds(p, logits=logits), log_odds(p_ref, logits=logits)
     new, old = (jax.nn.log_sigmoid(sign.astype(x.dtype) * x) for x in (a, b))
-    same = new == old
+    same = jnp.isneginf(new) & jnp.isneginf(old)
     return jnp.where(same, 0.0, jnp.where(same, 0.0, new) - jnp.where(same, 0.0, old))
 
 
@@ -186,10 +189,11 @@ def renyi_correction(log_ref: ArrayLike, log_old: ArrayLike, rewards: ArrayLike,
     >>> abs(float(renyi_correction(ref, tilted, jnp.array([1, 1, 0]), alpha=0.3))) < 1e-6
     True
     """
-    log_ref, log_old = jnp.asarray(log_ref), jnp.asarray(log_old)
-    right = is_correct(rewards)
-    (share,), batch = _columns(log_ref.dtype, alpha, shape=log_ref.shape[:-1])
-    log_ref, log_old, right = (jnp.broadcast_to(x, (*batch, x.shape[-1])) for x in (log_ref, log_old, right))
+    log_ref, right = jnp.asarray(log_ref), is_correct(rewards)
+    log_old = jnp.asarray(log_old, log_ref.dtype)
+    outcomes = jnp.broadcast_shapes(log_ref.shape, right.shape, log_old.shape)
+    (share,), batch = _columns(log_ref.dtype, alpha, shape=outcomes[:-1])
+    log_ref, log_old, right = (jnp.broadcast_to(x, (*batch, outcomes[-1])) for x in (log_ref, log_old, right))
 
     def overlap(inside: jax.Array) -> jax.Array:
         ref, old = (jax.nn.log_softmax(jnp.where(inside, x, -jnp.inf), axis=-1) for x in (log_ref, log_old))
@@ -208,6 +212,12 @@ def is_correct(rewards: ArrayLike) -> jax.Array:
     """
     rewards = jnp.asarray(rewards)
     return rewards if rewards.dtype == bool else rewards > 0
+
+
+def _share(share: jax.Array, log_policy: jax.Array) -> jax.Array:
+    """share · ln π, where a share of zero of −∞ is zero."""
+    never = jnp.isneginf(log_policy)
+    return jnp.where(never, jnp.where(share == 0, 0.0, -jnp.inf), share * jnp.where(never, 0.0, log_policy))
 
 
 def _columns(dtype: jnp.dtype, *values: ArrayLike, shape: tuple[int, ...]) -> tuple[list[jax.Array], tuple[int, ...]]:

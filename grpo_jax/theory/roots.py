@@ -30,6 +30,7 @@ def all_roots(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.Ar
     beyond = jnp.maximum(reference, REACH) + jnp.where(jnp.isinf(most), 0.0, most) / beta + 1
     nodes = jnp.concatenate([reference[None], beyond[None], grid, jnp.where(jnp.isnan(extrema), grid[0], extrema)])
     nodes = jnp.sort(jnp.maximum(nodes, reference))
+    nodes = jnp.concatenate([reference[None] - 1, nodes])  # where Ω is 0 the reference is the root
     return sign_changes(lambda x: _reverse_residual(x, reference, beta, weights), nodes)
 
 

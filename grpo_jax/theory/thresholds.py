@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from grpo_jax.theory.dynamics import log_odds_slope
 from grpo_jax.theory.roots import POINTS, REACH, sign_changes
-from grpo_jax.theory.weights import Weights, log_odds
+from grpo_jax.theory.weights import Weights, log_odds, upward
 
 
 class Cusp(NamedTuple):
@@ -96,7 +96,7 @@ def bistable_window(p_ref: float, *, weights: Weights, logits: bool = False) -> 
     >>> bistable_window(0.3, weights=Group(8)) is None
     True
     """
-    betas = _betas_with_multiplier(_reference(p_ref, logits), 1.0, weights)
+    betas = _betas_with_multiplier(p_ref, 1.0, weights, logits)
     if not betas:
         return None
     return (betas[0], math.inf) if len(betas) == 1 else (betas[0], betas[-1])
@@ -120,6 +120,7 @@ def cusp(weights: Weights) -> Cusp | None:
     0.67937
     """
     with jax.enable_x64(True):
+        sign, weights = upward(weights)
         found = [x for x in _inflexions(weights).tolist() if not math.isnan(x)]
         if not found:
             return None
@@ -127,7 +128,8 @@ def cusp(weights: Weights) -> Cusp | None:
         betas = log_odds_slope(points, weights)
         references = points - weights.omega(points) / betas
         last = int(references.argmax())
-        return Cusp(float(jax.nn.sigmoid(references[last])), float(betas[last]), float(jax.nn.sigmoid(points[last])))
+        p_ref, p = jax.nn.sigmoid(sign * jnp.stack([references[last], points[last]])).tolist()
+        return Cusp(p_ref, float(betas[last]), p)
 
 
 def flip_window(
@@ -158,7 +160,7 @@ def flip_window(
     >>> flip_window(0.02, weights=Whitened(0.0)) is None
     True
     """
-    betas = _betas_with_multiplier(_reference(p_ref, logits), _flip_multiplier(alpha), weights)
+    betas = _betas_with_multiplier(p_ref, _flip_multiplier(alpha), weights, logits)
     if not betas:
         return None
     return (0.0 if len(betas) == 1 else betas[0] / alpha, betas[-1] / alpha)
@@ -174,7 +176,8 @@ def flip_limit(weights: Weights, *, alpha: float = 1.0) -> float | None:
       alpha: share of the KL that goes to the reference (see `success_map`).
 
     Returns:
-      p_ref, or None where no reference oscillates; 1 where all do (uncentred advantages).
+      p_ref, or None where no reference oscillates; 1 where all do (uncentred advantages). For a verifier worse than
+      chance it is the smallest, and likewise in `cusp`.
 
     Raises:
       ValueError: ``alpha`` is not in (0, 1].
@@ -186,17 +189,10 @@ def flip_limit(weights: Weights, *, alpha: float = 1.0) -> float | None:
     (0.01003914, True)
     """
     with jax.enable_x64(True):
+        sign, weights = upward(weights)
         limits = _flip_references(weights, _flip_multiplier(alpha))
         limits = [x for x in limits.tolist() if not math.isnan(x)]
-        return float(jax.nn.sigmoid(max(limits))) if limits else None
-
-
-def _reference(p_ref: float, logits: bool) -> float:
-    with jax.enable_x64(True):
-        reference = float(log_odds(float(p_ref), logits=logits))
-    if not math.isfinite(reference):
-        raise ValueError(f"p_ref={p_ref!r} must be a probability strictly between 0 and 1")
-    return reference
+        return float(jax.nn.sigmoid(sign * max(limits))) if limits else None
 
 
 def _flip_multiplier(alpha: float) -> float:
@@ -206,12 +202,16 @@ def _flip_multiplier(alpha: float) -> float:
     return 1 - 2 / alpha
 
 
-def _betas_with_multiplier(reference: float, multiplier: float, weights: Weights) -> list[float]:
+def _betas_with_multiplier(p_ref: float, multiplier: float, weights: Weights, logits: bool) -> list[float]:
     """Every β with a fixed point of that multiplier, ascending."""
     with jax.enable_x64(True):
-        points = _points_with_multiplier(jnp.asarray(reference), jnp.asarray(multiplier), weights)
+        reference = log_odds(float(p_ref), logits=logits)
+        if not jnp.isfinite(reference):
+            raise ValueError(f"p_ref={p_ref!r} must be a probability strictly between 0 and 1")
+        sign, weights = upward(weights)
+        points = _points_with_multiplier(sign * reference, jnp.asarray(multiplier), weights)
         points = points[~jnp.isnan(points)]
-        return sorted((weights.omega(points) / (points - reference)).tolist())
+        return sorted((weights.omega(points) / (points - sign * reference)).tolist())
 
 
 @jax.jit

@@ -6,16 +6,40 @@ Everything is computed from the log-odds L = ln(p / (1 − p)), because p and 1 
 """
 
 import math
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+_Class = TypeVar("_Class", bound=type)
 
-@partial(jax.tree_util.register_dataclass, data_fields=["epsilon"], meta_fields=[])
+
+def as_tree(*traced: str) -> Callable[[_Class], _Class]:
+    """Registers a dataclass as a pytree whose leaves are the traced fields; the others, and the class, are static.
+
+    `jax.tree_util.register_dataclass` does not do: jaxlib 0.10 to 0.12 compares such trees by fields and leaves but not by
+    class, so that jit now and then runs the program compiled for another normaliser.
+    """
+
+    def register(cls: _Class) -> _Class:
+        static = [field.name for field in fields(cls) if field.name not in traced]
+
+        def flatten(weights: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            return [getattr(weights, name) for name in traced], (cls, *(getattr(weights, name) for name in static))
+
+        def unflatten(form: tuple[Any, ...], leaves: Any) -> Any:
+            return cls(**dict(zip(static, form[1:], strict=True)), **dict(zip(traced, leaves, strict=True)))
+
+        jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+        return cls
+
+    return register
+
+
+@as_tree("epsilon")
 @dataclass(frozen=True)
 class Whitened:
     """Mean and standard deviation of the whole population, ε inside the root: Ω = 1/√(p(1−p) + ε).
@@ -40,7 +64,7 @@ class Whitened:
         return 0.5 * jnp.tanh(logit / 2) * self.omega(logit) ** 3
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["epsilon"], meta_fields=[])
+@as_tree("epsilon")
 @dataclass(frozen=True)
 class WhitenedStd:
     """Mean and standard deviation of the whole population, ε added to the standard deviation: Ω = 1/(√(p(1−p)) + ε).
@@ -65,7 +89,7 @@ class WhitenedStd:
         return 0.5 * jnp.tanh(logit / 2) / _std(logit) * self.omega(logit) ** 2
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@as_tree()
 @dataclass(frozen=True)
 class MeanOnly:
     """Mean of the whole population, no scale (Dr. GRPO): Ω = 1.
@@ -85,11 +109,7 @@ class MeanOnly:
         return jnp.zeros_like(logit)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["epsilon"],
-    meta_fields=["size", "ddof", "epsilon_in", "baseline", "scale", "dynamic_sampling"],
-)
+@as_tree("epsilon")
 @dataclass(frozen=True)
 class Group:
     """Groups of ``size`` completions, normalised as `group_advantages` does, averaged over the draws of a group.
@@ -168,7 +188,7 @@ class Group:
         return inverse * (size - 1) / size if self.baseline == "mean" else inverse
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weights", "tpr", "fpr"], meta_fields=[])
+@as_tree("weights", "tpr", "fpr")
 @dataclass(frozen=True)
 class NoisyVerifier:
     """A normaliser fed by a verifier that passes correct completions at rate TPR and wrong ones at rate FPR.
@@ -210,7 +230,7 @@ class NoisyVerifier:
         tpr, fpr = jnp.asarray(self.tpr, logit.dtype), jnp.asarray(self.fpr, logit.dtype)
         passed, failed = tpr * p + fpr * q, (1 - tpr) * p + (1 - fpr) * q
         inside = (passed > 0) & (failed > 0)
-        ends = jnp.where(passed > 0, jnp.inf, -jnp.inf).astype(logit.dtype)
+        ends = jnp.where(passed > 0, jnp.inf, jnp.where(jnp.isnan(passed), jnp.nan, -jnp.inf)).astype(logit.dtype)
         return jnp.where(inside, jnp.log(jnp.where(inside, passed, 1.0) / jnp.where(inside, failed, 1.0)), ends)
 
 
@@ -280,15 +300,23 @@ def log_odds(p: ArrayLike, *, logits: bool = False) -> jax.Array:
     >>> round(float(log_odds(0.2)), 4), float(log_odds(0)), float(log_odds(3, logits=True))
     (-1.3863, -inf, 3.0)
     """
-    p = jnp.asarray(p)
-    if not jnp.issubdtype(p.dtype, jnp.floating):
-        p = p.astype(float)
+    p = as_float(p)
     if logits:
         return p
     inside = (p > 0) & (p < 1)
     safe = jnp.where(inside, p, 0.5)
     ends = jnp.where(p == 0, -jnp.inf, jnp.where(p == 1, jnp.inf, jnp.nan)).astype(p.dtype)
     return jnp.where(inside, jnp.log(safe) - jnp.log1p(-safe), ends)
+
+
+def as_float(x: ArrayLike) -> jax.Array:
+    """An array [...] of floats; whole numbers and booleans become floats, float32 stays.
+
+    >>> as_float([1, 2]).tolist()
+    [1.0, 2.0]
+    """
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float)
 
 
 def variance(logit: jax.Array) -> jax.Array:
@@ -298,6 +326,22 @@ def variance(logit: jax.Array) -> jax.Array:
     0.25
     """
     return jax.nn.sigmoid(logit) * jax.nn.sigmoid(-logit)
+
+
+def upward(weights: Weights) -> tuple[ArrayLike, Weights]:
+    """(s, weights) such that s L obeys the map of those weights, and they push up.
+
+    A verifier worse than chance pushes p down just as the one with its two rates exchanged pushes 1 − p up.
+
+    >>> sign, weights = upward(NoisyVerifier(MeanOnly(), tpr=0.2, fpr=0.7))
+    >>> float(sign), round(float(weights.tpr), 2), round(float(weights.fpr), 2)
+    (-1.0, 0.7, 0.2)
+    """
+    if not isinstance(weights, NoisyVerifier):
+        return 1.0, weights
+    tpr, fpr = as_float(weights.tpr), as_float(weights.fpr)
+    better = replace(weights, tpr=jnp.maximum(tpr, fpr), fpr=jnp.minimum(tpr, fpr))
+    return jnp.where(tpr < fpr, -1.0, 1.0).astype(tpr.dtype), better
 
 
 def _std(logit: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ def numbers(tmp_path_factory):
             if name != "table1":
                 with Image.open(folder / f"{name}.png") as image:
                     image.load()
-                    assert min(image.size) >= 900 and np.asarray(image.convert("L")).std() > 15, name
+                    assert min(image.size) >= 800 and np.asarray(image.convert("L")).std() > 15, name
         return done[name]
 
     read.folder = folder

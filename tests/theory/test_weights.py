@@ -10,7 +10,7 @@ import mpmath as mp
 import pytest
 
 from grpo_jax import group_advantages
-from grpo_jax.theory import Group, MeanOnly, Whitened, WhitenedStd, omega, omega_minus, omega_plus
+from grpo_jax.theory import Group, MeanOnly, NoisyVerifier, Whitened, WhitenedStd, omega, omega_minus, omega_plus
 from grpo_jax.theory.dynamics import log_odds_slope
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -214,3 +214,71 @@ def test_float32_stays_float32_and_accurate():
 def test_impossible_normalisers_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS, ids=lambda n: "-".join(map(str, n.values())))
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_dynamic_sampling_is_the_mean_over_live_groups(size, normaliser):
+    """The sum over all reward vectors with both rewards in them, over the chance of these."""
+    weights = Group(size, **normaliser, dynamic_sampling=True)
+    p = jnp.asarray([0.03, 0.37, 0.5, 0.92])
+    found = [f(p, weights) for f in (omega, omega_plus, omega_minus)]
+    for i, x in enumerate(p.tolist()):
+        total = plus = minus = live = 0.0
+        for rewards in itertools.product((0.0, 1.0), repeat=size):
+            if len(set(rewards)) == 1:
+                continue
+            chance = math.prod(x if r else 1 - x for r in rewards)
+            live += chance
+            for r, a in zip(rewards, advantages(rewards, **normaliser), strict=True):
+                total += chance * a * (1 / x if r else -1 / (1 - x)) / size
+                plus += chance * a * r / (size * x)
+                minus -= chance * a * (1 - r) / (size * (1 - x))
+        expected = [total / live, plus / live, minus / live]
+        assert [float(f[i]) for f in found] == pytest.approx(expected, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("normaliser", [{}, {"baseline": "none"}, {"scale": "mean"}, {"ddof": 1, "epsilon": 0.03}])
+def test_dynamic_sampling_far_out(normaliser):
+    """Next to p = 0 one success is all a live group has, next to 1 one failure: Ω p → A⁺/G, and its slope −Ω."""
+    weights = Group(6, **normaliser, dynamic_sampling=True)
+    plain = {"baseline": "mean", "scale": "std", "ddof": 0, "epsilon": 0.0, "epsilon_in": "variance"} | normaliser
+    for logit in (-230.0, -60.0):
+        lone = advantages((1.0, *[0.0] * 5), **plain)
+        expected = (lone[0] - math.exp(logit) * lone[1]) / 6
+        assert float(omega(logit, weights, logits=True)) * math.exp(logit) == pytest.approx(expected, rel=1e-12)
+        slope = log_odds_slope(jnp.asarray(logit), weights)
+        assert float(slope) == pytest.approx(-float(omega(logit, weights, logits=True)), rel=1e-10)
+    lone = advantages((0.0, *[1.0] * 5), **plain)
+    if lone[0]:
+        found = float(omega(230.0, weights, logits=True)) * math.exp(-230.0)
+        assert found == pytest.approx(-lone[0] / 6, rel=1e-12)
+    automatic = jax.vmap(jax.grad(weights.omega))(jnp.asarray([-20.0, -2.0, 0.0, 3.0, 20.0]))
+    slopes = log_odds_slope(jnp.asarray([-20.0, -2.0, 0.0, 3.0, 20.0]), weights)
+    assert jnp.allclose(slopes, automatic, rtol=1e-8, atol=1e-9)
+
+
+def test_dynamic_sampling_of_pairs_is_half_the_inverse_variance():
+    """A live pair is one of each: A = ±1, Ω = 1/(2v)."""
+    p = jnp.asarray([1e-9, 0.2, 0.5, 0.77])
+    assert jnp.allclose(omega(p, Group(2, dynamic_sampling=True)), 1 / (2 * p * (1 - p)), rtol=1e-13)
+
+
+def test_no_two_normalisers_are_the_same_tree():
+    """Else jit, which finds compiled programs by their trees, now and then takes the one of the other normaliser.
+
+    jaxlib (0.10 to 0.12 at least) compares registered dataclasses by their meta fields and number of leaves, not by class.
+    """
+    kinds = [
+        Whitened(0.1),
+        WhitenedStd(0.1),
+        MeanOnly(),
+        Group(8),
+        Group(8, 0, 0.1, "std"),
+        Group(8, dynamic_sampling=True),
+    ]
+    kinds += [NoisyVerifier(weights, 0.9, 0.1) for weights in kinds]
+    trees = [jax.tree.structure(weights) for weights in kinds]
+    same = [(kinds[i], kinds[j]) for i, a in enumerate(trees) for j, b in enumerate(trees) if i < j and a == b]
+    assert same == []
+    assert jax.tree.structure(Whitened(0.1)) == jax.tree.structure(Whitened(0.2))

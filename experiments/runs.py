@@ -1,0 +1,26 @@
+"""Runs of launch.py, each in a process of its own, which an experiment compares."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def result_of(config: str, workdir: Path, *options: str) -> dict[str, Any]:
+    """The result of a run, which is started, resumed, or only read if it is finished.
+
+    Args:
+      config: config file, as for launch.py.
+      workdir: the run directory.
+      *options: further flags of launch.py.
+
+    Returns:
+      What result.json holds.
+
+    Raises:
+      subprocess.CalledProcessError: the run failed; it has said why.
+    """
+    print(f"{workdir}: {config} {' '.join(options)}", flush=True)
+    subprocess.run([sys.executable, "launch.py", f"--config={config}", f"--workdir={workdir}", *options], check=True)
+    return json.loads((workdir / "result.json").read_text(encoding="utf-8"))
