@@ -60,7 +60,7 @@ def sensitivity(
       logits: probabilities are given as log-odds.
 
     Returns:
-      A `Sensitivity`, infinite on a fold.
+      A `Sensitivity`, infinite on a fold; its p_ref is nan at p_ref ∈ {0, 1}.
 
     Source: derived from arXiv 2503.06639, Thm 2, by the implicit function theorem.
 
@@ -108,10 +108,8 @@ def iterate_bounds(
     [0.2701, 0.6488]
     """
     reference = log_odds(p_ref, logits=logits)
-    alpha = jnp.asarray(alpha, reference.dtype)
-    share = jnp.where((alpha > 0) & (alpha < 1), alpha, 0.5)
-    steps = -jnp.expm1(num_iterations * jnp.log1p(-share)) / share  # (1 − (1 − α)^n)/α
-    steps = jnp.where(alpha == 0, num_iterations, jnp.where(alpha == 1, 1.0, steps))
+    kept = 1 - jnp.asarray(alpha, reference.dtype)
+    steps = 1 + jnp.cumprod(jnp.broadcast_to(kept, (num_iterations - 1, *kept.shape)), axis=0).sum(0)
     reach = steps / jnp.asarray(beta, reference.dtype)
     at_end = jnp.isinf(reference)
     low, high = (

@@ -20,7 +20,7 @@ def mirror_flow(p_0: ArrayLike, steps: ArrayLike, *, beta: ArrayLike, logits: bo
 
     Args:
       p_0: [...] success probability at the start; 0 stays 0.
-      steps: [...] n, the number of iterations.
+      steps: [...] n ≥ 0, the number of iterations; nan below.
       beta: [...] weight of the KL to the previous policy, ≫ 1.
       logits: probabilities are taken and returned as log-odds.
 
@@ -46,6 +46,7 @@ def mirror_flow(p_0: ArrayLike, steps: ArrayLike, *, beta: ArrayLike, logits: bo
     top = jnp.where(moved, jnp.logaddexp(half, log_tangent), still)
     logit = 2 * (top - jnp.log1p(jnp.where(inside, -tangent * jnp.exp(half), 0.0)))
     logit = jnp.where(at_end, start, jnp.where(inside, logit, jnp.inf))
+    logit = jnp.where(turned < 0, jnp.nan, logit)
     return logit if logits else jax.nn.sigmoid(logit)
 
 

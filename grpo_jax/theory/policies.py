@@ -55,7 +55,8 @@ def optimal_log_policy(
         jax.nn.logsumexp(jnp.where(kind, log_ref, -jnp.inf), axis=-1, keepdims=True) for kind in (right, ~right)
     )
     one_kind = jnp.isneginf(of_right) | jnp.isneginf(of_wrong)  # nothing to contrast: π_ref stays
-    p_old = jnp.where(one_kind, 0.5, p_old)
+    almost = p_old <= 1 + 8 * jnp.finfo(p_old.dtype).eps  # a sum of probabilities rounds to a little more than 1
+    p_old = jnp.where(one_kind, 0.5, jnp.where(almost, jnp.minimum(p_old, 1.0), p_old))
     if log_old is None:
         reference = jnp.where(one_kind, 0.0, of_right - of_wrong)
         given = log_ref + jnp.where(one_kind, 0.0, log_policy_ratio(right, log_odds(p_old), reference, logits=True))
