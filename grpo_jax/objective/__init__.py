@@ -6,6 +6,7 @@ from grpo_jax.objective.loss import LossTerms, grpo_loss, grpo_loss_terms
 from grpo_jax.objective.objective import (
     DAPO,
     DR_GRPO,
+    FIXED_POINTS,
     GRPO,
     GRPO_TRL,
     NAMED,
@@ -17,6 +18,7 @@ from grpo_jax.objective.objective import (
 __all__ = [
     "DAPO",
     "DR_GRPO",
+    "FIXED_POINTS",
     "GRPO",
     "GRPO_TRL",
     "NAMED",

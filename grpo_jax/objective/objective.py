@@ -15,6 +15,15 @@ REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean")
 KLS = ("sequence_reverse", "token_reverse", "token_forward", "none")
 
 
+FIXED_POINTS = {
+    "sequence_reverse": "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions",
+    "token_reverse": "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL",
+    "token_forward": "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β",
+    "none": "p* = 1: without a KL term nothing holds the policy",
+}
+"""Where each KL term leads; arXiv 2503.06639, Theorem 3, for the first, and the derivations in `theory` for the others."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What is optimised: a group normaliser, a ratio, a clip, a reduction and a KL term named by what its gradient descends.
@@ -67,6 +76,11 @@ class Objective:
         for name, width, most in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, math.inf)):
             if width is not None and not 0 < width <= most:
                 raise ValueError(f"{name}={width} must be positive{' and at most 1' if most == 1 else ''}, or None")
+
+    @property
+    def kl_direction(self) -> str:
+        """Which KL decides where training ends, as the theory names it: "reverse" KL(π‖π_ref), "forward" or "none"."""
+        return {"token_forward": "forward", "none": "none"}.get(self.kl, "reverse")
 
     def normaliser(self) -> dict[str, Any]:
         """The keyword arguments of `group_advantages`, and of `theory.Group`, that this objective trains with."""

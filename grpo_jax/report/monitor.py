@@ -8,15 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import theory
-from grpo_jax.objective import Objective, beta_effective
-
-FIXED_POINTS = {
-    "sequence_reverse": "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions",
-    "token_reverse": "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL",
-    "token_forward": "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β",
-    "none": "p* = 1: without a KL term nothing holds the policy",
-}
-"""Where each KL term leads; arXiv 2503.06639, Theorem 3, for the first, and the derivations in `theory` for the others."""
+from grpo_jax.objective import FIXED_POINTS, Objective, beta_effective
 
 
 def group_weights(objective: Objective, group_size: int) -> theory.Group:
@@ -28,7 +20,7 @@ def forecast(
     successes: np.ndarray, trials: int, *, objective: Objective, group_size: int, beta: float, confidence: float
 ) -> theory.Prediction | None:
     """The prediction from ``successes`` [Q] of ``trials`` samples of each prompt under the reference; None without a KL."""
-    if objective.kl == "none":
+    if objective.kl_direction == "none":
         return None
     with jax.enable_x64(True):
         found = theory.predict(
@@ -37,7 +29,7 @@ def forecast(
             beta=beta,
             weights=group_weights(objective, group_size),
             confidence=confidence,
-            kl="forward" if objective.kl == "token_forward" else "reverse",
+            kl=objective.kl_direction,
         )
         return jax.tree.map(np.asarray, found)
 
@@ -57,7 +49,7 @@ def exact_iterates(
 
     None where the KL term is not a KL(π‖π_ref), whose recursion this is.
     """
-    if objective.kl not in ("sequence_reverse", "token_reverse"):
+    if objective.kl_direction != "reverse":
         return None
     with jax.enable_x64(True):
         orbit = theory.iterate(p_ref, num_iterations, beta=beta, weights=group_weights(objective, group_size))

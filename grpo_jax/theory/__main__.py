@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from grpo_jax.environment import prepare_environment
-from grpo_jax.objective import NAMED, Objective, named_objective
+from grpo_jax.objective import FIXED_POINTS, NAMED, Objective, named_objective
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.planning import (
     BetaRange,
@@ -33,13 +33,6 @@ from grpo_jax.theory.weights import Group
 GROUP_SIZE, OBJECTIVE, CONFIDENCE = 8, "GRPO", 0.95  # where no run directory says otherwise
 MOST = 2**53  # counts beyond which floats have gaps
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-KL = {"sequence_reverse": "reverse", "token_reverse": "reverse", "token_forward": "forward", "none": "none"}
-ENDS = {
-    "sequence_reverse": "logit p* = logit p_ref + Ω(p*)/β, with KL(π‖π_ref) of whole completions",
-    "token_reverse": "near logit p* = logit p_ref + Ω(p*)/β; token-wise KL leaves out how a token changes the later KL",
-    "token_forward": "p* − p_ref = p*(1 − p*) Ω(p*)/β, that of KL(π_ref‖π) (k3), not the paper's",
-    "none": "p* = 1: there is no KL term, so β does nothing",
-}
 EXAMPLES = """examples:
   python -m grpo_jax.theory plan --p_ref=0.01,0.2,0.5 --trials=100 --beta=0.3,1,3
   python -m grpo_jax.theory plan --from=runs/small --beta=0.3,1,3 --figure=plan.png --json=plan.json
@@ -111,7 +104,7 @@ def _plan(options: argparse.Namespace) -> list[str]:
     if options.figure is not None and find_spec("matplotlib") is None:
         raise InputError("--figure needs matplotlib: pip install matplotlib")
     inputs = _inputs(options)
-    kl = KL[inputs.objective.kl]
+    kl = inputs.objective.kl_direction
     what: dict[str, Any] = {"weights": Group(inputs.group_size, **inputs.objective.normaliser()), "kl": kl}
     measured = inputs.successes, inputs.trials
     aim = None
@@ -142,7 +135,7 @@ def _explain(options: argparse.Namespace) -> list[str]:
     objective = named_objective(options.objective or OBJECTIVE)
     weights = Group(_group_size(options.group_size or GROUP_SIZE), **objective.normaliser())
     betas, references = _betas(options.beta), [float(p) for p in _probabilities(options.p_ref)]
-    texts = [explain(p, beta=beta, weights=weights, kl=KL[objective.kl]) for p in references for beta in betas]
+    texts = [explain(p, beta=beta, weights=weights, kl=objective.kl_direction) for p in references for beta in betas]
     lines = "\n\n".join(texts).split("\n")
     return ["\n".join(textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)) for line in lines]
 
@@ -305,7 +298,8 @@ def _heading(inputs: Inputs, row: PlanRow) -> list[str]:
         trials = f"{low if low == high else f'{low} to {high}'} trials each"
     many = f"{len(inputs.successes)} prompt{'s' if len(inputs.successes) > 1 else ''}"
     return [
-        f"objective     {inputs.name}, groups of {inputs.group_size}; small steps end at {ENDS[inputs.objective.kl]}",
+        f"objective     {inputs.name}, groups of {inputs.group_size}",
+        f"fixed point   {FIXED_POINTS[inputs.objective.kl]}",
         f"measured      {many}, {trials}: p_ref = {_band(row.p_ref, row.p_ref_low, row.p_ref_high)}"
         + (f" ({inputs.confidence:.4g} intervals)" if inputs.trials is not None else ""),
         f"KL budget     {row.kl_budget:.4g} nats per completion, the mean of ln(1/p_ref) where any success was seen",
