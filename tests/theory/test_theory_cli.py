@@ -86,7 +86,7 @@ def test_the_objectives_lead_where_their_kl_does(tmp_path, capsys):
     """At β = 1, p_ref = 0.01, G = 16 a k3 loss ends near .49 where the paper's KL ends near .13."""
     k3 = numbers(tmp_path, "plan", "--p_ref=0.01", "--beta=1", "--objective=GRPO_TRL", "--group_size=16")["rows"][0]
     assert 0.45 < k3["p_star"] < 0.5
-    assert "(k3), not the paper's" in capsys.readouterr().out
+    assert "KL(π_ref‖π), not the paper's" in capsys.readouterr().out
     none = numbers(tmp_path, "plan", "--p_ref=0.01", "--beta=1", "--objective=DAPO")
     assert none["rows"][0]["p_star"] == 1.0
     assert none["recommended"] is None
