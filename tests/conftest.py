@@ -1,6 +1,7 @@
 """Eight CPU devices, the XLA flags of every command line, strict dtypes and ranks, no GPU: set before jax starts."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs() -> Iterator[None]:
+    """Every compiled program holds memory maps, of which a process may have 65,530: more would crash it."""
+    yield
+    jax.clear_caches()
+
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -4,7 +4,8 @@
 
 **Flips are supercritical** (ours). In log-odds the map is f = L_ref + Ω/β, and for population whitening, with v = p(1 − p)
 and x = 2p − 1, its Schwarzian derivative f‴/f′ − (3/2)(f″/f′)² is (3/8) x² v²/(v + ε)² + 1 − 12v − (3/2)(1 − 6v)²/x², at most
-its value at ε = 0, ¼ − 3/(8x²) < 0. So every flip gives birth to a stable 2-cycle inside the window, none outside; and by
+its value at ε = 0, ¼ − 3/(8x²) < 0. So every flip gives birth to a stable 2-cycle inside the window; by the curve of
+equal ψ (computed below) there is none outside; and by
 Singer's theorem an attracting cycle attracts p = ½, the one critical point, or p → 1: there are at most two, and no others.
 With a share α of the KL on the reference the slope at a flip is f′ = −(2 − α), and the Schwarzian there stays negative.
 """
@@ -40,8 +41,8 @@ CAPTION = (
     "Orbits at p_ref = 10⁻⁴, ε = 1e-5 over β: 150 iterations after 2,000 (upper), and their Lyapunov exponents (lower;"
     " positive: chaos); p near 1 is drawn at the top. Stated by the paper: convergence if |h′(p*)| < 1, and the orbit at"
     " β = 5 from p_0 = 0.1 (dashed line). Ours: everything else. Dotted line: β_hi = 17.76, the upper end of the flip"
-    " window, which reaches down to β_lo = 0.235; within it the low fixed point repels. The flip is supercritical:"
-    " 2-cycles exist exactly inside the window, one for each β. Where chaos reaches the middle fixed point, orbits escape"
+    " window, which reaches down to β_lo = 0.235; within it the low fixed point repels. The flip is supercritical, and"
+    " 2-cycles were found exactly inside the window, one for each β. Where chaos reaches the middle fixed point, orbits escape"
     " to p = 1; from p_0 = p_ref the first step jumps past it at β = 5 already."
 )
 

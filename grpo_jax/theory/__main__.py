@@ -115,7 +115,7 @@ def _plan(options: argparse.Namespace) -> list[str]:
         betas = [aim.beta]
     rows = plan(*measured, betas, confidence=inputs.confidence, **what)
     sweep = recommended_range(*measured, **what)
-    lines = [*_heading(inputs, rows[0]), "", *_table(rows), "", *_aim_lines(aim, options.target)]
+    lines = [*_heading(inputs, rows[0]), "", *_table(rows), "", *_legend(rows[0]), *_aim_lines(aim, options.target)]
     lines += _range_lines(sweep, rows[0], kl)
     if options.json is not None:
         _write_json(options.json, inputs, rows, sweep, aim)
@@ -330,7 +330,8 @@ def _table(rows: list[PlanRow]) -> list[str]:
             f"{row.dead_groups:.1%}",
             "never" if row.iterations is None else str(row.iterations),
             f"{row.p_exact:.3f}",
-            *("-" if value is None else f"{value:.3g}" for value in (row.mirror_steps, row.mirror_step_kl)),
+            "-" if row.mirror_steps is None else f"{row.mirror_steps:.3g}" if row.mirror_steps >= 1 else "< 1",
+            "-" if row.mirror_step_kl is None else f"{row.mirror_step_kl:.3g}",
         ]
         for row in rows
     ]
@@ -338,8 +339,25 @@ def _table(rows: list[PlanRow]) -> list[str]:
     return ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in [head, *cells]]
 
 
+def _legend(row: PlanRow) -> list[str]:
+    lines = [
+        "columns       saturate: p* > 0.99 · oscillate and exact: were each iteration solved exactly · on a fold: p* jumps",
+        "              within the interval of p_ref · mirror: small steps of mirror GRPO to 95 % of the gain",
+    ]
+    if row.dead:
+        lines.append(
+            f"stay dead     {row.dead:.1%} see no success in over 99 % of groups: what p* says of them may take for ever"
+        )
+    return lines
+
+
 def _band(mean: float, low: float, high: float) -> str:
-    return f"{mean:.4f}" if low == high else f"{mean:.4f} [{low:.4f}, {high:.4f}]"
+    return _share(mean) if low == high else f"{_share(mean)} [{_share(low)}, {_share(high)}]"
+
+
+def _share(p: float) -> str:
+    """A probability to four places, or two digits where those would be zeros."""
+    return f"{p:.4f}" if p >= 0.001 or p == 0 else f"{p:.2g}"
 
 
 def _aim_lines(aim: TargetBeta | None, target: str | None) -> list[str]:
@@ -349,7 +367,7 @@ def _aim_lines(aim: TargetBeta | None, target: str | None) -> list[str]:
         return [f"target        β = {aim.beta:.6g} leads to p* = {aim.p_star:.4f}."]
     return [
         f"target        no β leads to p* = {target}: a fold jumps over it. β = {aim.beta:.6g} leads to {aim.p_star:.4f}, and",
-        f"              any smaller β to {aim.jumps_to:.4f} or more.",
+        f"              any smaller β to {min(aim.jumps_to, 0.9999):.4f} or more.",
     ]
 
 

@@ -74,10 +74,10 @@ def clipped_success_map(
 
     The maximum over x of ω⁺ min(x, (1+c_high)p) − ω⁻ max(1−x, (1−c)(1−p)) − β kl(x‖p_a): by convexity the best policy stays
     on the line of the unclipped iterates. It has the fixed points and multipliers of `success_map`, and climbs at most to
-    the further of the two kinks, (1 + c_high)p and p + c(1 − p). With whitened rewards an orbit below an unstable fixed point
-    p_m therefore stays below it if c_high ≤ (2p_m − 1)/(1 − p_m): from p ≥ ½ the unclipped map rises and cannot pass it
-    either; from p < ½ it passes only if 1 − p > p_m, because Ω(p) = Ω(1 − p). There (1 + c_high)p < p_m, and beyond that kink
-    the pull that is left, ω⁻(p) < Ω(½)/2, does not reach L_m = L_ref + Ω(p_m)/β.
+    the further of the two kinks, (1 + c_high)p and p + c(1 − p), or to the anchor if that is further. With whitened rewards
+    an orbit below an unstable fixed point p_m therefore stays below it if c_high ≤ (2p_m − 1)/(1 − p_m): from p ≥ ½ the
+    unclipped map rises and cannot pass it either; from p < ½ it passes only if 1 − p > p_m, because Ω(p) = Ω(1 − p). There
+    (1 + c_high)p < p_m, and beyond that kink the pull that is left, ω⁻(p) < Ω(½)/2, does not reach L_m = L_ref + Ω(p_m)/β.
 
     Args:
       p: [...] success probability of the policy that was sampled.

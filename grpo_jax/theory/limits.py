@@ -53,6 +53,8 @@ class LimitPoint(NamedTuple):
 def beta_for_target(p_star: ArrayLike, p_ref: ArrayLike, *, weights: Weights, logits: bool = False) -> jax.Array:
     """The one β at which p_star is a fixed point: β = Ω(p*) / (logit p* − logit p_ref).
 
+    Between the folds (`bistable_window`) it may be the fixed point that repels, and `flow_point` another.
+
     Args:
       p_star: [...] the success probability wanted, above ``p_ref`` (below, if a verifier worse than chance pushes down).
       p_ref: [...] of the reference policy.
@@ -103,7 +105,8 @@ def flow_point(p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, logits: b
 def forward_kl_fixed_point(p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, logits: bool = False) -> jax.Array:
     """The success probability at which training ends when the loss contains k3, whose gradient is that of KL(π_ref‖π).
 
-    p* − p_ref = p*(1 − p*) Ω(p*)/β: one solution, no fold, no oscillation. With population whitening and ε = 0 it is
+    p* − p_ref = p*(1 − p*) Ω(p*)/β: one solution and no fold, which small steps always reach (exactly solved iterations
+    need not; see forward_kl.py). With population whitening and ε = 0 it is
     p* = [2 p_ref β² + 1 + √(1 + 4 β² p_ref(1 − p_ref))] / (2(1 + β²)).
 
     Args:

@@ -1,7 +1,7 @@
 """Mirror GRPO, whose KL is taken to the previous policy: it never stops short of p = 1, so what matters is how long it takes.
 
-Whitened rewards give every prompt the same speed in the angle θ = arcsin √p, and every iteration the same KL, 1/(2β²): β is
-a trust region.
+While Ω(p) ≪ β, whitened rewards give every prompt the same speed in the angle θ = arcsin √p, and every iteration the same KL,
+1/(2β²): β is a trust region.
 """
 
 import jax

@@ -7,9 +7,10 @@ is computed in double precision on the host.
 **One or three fixed points.** With u = 2p − 1, w = u² and a = 4ε, population whitening has
 dΩ/dL = u(1 − w)(1 − w + a)^{−3/2}, and the logarithmic derivative of that in w has the sign of 1 + a − w(1 + 3a): it is
 unimodal on L > 0 (and not positive elsewhere). L − Ω/β therefore rises, falls and rises at most, and takes a value at most
-three times. With ε added to s = √v, dΩ/dL = s u (s + ε)^{−2}/2 has the sign of ε − s − 8εs² and the same follows. For groups
-with a baseline v Ω_G' is a Bernstein polynomial whose coefficients minus β change sign at most twice, checked for every
-normaliser and G ≤ 512 in tests/theory, so the same follows from the variation-diminishing property.
+three times. With ε added to s = √v, dΩ/dL = s u (s + ε)^{−2}/2, whose logarithmic derivative in s has the sign of
+ε − s − 8εs², and the same follows. For groups
+with a baseline v Ω_G' is a Bernstein polynomial whose coefficients minus β change sign at most twice, checked in
+tests/theory for all their normalisers, G ≤ 40 and some G up to 512, so the same follows from the variation-diminishing property.
 
 **No flip, no oscillation.** A 2-cycle x = L_ref + b, y = L_ref + a of L → L_ref + Ω(L)/β has β b = Ω(L_ref + a) and
 β a = Ω(L_ref + b), hence ψ(a) = ψ(b) for ψ(a) = a Ω(L_ref + a); conversely ψ(a) = ψ(b) with a ≠ b is a 2-cycle at β = ψ/(ab).
