@@ -84,7 +84,10 @@ def test_cusp_has_its_closed_form(epsilon):
     assert found.p == pytest.approx((1 + u) / 2, rel=1e-9)
     assert found.p_ref == pytest.approx(1 / (1 + math.exp(gain - 2 * math.atanh(u))), rel=1e-9)
     assert found.beta == pytest.approx(2 / math.sqrt(1 - u**2 + 4 * epsilon) / gain, rel=1e-9)
-    assert bistable_window(found.p_ref * 0.999, weights=Whitened(epsilon)) is not None
+    assert bistable_window(found.p_ref * 0.999, weights=Whitened(epsilon))[0] < found.beta
+    just_below = math.log(found.p_ref / (1 - found.p_ref)) - 1e-3
+    low, high = bistable_window(just_below, weights=Whitened(epsilon), logits=True)
+    assert 0.99 * found.beta < low < high < 1.01 * found.beta
     assert bistable_window(min(found.p_ref * 1.001, 0.99999), weights=Whitened(epsilon)) is None
 
 
@@ -110,7 +113,8 @@ def test_flip_limit_of_unsmoothed_whitening_has_its_closed_form(alpha):
     expected = 1 / (1 + math.exp(d - math.log((d - 2 * c) / (d + 2 * c))))
     limit = flip_limit(Whitened(0.0), alpha=alpha)
     assert limit == pytest.approx(expected, rel=1e-9)
-    assert flip_window(limit * 0.99, weights=Whitened(0.0), alpha=alpha) is not None
+    low, high = flip_window(limit * 0.99, weights=Whitened(0.0), alpha=alpha)
+    assert 0 < low < high < 2 * low
     assert flip_window(limit * 1.01, weights=Whitened(0.0), alpha=alpha) is None
 
 
