@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from grpo_jax.environment import prepare_environment
+from grpo_jax.environment import prepare_environment, prepare_streams
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 
@@ -26,8 +26,7 @@ def main(arguments: list[str]) -> None:
         stop(f"not understood: {' '.join(arguments[1:])} (flags start with --)", EXIT_USAGE)
     name, _, regime = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = _WORKDIR.value or Path("runs") / "_".join([Path(name).stem, *([regime] if regime else [])])
-    for stream in (sys.stdout, sys.stderr):  # a β must not end a run where the locale has none
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare_streams()
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
     from grpo_jax.config import ConfigError

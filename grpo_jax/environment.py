@@ -8,6 +8,12 @@ from pathlib import Path
 _CACHE, _LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
+def prepare_streams() -> None:
+    """Lets nothing that is printed fail where the locale has no β."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
 def prepare_environment() -> None:
     """Sets where compiled programs are kept, and an XLA flag without which sums on a CPU can be wrong."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "compiled"

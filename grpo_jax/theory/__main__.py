@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from grpo_jax.environment import prepare_environment
+from grpo_jax.environment import prepare_environment, prepare_streams
 from grpo_jax.objective import FIXED_POINTS, NAMED, Objective, named_objective
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.planning import (
@@ -437,7 +437,6 @@ def _draw(path: str, points: Sequence[CurvePoint], rows: list[PlanRow], sweep: B
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a β must not fail where the locale has none
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare_streams()
     prepare_environment()
     sys.exit(main(sys.argv[1:]))

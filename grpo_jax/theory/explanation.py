@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, log_odds_slope
 from grpo_jax.theory.forward_kl import forward_kl_flip_limit, forward_kl_multiplier, forward_kl_orbit_end
 from grpo_jax.theory.groups import dead_fraction
-from grpo_jax.theory.limits import fixed_points, flow_point, forward_kl_fixed_point, limit_point
-from grpo_jax.theory.planning import KLS, SWING
+from grpo_jax.theory.limits import fixed_points, limit_point
+from grpo_jax.theory.planning import KLS, SWING, end_point
 from grpo_jax.theory.thresholds import bistable_window, flip_window
 from grpo_jax.theory.weights import Group, Weights, log_odds, omega, omega_minus, omega_plus
 
@@ -197,8 +197,7 @@ def _other(reference: float, beta: float, weights: Weights, kl: str) -> str:
 
 
 def _end(reference: float, beta: float, weights: Weights, kl: str) -> float:
-    solve = flow_point if kl == "reverse" else forward_kl_fixed_point
-    return float(solve(reference, beta=beta, weights=weights, logits=True))
+    return float(end_point(reference, beta, weights, kl))
 
 
 def _p(logit: float) -> str:

@@ -258,15 +258,15 @@ def curve(
         for beta in betas:
             _check(beta, kl)
             scale = jnp.asarray(float(beta))
-            ends = jax.nn.sigmoid(_end(shown, scale, weights, kl)).tolist()
-            mean = _mean(blocks, [_end(block.logit, scale, weights, kl) for block in blocks])
+            ends = jax.nn.sigmoid(end_point(shown, scale, weights, kl)).tolist()
+            mean = _mean(blocks, [end_point(block.logit, scale, weights, kl) for block in blocks])
             points.append(CurvePoint(float(beta), *mean, tuple(ends)))
         return points
 
 
 def _row(blocks: list[_Block], beta: float, weights: Weights, group_size: int | None, kl: str) -> PlanRow:
     scale = jnp.asarray(beta)
-    ends = [_end(block.logit, scale, weights, kl) for block in blocks]
+    ends = [end_point(block.logit, scale, weights, kl) for block in blocks]
     parts = [_sums(*pair, scale, weights, group_size, kl) for pair in zip(blocks, ends, strict=True)]
     path = [math.fsum(values) for values in zip(*(part.pop("path").tolist() for part in parts), strict=True)]
     sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
@@ -384,7 +384,7 @@ def _beta_for_mean(target: float, blocks: list[_Block], weights: Weights, kl: st
         raise ValueError(f"target={target:g} is not below {most:.4g}, the share of prompts with any success")
 
     def excess(x: float) -> float:
-        ends = [_end(block.logit, jnp.asarray(math.exp(x)), weights, kl) for block in blocks]
+        ends = [end_point(block.logit, jnp.asarray(math.exp(x)), weights, kl) for block in blocks]
         return _mean(blocks, ends)[0] - target
 
     low = high = 0.0  # ln β
@@ -405,10 +405,23 @@ def _beta_for_mean(target: float, blocks: list[_Block], weights: Weights, kl: st
     return TargetBeta(math.exp(x), target + off, None)
 
 
-def _end(reference: jax.Array, beta: jax.Array, weights: Weights, kl: str) -> jax.Array:
-    """Where many small steps end, in log-odds, elementwise."""
+def end_point(reference: ArrayLike, beta: ArrayLike, weights: Weights, kl: str) -> jax.Array:
+    """Where many small steps end, in log-odds, elementwise.
+
+    Args:
+      reference: [...] log-odds of the reference policy.
+      beta: weight of the KL, a scalar.
+      weights: the normaliser.
+      kl: as for `plan`.
+
+    Returns:
+      [...] log-odds.
+
+    >>> float(end_point(jnp.zeros(()), 1.0, MeanOnly(), "reverse"))
+    1.0
+    """
     if kl == "none":
-        return jnp.where(reference == -jnp.inf, reference, jnp.inf)
+        return jnp.where(jnp.isneginf(reference), reference, jnp.inf)
     solve = flow_point if kl == "reverse" else forward_kl_fixed_point
     return solve(reference, beta=beta, weights=weights, logits=True)
 
@@ -430,7 +443,7 @@ def _moments(block: _Block, logit: jax.Array) -> jax.Array:
 def _reach(blocks: list[_Block]) -> tuple[float, float]:
     """Mean p_ref, and the share of prompts with any success, which is the mean that β → 0 reaches."""
     start, _, _ = _mean(blocks, [block.logit for block in blocks])
-    most, _, _ = _mean(blocks, [_end(block.logit, jnp.ones(()), MeanOnly(), "none") for block in blocks])
+    most, _, _ = _mean(blocks, [end_point(block.logit, jnp.ones(()), MeanOnly(), "none") for block in blocks])
     return start, most
 
 

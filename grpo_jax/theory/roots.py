@@ -44,7 +44,7 @@ def sign_changes(f: Callable[[jax.Array], jax.Array], nodes: jax.Array) -> jax.A
     changes = above[:-1] != above[1:]
     (cell,) = jnp.nonzero(changes, size=MOST_ROOTS, fill_value=-1)
     sign = jnp.where(above[cell], -1.0, 1.0).astype(nodes.dtype)
-    found = _bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
+    found = bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
     return jnp.where(cell < 0, jnp.nan, found)
 
 
@@ -115,7 +115,7 @@ def _solve_flow(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.
     hill = rising[:-1] & ~rising[1:] & (jnp.arange(1, POINTS).reshape(column) < first[None])
     height = jnp.where(hill, jnp.maximum(g[:-1], g[1:]), -jnp.inf)
     cell = jnp.argmax(height, axis=0)
-    top = _bisect(lambda x: log_odds_slope(x, weights) - beta, grid[cell], grid[cell + 1])
+    top = bisect(lambda x: log_odds_slope(x, weights) - beta, grid[cell], grid[cell + 1])
     pokes = hill.any(0) & (_reverse_residual(top, reference, beta, weights) >= 0)
 
     padded = jnp.concatenate([grid[:1], grid])
@@ -126,7 +126,7 @@ def _solve_flow(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.
     low = jnp.where(first == 0, reference, jnp.maximum(reference, low))
     high = jnp.where(pokes, top, jnp.where(first == POINTS, beyond, grid[jnp.minimum(first, POINTS - 1)]))
     endless = jnp.isinf(high)
-    root = _bisect(
+    root = bisect(
         lambda x: _reverse_residual(x, reference, beta, weights), low, jnp.where(endless, low, jnp.maximum(low, high))
     )
     return jnp.where(endless, jnp.inf, root)
@@ -138,7 +138,7 @@ def _solve_forward(reference: jax.Array, beta: jax.Array, weights: Weights) -> j
     Every other Ω is below 4 e^{L/2} for L ≥ 0, so the root is below ``high``.
     """
     high = jnp.maximum(2 * (jnp.maximum(reference, 0.0) + jnp.log1p(1 / beta) + 3), REACH)
-    root = _bisect(lambda x: _forward_residual(x, reference, beta, weights), reference, high)
+    root = bisect(lambda x: _forward_residual(x, reference, beta, weights), reference, high)
     return jnp.where(_forward_residual(high, reference, beta, weights) < 0, jnp.inf, root)
 
 
@@ -146,8 +146,12 @@ flow_root = _implicit(_reverse_residual, _solve_flow)
 forward_root = _implicit(_forward_residual, _solve_forward)
 
 
-def _bisect(f: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
-    """A sign change of f, negative at low and not at high, to the last bit; elementwise."""
+def bisect(f: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
+    """A sign change of f, negative at low and not at high, to the last bit; elementwise.
+
+    >>> round(float(bisect(lambda x: x**2 - 2, jnp.zeros(()), jnp.full((), 2.0))), 5)
+    1.41421
+    """
 
     def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bracket

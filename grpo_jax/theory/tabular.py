@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from grpo_jax.theory.roots import bisect
 from grpo_jax.theory.weights import NoisyVerifier, Weights, omega_minus, omega_plus
-
-BISECTIONS = 80  # more than a float64 can resolve
 
 
 def maximise(
@@ -321,11 +320,5 @@ def _level(log_anchor: jax.Array, bends: _Bends) -> jax.Array:
     def total(log_policy: jax.Array) -> jax.Array:
         return jax.nn.logsumexp(log_policy, axis=-1, keepdims=True)
 
-    def halve(_: int, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        least, greatest = bracket
-        middle = least + (greatest - least) / 2
-        too_low = total(_at_level(log_anchor, bends, middle)) > 0
-        return jnp.where(too_low, middle, least), jnp.where(too_low, greatest, middle)
-
     bracket = total(log_anchor + bends.high), total(log_anchor + bends.low)
-    return jax.lax.fori_loop(0, BISECTIONS, halve, bracket)[1]
+    return bisect(lambda level: -total(_at_level(log_anchor, bends, level)), *bracket)
