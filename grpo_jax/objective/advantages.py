@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("std", "mean", "none")
+SCALES = ("std", "mean", "batch_std", "none")
 EPSILON_PLACES = ("variance", "std")
 
 
@@ -24,13 +24,13 @@ def group_advantages(
     that has a baseline.
 
     Args:
-      rewards: [..., G], real; one group along the last axis.
+      rewards: [..., G], real and finite; one group along the last axis.
       baseline: what is subtracted. "mean": the group's mean; "leave_one_out": the mean of the other G − 1 (RLOO);
         "none": nothing (the reward itself weighs).
-      scale: what divides. "std": the group's standard deviation; "mean": the group's mean reward (MaxRL), zero where it is
-        zero; "none": one (Dr. GRPO).
+      scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards given, which couples the
+        prompts; "mean": the group's mean reward (MaxRL), zero where it is zero; "none": one (Dr. GRPO).
       epsilon: smoothing of the std; may be traced.
-      ddof: 0 divides the variance by G (the paper), 1 by G − 1 (TRL, verl).
+      ddof: 0 divides the variance by the number of rewards (the paper), 1 by one less (TRL, verl).
       epsilon_in: "variance" for √(var + ε) (the paper), "std" for √var + ε (TRL, verl).
 
     Returns:
@@ -58,8 +58,12 @@ def group_advantages(
         centred = rewards - mean if baseline == "mean" else rewards
     equal = (rewards == rewards[..., :1]).all(-1, keepdims=True)
     dead = equal if baseline != "none" or scale == "std" else jnp.zeros_like(equal)
-    if scale == "std":
-        variance = jnp.square(rewards - mean).sum(-1, keepdims=True) / (group_size - ddof)
+    if scale in ("std", "batch_std"):
+        if scale == "std":
+            variance = jnp.square(rewards - mean).sum(-1, keepdims=True) / (group_size - ddof)
+        else:
+            dead = dead | (rewards == rewards.reshape(-1)[0]).all()
+            variance = jnp.full_like(mean, jnp.square(rewards - rewards.mean()).sum() / (rewards.size - ddof))
         variance = jnp.where(dead, jnp.ones_like(variance), variance)  # keeps 0/0 and √0 out of values and gradients
         divisor = jnp.sqrt(variance + epsilon) if epsilon_in == "variance" else jnp.sqrt(variance) + epsilon
     elif scale == "mean":

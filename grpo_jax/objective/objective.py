@@ -10,41 +10,55 @@ from typing import Any
 
 from grpo_jax.objective.advantages import check_normaliser
 
-RATIOS = ("token", "sequence_product")
-REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean")
-KLS = ("sequence_reverse", "token_reverse", "token_forward", "none")
-
-
-FIXED_POINTS = {
-    "sequence_reverse": "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions",
-    "token_reverse": "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL",
-    "token_forward": "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β",
-    "none": "p* = 1: without a KL term nothing holds the policy",
-}
-"""Where each KL term leads; arXiv 2503.06639, Theorem 3, for the first, and the derivations in `theory` for the others."""
+RATIOS = ("token", "sequence", "sequence_product", "none")
+SURROGATES = ("clip", "cispo", "sapo")
+REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean", "constant")
+KLS = ("sequence_reverse", "token_reverse", "token_reverse_weighted", "token_forward", "none")
+ANCHORS = ("reference", "previous", "both")
+CORRECTIONS = ("token", "sequence", "none")
+OVERLONG = ("keep", "ignore")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is optimised: a group normaliser, a ratio, a clip, a reduction and a KL term named by what its gradient descends.
+    """What is optimised, one choice per axis.
 
     Attributes:
       baseline, scale, epsilon, ddof, epsilon_in: the group normaliser; see `group_advantages`.
-      ratio: "sequence_product" is π(o)/π_old(o) of whole completions (the paper's); "token" is one ratio per token (PPO's).
-      clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; None leaves that side alone.
+      ratio: what stands for π/π_old. "sequence_product": of whole completions (the paper's); "sequence": its geometric mean
+        over the tokens (GSPO), whose gradient is already divided by the length; "token": one per token (PPO's); "none": log π
+        takes its place, for data from the current policy.
+      surrogate: how the ratio ρ meets the advantage A, to be maximised. "clip": min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high)A);
+        "cispo": sg(min(ρ, ratio_cap)) A log π, every token keeps a gradient; "sapo": (4/τ) σ(τ(ρ − 1)) A, a soft clip with
+        τ = tau_plus for A > 0 and tau_minus otherwise.
+      clip_low, clip_high: None leaves that side alone. For "cispo", clip_low bounds its weight from below.
+      ratio_cap: above 1, an absolute ratio. For "cispo" its cap; for "clip" an upper bound δ of the unclipped branch, so that a
+        failure that became likely does not push without limit (INTELLECT-2).
+      dual_clip: above 1; for A < 0 the surrogate is at least dual_clip·A.
+      tau_plus, tau_minus: temperatures of "sapo".
       reduce: "sequence_sum" sums the tokens of a completion and averages completions, so that the on-policy gradient is
-        Ω_G(p)∇p; "sequence_mean" divides each completion by its length first (GRPO as first published); "token_mean" divides
-        the sum of all tokens by their number (DAPO).
-      kl: what ∇ of the term with β descends. "sequence_reverse": KL(π‖π_ref) of whole completions, exactly (importance
-        corrected off-policy), the paper's; "token_reverse": Σ_t KL(π‖π_ref) of the tokens at the sampled prefixes (the k2
-        estimator); "token_forward": Σ_t KL(π_ref‖π) of the tokens at the sampled prefixes (k3, what TRL and DeepSeek train),
+        Ω_G(p)∇p; "constant" does so and divides by ``constant_length``, which leaves every fixed point in place;
+        "sequence_mean" divides each completion by its own length (GRPO as first published); "token_mean" divides the sum of all
+        tokens by their number (DAPO). These two weigh completions by their length, in all terms alike.
+      constant_length: tokens; for reduce="constant" alone.
+      kl: what ∇ of a KL term descends, with data from π_old = π. "sequence_reverse": KL(π‖anchor) of whole completions,
+        exactly, and off-policy too, the paper's; "token_reverse": Σ_t KL(π‖anchor) of the tokens at the sampled prefixes (the k2
+        estimator); "token_reverse_weighted": the same by ratio·k3, which stays the gradient off-policy, at the prefixes of
+        π_old; "token_forward": Σ_t KL(anchor‖π) of the tokens at the sampled prefixes (k3, what TRL and DeepSeek train),
         which ends at another fixed point; "none".
+      anchor: whom the KL holds to: "reference" (weight β), the "previous" policy π_old (weight β_mirror: mirror GRPO), or "both"
+        (two-KL GRPO).
+      correction: weighs terms by min(π_old/π_sampler, correction_cap), where the sampler's arithmetic differs from the trainer's:
+        per "token", per "sequence" (geometric mean), or "none".
+      overlong: "ignore" gives completions that ran out of length no advantage; the KL still holds them. "keep" takes their
+        rewards as they are.
 
     Raises:
-      ValueError: an unknown choice, a non-finite or negative epsilon, or a clip width that is not positive (or clip_low > 1).
+      ValueError: an unknown choice, or choices that make no sense together, with the reason.
 
-    Source: arXiv 2503.06639, §2 (the normaliser, ratio and clip); the gradients of the KL terms are checked by enumeration in
-    tests/objective.
+    Source: arXiv 2503.06639, §2 and §5, for normaliser, ratio, clip and the anchors; 2507.18071 (GSPO), 2506.13585 (CISPO),
+    2511.20347 (SAPO), 1912.09729 (dual clip), 2505.07291 (ratio cap), 2503.14476 (DAPO, overlong). The gradients of the KL terms
+    are checked by enumeration in tests/objective.
 
     >>> GRPO.normaliser()["scale"], DR_GRPO.normaliser()["scale"]
     ('std', 'none')
@@ -56,34 +70,64 @@ class Objective:
     ddof: int = 0
     epsilon_in: str = "variance"
     ratio: str = "sequence_product"
+    surrogate: str = "clip"
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
+    ratio_cap: float | None = None
+    dual_clip: float | None = None
+    tau_plus: float | None = None
+    tau_minus: float | None = None
     reduce: str = "sequence_sum"
+    constant_length: int | None = None
     kl: str = "sequence_reverse"
+    anchor: str = "reference"
+    correction: str = "none"
+    correction_cap: float | None = None
+    overlong: str = "keep"
 
     def __post_init__(self) -> None:
         check_normaliser(baseline=self.baseline, scale=self.scale, ddof=self.ddof, epsilon_in=self.epsilon_in)
-        if self.kl == "k1":
-            raise ValueError(
-                "kl='k1' in the loss has zero expected gradient: β would do nothing. Use 'sequence_reverse' for KL(π‖π_ref)"
-            )
-        choices = (("ratio", self.ratio, RATIOS), ("reduce", self.reduce, REDUCTIONS), ("kl", self.kl, KLS))
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
-        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise ValueError(f"epsilon={self.epsilon} must be finite and not negative")
-        for name, width, most in (("clip_low", self.clip_low, 1.0), ("clip_high", self.clip_high, math.inf)):
-            if width is not None and not 0 < width <= most:
-                raise ValueError(f"{name}={width} must be positive{' and at most 1' if most == 1 else ''}, or None")
+        _refuse(_faults(self))
+
+    @property
+    def holds_to_reference(self) -> bool:
+        """Whether β weighs a KL to the reference, which then needs ``ref_logps``."""
+        return self.kl != "none" and self.anchor != "previous"
+
+    @property
+    def holds_to_previous(self) -> bool:
+        """Whether β_mirror weighs a KL to the previous policy, which then needs ``old_logps``."""
+        return self.kl != "none" and self.anchor != "reference"
 
     @property
     def kl_direction(self) -> str:
         """Which KL decides where training ends, as the theory names it: "reverse" KL(π‖π_ref), "forward" or "none"."""
-        return {"token_forward": "forward", "none": "none"}.get(self.kl, "reverse")
+        if not self.holds_to_reference:
+            return "none"
+        return "forward" if self.kl == "token_forward" else "reverse"
+
+    @property
+    def fixed_point(self) -> str:
+        """Where training ends, in words; arXiv 2503.06639, Theorems 3 and 4, and the derivations in `theory`."""
+        if self.kl == "none":
+            return "p* = 1: without a KL term nothing holds the policy"
+        if self.anchor == "previous":
+            return "p* = 1: a KL to the previous policy alone sets the pace and not the end (mirror)"
+        end = {
+            "sequence_reverse": "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions",
+            "token_forward": "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β, exact where one token decides",
+        }.get(self.kl, "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL")
+        if self.anchor == "both":
+            end += "; the KL to the previous policy sets the pace"
+        if self.scale == "batch_std":
+            end += "; the std of the whole batch couples the prompts, so no p* is predicted"
+        return end
 
     def normaliser(self) -> dict[str, Any]:
-        """The keyword arguments of `group_advantages`, and of `theory.Group`, that this objective trains with."""
+        """The keyword arguments of `group_advantages`, and of `theory.Group`, that this objective trains with.
+
+        `theory.Group` refuses scale="batch_std": that std is a property of the batch and not of one prompt.
+        """
         return {
             "baseline": self.baseline,
             "scale": self.scale,
@@ -93,20 +137,168 @@ class Objective:
         }
 
 
+def _refuse(faults: list[tuple[bool, str]]) -> None:
+    for holds, reason in faults:
+        if holds:
+            raise ValueError(reason)
+
+
+def _faults(o: Objective) -> list[tuple[bool, str]]:
+    """(whether it holds, what is wrong and what to do)."""
+    choices = {
+        "ratio": RATIOS,
+        "surrogate": SURROGATES,
+        "reduce": REDUCTIONS,
+        "anchor": ANCHORS,
+        "correction": CORRECTIONS,
+        "overlong": OVERLONG,
+    }
+    k1 = "kl='k1' in the loss has zero expected gradient: β would do nothing. Use 'sequence_reverse' for KL(π‖π_ref)"
+    faults = [(o.kl == "k1", k1), _unknown("kl", o.kl, KLS)]
+    faults += [_unknown(name, getattr(o, name), allowed) for name, allowed in choices.items()]
+    _refuse(faults)
+
+    def only(field: str, used: bool, where: str) -> tuple[bool, str]:
+        return not used and getattr(
+            o, field
+        ) is not None, f"{field}={getattr(o, field)} is not read: it belongs to {where}"
+
+    def above(field: str, least: float) -> tuple[bool, str]:
+        value = getattr(o, field)
+        return value is not None and not least < value < math.inf, f"{field}={value} must be finite and above {least:g}"
+
+    clips, cispo, sapo = o.surrogate == "clip" and o.ratio != "none", o.surrogate == "cispo", o.surrogate == "sapo"
+    sequence_kl, corrected = o.kl == "sequence_reverse", o.correction != "none"
+    high = o.clip_high or 0.0
+    return [
+        (not (math.isfinite(o.epsilon) and o.epsilon >= 0), f"epsilon={o.epsilon} must be finite and not negative"),
+        (
+            o.ratio == "none" and o.surrogate != "clip",
+            f"surrogate={o.surrogate!r} bounds a ratio, and ratio='none' has none",
+        ),
+        (
+            cispo and o.ratio != "token",
+            f"surrogate='cispo' weighs tokens by their own ratios: ratio={o.ratio!r} has none",
+        ),
+        (cispo and o.ratio_cap is None, "surrogate='cispo' needs ratio_cap, an absolute ratio above 1 (5.0, say)"),
+        (
+            cispo and o.reduce == "sequence_sum",
+            "surrogate='cispo' with reduce='sequence_sum' is A·log π of whole completions, which grows with their length: take a "
+            "mean over tokens, or reduce='constant' with the constant_length it is measured in",
+        ),
+        (sapo and None in (o.tau_plus, o.tau_minus), "surrogate='sapo' needs tau_plus and tau_minus (1.0 and 1.05)"),
+        only("clip_low", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
+        only("clip_high", clips, "surrogate='clip' with a ratio; the upper bound of 'cispo' is ratio_cap"),
+        only("ratio_cap", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
+        only("dual_clip", clips, "surrogate='clip' with a ratio"),
+        only("tau_plus", sapo, "surrogate='sapo'"),
+        only("tau_minus", sapo, "surrogate='sapo'"),
+        only("constant_length", o.reduce == "constant", "reduce='constant'"),
+        only("correction_cap", corrected, "correction='token' and 'sequence'"),
+        above("clip_low", 0.0),
+        (o.clip_low is not None and o.clip_low > 1, f"clip_low={o.clip_low} must be at most 1, which never clips"),
+        above("clip_high", 0.0),
+        above("ratio_cap", 1.0),
+        (
+            clips and (o.ratio_cap or math.inf) <= 1 + high,
+            f"ratio_cap={o.ratio_cap} must lie above 1 + clip_high={high}",
+        ),
+        above("dual_clip", 1.0),
+        above("tau_plus", 0.0),
+        above("tau_minus", 0.0),
+        (o.reduce == "constant" and o.constant_length is None, "reduce='constant' needs constant_length, in tokens"),
+        above("constant_length", 0),
+        (corrected and o.correction_cap is None, f"correction={o.correction!r} needs correction_cap (2.0, say)"),
+        above("correction_cap", 0.0),
+        (
+            o.correction == "token" and (o.ratio in ("sequence", "sequence_product") or sequence_kl),
+            f"correction='token' cannot weigh ratio={o.ratio!r} with kl={o.kl!r}, which are of whole completions: use 'sequence'",
+        ),
+        (o.kl == "none" and o.anchor != "reference", f"anchor={o.anchor!r} needs a KL, and kl='none' has none"),
+    ]
+
+
+def _unknown(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[bool, str]:
+    return value not in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
+
+
+_LIBRARIES: dict[str, Any] = {"ddof": 1, "epsilon_in": "std"}  # what TRL, verl and their relatives divide by
+_UNCLIPPED: dict[str, Any] = {"clip_low": None, "clip_high": None}
+
 GRPO = Objective()
 """The paper's: whitened with ε inside the root, ratio of whole completions, clipped, KL(π‖π_ref) of whole completions."""
 
 DR_GRPO = Objective(scale="none")
-"""Mean-only advantages (Dr. GRPO) with the paper's KL: one fixed point, no folds, no cycles."""
+"""Mean-only advantages (Dr. GRPO) with the paper's KL: one fixed point, no folds, no cycles. Source: arXiv 2503.20783."""
 
-GRPO_TRL = Objective(ddof=1, epsilon_in="std", ratio="token", reduce="sequence_mean", kl="token_forward")
+GRPO_TRL = Objective(**_LIBRARIES, ratio="token", reduce="sequence_mean", kl="token_forward")
 """What TRL and its relatives run: ddof 1, std + 1e-4, token ratios, k3. Its β leads to p* − p_ref = S_G(p*)/β, not to the
 paper's point (at β = 1, p_ref = 0.01, large G: 0.51 where the paper's KL gives 0.15)."""
 
-DAPO = Objective(ddof=1, epsilon_in="std", ratio="token", clip_high=0.28, reduce="token_mean", kl="none")
-"""DAPO's loss: clip-higher, one denominator of all tokens, no KL: nothing holds the policy, and p* = 1."""
+DAPO = Objective(**_LIBRARIES, ratio="token", clip_high=0.28, reduce="token_mean", kl="none")
+"""DAPO's loss: clip-higher, one denominator of all tokens, no KL: nothing holds the policy, and p* = 1. Source: arXiv 2503.14476;
+its other parts are ``overlong="ignore"`` and drawing dead groups again, which is the trainer's business."""
 
-NAMED: dict[str, Objective] = {"GRPO": GRPO, "DR_GRPO": DR_GRPO, "GRPO_TRL": GRPO_TRL, "DAPO": DAPO}
+BNPO = replace(GRPO_TRL, reduce="token_mean")
+"""What TRL calls bnpo: its GRPO with one denominator of all tokens."""
+
+GSPO = Objective(**_LIBRARIES, ratio="sequence", clip_low=3e-4, clip_high=4e-4, reduce="sequence_mean", kl="none")
+"""GSPO: geometric-mean ratio of the completion, clipped narrowly, no KL: p* = 1. Source: arXiv 2507.18071."""
+
+CISPO = Objective(
+    **_LIBRARIES, **_UNCLIPPED, ratio="token", surrogate="cispo", ratio_cap=5.0, reduce="token_mean", kl="none"
+)
+"""CISPO: every token keeps its gradient, weighed by its ratio up to a cap; no KL: p* = 1. Source: arXiv 2506.13585, with the
+cap of 2510.13786."""
+
+SAPO = Objective(
+    **_LIBRARIES,
+    **_UNCLIPPED,
+    ratio="token",
+    surrogate="sapo",
+    tau_plus=1.0,
+    tau_minus=1.05,
+    reduce="sequence_mean",
+    kl="none",
+)
+"""SAPO: a sigmoid in place of the clip, a little steeper for failures; no KL: p* = 1. Source: arXiv 2511.20347."""
+
+RLOO = Objective(baseline="leave_one_out", scale="none")
+"""Leave-one-out baseline with the paper's KL: Ω = 1 at every group size, so β needs no correction. Source: arXiv 2402.14740."""
+
+MAXRL = Objective(scale="mean")
+"""Advantages (r − mean)/mean with the paper's KL: rare successes weigh most, Ω ≈ 1/p. Source: arXiv 2602.02710."""
+
+MIRROR_GRPO = Objective(anchor="previous")
+"""KL to the previous policy alone, weight β_mirror: p climbs to 1 at a pace set by β_mirror. Source: arXiv 2503.06639, §5."""
+
+MIRROR_DR_GRPO = replace(DR_GRPO, anchor="previous")
+"""Mirror GRPO with mean-only advantages: the log-odds grow by 1/β_mirror per iteration. Source: arXiv 2503.06639, §5."""
+
+TWO_KL_GRPO = Objective(anchor="both")
+"""KL to the reference (β) and to the previous policy (β_mirror): GRPO's fixed point at β, approached in smaller steps, of
+share β/(β + β_mirror). Source: arXiv 2503.06639, §5."""
+
+GPG = Objective(scale="none", ratio="none", **_UNCLIPPED, reduce="token_mean", kl="none")
+"""The plain policy gradient of mean-only advantages, no ratio, no KL: p* = 1. Source: arXiv 2504.02546, without its factor
+for dead groups."""
+
+NAMED: dict[str, Objective] = {
+    "GRPO": GRPO,
+    "DR_GRPO": DR_GRPO,
+    "GRPO_TRL": GRPO_TRL,
+    "DAPO": DAPO,
+    "BNPO": BNPO,
+    "GSPO": GSPO,
+    "CISPO": CISPO,
+    "SAPO": SAPO,
+    "RLOO": RLOO,
+    "MAXRL": MAXRL,
+    "MIRROR_GRPO": MIRROR_GRPO,
+    "MIRROR_DR_GRPO": MIRROR_DR_GRPO,
+    "TWO_KL_GRPO": TWO_KL_GRPO,
+    "GPG": GPG,
+}
 
 
 def named_objective(name: str, **choices: Any) -> Objective:
@@ -137,23 +329,31 @@ def beta_effective(beta: float, *, objective: Objective, group_size: int) -> flo
     """The β of the paper's normaliser (population std, ddof 0) that the objective's conventions amount to.
 
     Scaling all advantages by s is training with β/s. ddof = 1 scales them by √((G−1)/G), a leave-one-out baseline by G/(G−1), and
-    a mean baseline without scale by (G−1)/G relative to Ω = 1. What depends on p (the finite group, ε) is no rescaling
-    of β and is left to ``theory.Group``.
+    a mean baseline without a scale of the group by (G−1)/G relative to the population. What depends on p (the finite group, ε)
+    is no rescaling of β and is left to ``theory.Group``.
 
     Args:
       beta: weight of the KL term in the loss.
       objective: what is trained.
-      group_size: G.
+      group_size: G, at least 2.
+
+    Returns:
+      The effective β, of the type of ``beta``.
+
+    Raises:
+      ValueError: a group smaller than 2.
 
     Source: derived; arXiv 2503.06639, §2 for the normaliser.
 
     >>> round(beta_effective(1.0, objective=GRPO_TRL, group_size=4), 4)
     1.1547
     """
+    if group_size < 2:
+        raise ValueError(f"group_size={group_size} must be at least 2")
     factor = (group_size - 1) / group_size
     if objective.scale == "std" and objective.ddof == 1:
         beta /= math.sqrt(factor)
-    if objective.scale == "none" and objective.baseline != "none":
+    if objective.scale in ("none", "batch_std") and objective.baseline != "none":
         beta /= factor
     if objective.baseline == "leave_one_out":
         beta *= factor

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import theory
-from grpo_jax.objective import FIXED_POINTS, Objective, beta_effective
+from grpo_jax.objective import Objective, beta_effective
 
 
 def group_weights(objective: Objective, group_size: int) -> theory.Group:
@@ -68,7 +68,7 @@ def header(
         ("model", f"{config.model.path or 'random decoder'}, {num_params:,} parameters, {config.model.dtype}"),
         ("task", f"{task}, {num_prompts} prompts, G = {group_size}, T = {config.rollout.max_completion}"),
         ("objective", f"{config.objective.name} {json.dumps(choices)}"),
-        ("fixed point", FIXED_POINTS[objective.kl]),
+        ("fixed point", objective.fixed_point),
         ("β", f"{beta:g} (effective, in the paper's normaliser: {effective:.4g})"),
     ]
 

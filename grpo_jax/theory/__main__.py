@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from grpo_jax.environment import prepare_environment, prepare_streams
-from grpo_jax.objective import FIXED_POINTS, NAMED, Objective, named_objective
+from grpo_jax.objective import NAMED, Objective, named_objective
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.planning import (
     BetaRange,
@@ -299,7 +299,7 @@ def _heading(inputs: Inputs, row: PlanRow) -> list[str]:
     many = f"{len(inputs.successes)} prompt{'s' if len(inputs.successes) > 1 else ''}"
     return [
         f"objective     {inputs.name}, groups of {inputs.group_size}",
-        f"fixed point   {FIXED_POINTS[inputs.objective.kl]}",
+        f"fixed point   {inputs.objective.fixed_point}",
         f"measured      {many}, {trials}: p_ref = {_band(row.p_ref, row.p_ref_low, row.p_ref_high)}"
         + (f" ({inputs.confidence:.4g} intervals)" if inputs.trials is not None else ""),
         f"KL budget     {row.kl_budget:.4g} nats per completion, the mean of ln(1/p_ref) where any success was seen",

@@ -78,7 +78,7 @@ def test_mirror_term_is_the_kl_to_the_old_policy():
     def mirror(i):
         rows = i[None]
         arrays = (logps(OLD)[rows], None, jnp.zeros(1), jnp.asarray(MASK)[rows])
-        objective = Objective(kl="none", **UNCLIPPED)
+        objective = Objective(anchor="previous", **UNCLIPPED)
         terms = lambda t: grpo_loss_terms(logps(t)[rows], *arrays, beta=0.0, beta_mirror=1.0, objective=objective)  # noqa: E731
         return jax.grad(lambda t: terms(t).total)(POLICY)
 

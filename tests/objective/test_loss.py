@@ -144,7 +144,7 @@ def test_golden_numbers_of_trl(shared, case, objective, beta):
         ({"advantages": ADVANTAGES[:, None]}, ValueError, "advantages"),
         ({"ref_logps": REF[:, 1:]}, ValueError, "ref_logps"),
         ({"ref_logps": None}, ValueError, "ref_logps may be None"),
-        ({"beta": 1}, TypeError, "beta must be a float"),
+        ({"beta": 1}, TypeError, "beta=1 must be a float"),
         ({"group_size": 3}, ValueError, "group_size=3"),
     ],
 )

@@ -1,0 +1,80 @@
+"""How a ratio π/π_old meets an advantage: clipping, its soft and its stop-gradient forms."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.objective.objective import Objective
+
+_LARGEST_LOG_RATIO = 20.0  # e²⁰: a ratio beyond it has left the trust region for good, and must not become infinite
+
+
+class Surrogate(NamedTuple):
+    """What is maximised, of tokens [B, T] or of completions [B, 1].
+
+    Attributes:
+      value: differentiable.
+      ratio: π/π_old as the surrogate sees it; one where the objective has no ratio.
+      below, above: bool, where the lower and the upper bound decide the gradient.
+    """
+
+    value: jax.Array
+    ratio: jax.Array
+    below: jax.Array
+    above: jax.Array
+
+
+def clipped_surrogate(
+    logps: jax.Array,
+    log_ratio: jax.Array,
+    lengths: jax.Array,
+    advantages: jax.Array,
+    *,
+    objective: Objective,
+    clip_low: float | jax.Array | None,
+    clip_high: float | jax.Array | None,
+) -> Surrogate:
+    """The surrogate of `Objective.surrogate`, with the ratio of `Objective.ratio`.
+
+    Args:
+      logps, log_ratio: [B, T] log π and log π/π_old, zero outside the mask.
+      lengths: [B] tokens.
+      advantages: [B].
+      objective: the choices.
+      clip_low, clip_high: widths; None does not clip.
+
+    Returns:
+      `Surrogate` of shape [B, T] for ratio="token" and "none", else [B, 1].
+
+    Source: arXiv 2503.06639, §2; 2506.13585 (CISPO), 2511.20347 (SAPO), 1912.09729 (dual clip), 2505.07291 (ratio cap).
+    """
+    advantages = advantages[:, None]
+    if objective.ratio == "none":
+        nowhere = jnp.zeros(logps.shape, bool)
+        return Surrogate(logps * advantages, jnp.ones_like(logps), nowhere, nowhere)
+    if objective.ratio != "token":
+        log_ratio = log_ratio.sum(-1, keepdims=True)
+        if objective.ratio == "sequence":
+            log_ratio = log_ratio / jnp.maximum(lengths, 1.0)[:, None]
+    ratio = bounded_exp(log_ratio)
+    low = None if clip_low is None else 1.0 - clip_low
+    high = None if clip_high is None else 1.0 + clip_high
+    if objective.surrogate == "sapo":
+        tau = jnp.where(advantages > 0, objective.tau_plus or 1.0, objective.tau_minus or 1.0)
+        nowhere = jnp.zeros(ratio.shape, bool)
+        return Surrogate(4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0)) * advantages, ratio, nowhere, nowhere)
+    if objective.surrogate == "cispo":
+        weight = jax.lax.stop_gradient(jnp.clip(ratio, low, objective.ratio_cap))
+        return Surrogate(weight * advantages * logps, ratio, weight > ratio, weight < ratio)
+    value = jnp.minimum(jnp.clip(ratio, max=objective.ratio_cap) * advantages, jnp.clip(ratio, low, high) * advantages)
+    if objective.dual_clip is not None:
+        value = jnp.where(advantages < 0, jnp.maximum(value, objective.dual_clip * advantages), value)
+    below = (ratio < (0.0 if low is None else low)) & (advantages < 0)
+    above = (ratio > (jnp.inf if high is None else high)) & (advantages > 0)
+    return Surrogate(value, ratio, below, above)
+
+
+def bounded_exp(log_ratio: jax.Array) -> jax.Array:
+    """exp, with its argument held within ±20 so that no ratio is infinite; beyond, the gradient is zero."""
+    return jnp.exp(jnp.clip(log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
