@@ -56,18 +56,32 @@ def get_config() -> ConfigDict:
                 "temperature": 1.0,
             },
             "objective": {
-                "name": "GRPO",  # GRPO | DR_GRPO | GRPO_TRL | DAPO; the unset keys below are taken from it
-                "beta": 1.0,  # weight of the KL term, in units of advantage per nat
+                "name": "GRPO",  # a key of grpo_jax.objective.NAMED; the unset keys below are taken from it
+                "beta": 1.0,  # weight of the KL to the reference, in units of advantage per nat; 0.0 where there is none
+                "beta_mirror": 0.0,  # weight of the KL to the previous policy, for anchor previous and both
+                "entropy_bonus": 0.0,  # weight of the entropy of the tokens, in units of advantage per nat
                 "baseline": placeholder(str),  # mean | leave_one_out | none
-                "scale": placeholder(str),  # std | mean | none
+                "scale": placeholder(str),  # std | mean | batch_std | none
                 "epsilon": placeholder(float),  # smoothing of the std
                 "ddof": placeholder(int),  # 0 | 1
                 "epsilon_in": placeholder(str),  # variance | std
-                "ratio": placeholder(str),  # sequence_product | token
+                "ratio": placeholder(str),  # sequence_product | sequence | token | none
+                "surrogate": placeholder(str),  # clip | cispo | sapo
                 "clip_low": placeholder(float),  # ratio clipped below 1 − this; 1.0 never clips
                 "clip_high": placeholder(float),  # ratio clipped above 1 + this; 1e9 never clips
-                "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean
-                "kl": placeholder(str),  # sequence_reverse | token_reverse | token_forward | none
+                "ratio_cap": placeholder(float),  # largest ratio of cispo; of clip, for failures
+                "dual_clip": placeholder(float),  # failures weigh at most this many times their advantage
+                "tau_plus": placeholder(float),  # temperature of sapo for successes
+                "tau_minus": placeholder(float),  # and for failures
+                "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean | constant
+                "constant_length": placeholder(int),  # tokens that reduce=constant divides by
+                "kl": placeholder(
+                    str
+                ),  # sequence_reverse | token_reverse | token_reverse_weighted | token_forward | none
+                "anchor": placeholder(str),  # reference | previous | both
+                "correction": placeholder(str),  # of the sampler's arithmetic: token | sequence | none
+                "correction_cap": placeholder(float),  # its largest weight
+                "overlong": placeholder(str),  # completions that ran out of length: keep | ignore
             },
             "optimizer": {
                 "learning_rate": 1e-3,  # peak, of AdamW

@@ -8,6 +8,7 @@ Each β is a run of its own in WORKDIR/BETA, so the command resumes; recurrence.
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,7 @@ from absl import app, flags
 from experiments.runs import result_of
 from experiments.theory.figures import INK, line, marker, new_figure, save, title
 from grpo_jax import theory
-from grpo_jax.objective import named_objective
-from grpo_jax.report.monitor import group_weights
+from grpo_jax.objective import Objective, named_objective
 
 LEAST = 8  # successes and failures of a prompt, before and expected after, from which its log-odds are measured
 
@@ -77,10 +77,11 @@ def gains(
 
 def gains_of(result: dict[str, Any], config: dict[str, Any]) -> Gains:
     """`gains` of a finished run, from what its result.json and its config.json hold."""
-    choices = {key.removeprefix("objective."): value for key, value in config.items() if key.startswith("objective.")}
-    beta, trials, prompts = choices.pop("beta"), config["evaluate.final_samples"], result["prompts"]
+    choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
+    objective = named_objective(config["objective.name"], **choices)
+    beta, trials, prompts = config["objective.beta"], config["evaluate.final_samples"], result["prompts"]
     before, after = (np.rint(np.array(prompts[name]) * trials) for name in ("p_ref", "p_final"))
-    weights = group_weights(named_objective(**choices), result["group_size"])
+    weights = theory.Group(result["group_size"], **objective.normaliser())
     return gains(before, after, np.array(prompts["p_star"]), trials=trials, beta=beta, weights=weights)
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
         completion_logps as completion_logps,
     )
     from grpo_jax.objective import (
+        contrastive_loss as contrastive_loss,
+    )
+    from grpo_jax.objective import (
         group_advantages as group_advantages,
     )
     from grpo_jax.objective import (
@@ -37,6 +40,7 @@ _OBJECTIVE = (
     "Objective",
     "beta_effective",
     "completion_logps",
+    "contrastive_loss",
     "group_advantages",
     "grpo_loss",
     "grpo_loss_terms",

@@ -53,7 +53,7 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
     at_least(1, "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches")
     at_least(1, "train.microbatches", "train.chunk_size", "train.max_skipped", "checkpoint.interval", "checkpoint.keep")
     at_least(1, "verifier.num_workers", "mesh.fsdp", "mesh.tensor")
-    positive("objective.beta", "rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm")
+    positive("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm")
     positive("warm_start.learning_rate", "verifier.deadline")
     for key in ("b1", "b2"):
         if not 0 <= config.optimizer[key] < 1:
@@ -78,7 +78,9 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
     if config.model.path is None:
         sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids")}
         _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **sizes))
-    objective = _attempt(found, "objective", lambda: named_objective(**_without_beta(config)))
+    objective = _attempt(found, "objective", lambda: named_objective(**_description(config)))
+    if objective is not None:
+        found += _weight_conflicts(config, objective)
     task = _attempt(found, "task", lambda: make_task(config.task.name, **_task_options(config)))
     if not found:
         found += _divisions(config, num_devices)
@@ -106,9 +108,33 @@ def _task_options(config: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None} if hasattr(options, "items") else {}
 
 
-def _without_beta(config: Any) -> dict[str, Any]:
-    """β is an argument of the loss, not part of the objective's description."""
-    return {key: choice for key, choice in config.objective.items() if key != "beta"}
+def _description(config: Any) -> dict[str, Any]:
+    """The weights of the terms are arguments of the loss, not part of the objective's description."""
+    weights = ("beta", "beta_mirror", "entropy_bonus")
+    return {key: choice for key, choice in config.objective.items() if key not in weights}
+
+
+def _weight_conflicts(config: Any, objective: Objective) -> list[str]:
+    found = []
+    for key, held, anchor in (
+        ("beta", objective.holds_to_reference, "the reference"),
+        ("beta_mirror", objective.holds_to_previous, "the previous policy"),
+    ):
+        weight = config.objective[key]
+        if held and not weight > 0:
+            found.append(f"objective.{key}={weight} must be positive: it weighs the objective's KL to {anchor}")
+        if not held and weight != 0:
+            found.append(
+                f"objective.{key}={weight} would do nothing: the objective has no KL to {anchor}; set it to 0.0"
+            )
+    if config.objective.entropy_bonus < 0:
+        found.append(f"objective.entropy_bonus={config.objective.entropy_bonus} must not be negative")
+    if objective.holds_to_previous and config.train.inner_epochs * config.train.minibatches == 1:
+        found.append(
+            "a KL to the previous policy needs more than one gradient step per iteration, for at the first it is 0: raise "
+            "train.inner_epochs or train.minibatches"
+        )
+    return found
 
 
 def _attempt(found: list[str], group: str, make: Any) -> Any:

@@ -61,9 +61,12 @@ def _over_time(axes: Any, rows: list[dict[str, Any]], result: dict[str, Any], it
         label=r"measured $\hat p_n$",
     )  # fmt: skip
     axes.set(xlabel="iteration n", ylabel="success probability, mean over prompts", xlim=(-0.01 * last, 1.01 * last))
-    axes.set_title(
-        f"β = {result['beta']:g}, G = {result['group_size']}, {result['objective']}, seed {result['seed']}", fontsize=10
+    weights = "".join(
+        f"{symbol} = {result[key]:g}, "
+        for symbol, key in (("β", "beta"), (r"$β_\mathrm{mirror}$", "beta_mirror"))
+        if result[key]
     )
+    axes.set_title(f"{weights}G = {result['group_size']}, {result['objective']}, seed {result['seed']}", fontsize=10)
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 

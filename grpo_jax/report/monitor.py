@@ -11,23 +11,27 @@ from grpo_jax import theory
 from grpo_jax.objective import Objective, beta_effective
 
 
-def group_weights(objective: Objective, group_size: int) -> theory.Group:
-    """The theory's weights for what is trained: never configured twice."""
-    return theory.Group(group_size, **objective.normaliser())
+def group_weights(objective: Objective, group_size: int) -> theory.Group | None:
+    """The theory's weights for what is trained, never configured twice; None where prompts are coupled by a batch's std."""
+    return None if objective.scale == "batch_std" else theory.Group(group_size, **objective.normaliser())
 
 
 def forecast(
     successes: np.ndarray, trials: int, *, objective: Objective, group_size: int, beta: float, confidence: float
 ) -> theory.Prediction | None:
-    """The prediction from ``successes`` [Q] of ``trials`` samples of each prompt under the reference; None without a KL."""
-    if objective.kl_direction == "none":
+    """The prediction from ``successes`` [Q] of ``trials`` samples of each prompt under the reference.
+
+    None where nothing holds to the reference, or where a batch's std couples the prompts.
+    """
+    weights = group_weights(objective, group_size)
+    if objective.kl_direction == "none" or weights is None:
         return None
     with jax.enable_x64(True):
         found = theory.predict(
             successes,
             np.full(successes.shape, trials),
             beta=beta,
-            weights=group_weights(objective, group_size),
+            weights=weights,
             confidence=confidence,
             kl=objective.kl_direction,
         )
@@ -43,16 +47,26 @@ def mean_with_interval(successes: np.ndarray, trials: int, confidence: float) ->
 
 
 def exact_iterates(
-    p_ref: np.ndarray, num_iterations: int, *, objective: Objective, group_size: int, beta: float
+    p_ref: np.ndarray,
+    num_iterations: int,
+    *,
+    objective: Objective,
+    group_size: int,
+    beta: float,
+    beta_mirror: float = 0.0,
 ) -> np.ndarray | None:
     """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}), were each iteration's problem solved exactly.
 
-    None where the KL term is not a KL(π‖π_ref), whose recursion this is.
+    With both anchors h damps: β + β_mirror holds in all, and the share β/(β + β_mirror) of it to the reference. None where
+    there is no reverse KL, whose recursion this is, or where a batch's std couples the prompts.
     """
-    if objective.kl_direction != "reverse":
+    weights = group_weights(objective, group_size)
+    if objective.kl in ("none", "token_forward") or weights is None:
         return None
+    held, followed = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
+    total = held + followed
     with jax.enable_x64(True):
-        orbit = theory.iterate(p_ref, num_iterations, beta=beta, weights=group_weights(objective, group_size))
+        orbit = theory.iterate(p_ref, num_iterations, beta=total, weights=weights, alpha=held / total)
         return np.asarray(orbit.mean(-1))
 
 
@@ -60,17 +74,26 @@ def header(
     config: Any, objective: Objective, *, devices: str, num_params: int, num_prompts: int, task: str
 ) -> list[tuple[str, str]]:
     """What a run says of itself before it starts: (label, text) lines."""
-    beta, group_size = config.objective.beta, config.rollout.group_size
-    effective = beta_effective(beta, objective=objective, group_size=group_size)
-    choices = {k: getattr(objective, k) for k in objective.__dataclass_fields__}
-    return [
+    group_size = config.rollout.group_size
+    # What the objective does not set has no say in it.
+    choices = {k: v for k in objective.__dataclass_fields__ if (v := getattr(objective, k)) is not None}
+
+    def weight(label: str, beta: float) -> tuple[str, str]:
+        effective = beta_effective(beta, objective=objective, group_size=group_size)
+        return label, f"{beta:g} (effective, in the paper's normaliser: {effective:.4g})"
+
+    lines = [
         ("devices", devices),
         ("model", f"{config.model.path or 'random decoder'}, {num_params:,} parameters, {config.model.dtype}"),
         ("task", f"{task}, {num_prompts} prompts, G = {group_size}, T = {config.rollout.max_completion}"),
         ("objective", f"{config.objective.name} {json.dumps(choices)}"),
         ("fixed point", objective.fixed_point),
-        ("β", f"{beta:g} (effective, in the paper's normaliser: {effective:.4g})"),
     ]
+    if objective.holds_to_reference:
+        lines.append(weight("β", config.objective.beta))
+    if objective.holds_to_previous:
+        lines.append(weight("β_mirror", config.objective.beta_mirror))
+    return lines
 
 
 def outlook(before: dict[str, Any], forecast: theory.Prediction | None, *, confidence: float) -> list[tuple[str, str]]:

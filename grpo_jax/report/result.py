@@ -32,6 +32,7 @@ def make_result(
     result: dict[str, Any] = {
         "objective": config.objective.name,
         "beta": config.objective.beta,
+        "beta_mirror": config.objective.beta_mirror,
         "group_size": config.rollout.group_size,
         "seed": config.seed,
         "iterations": config.train.iterations,

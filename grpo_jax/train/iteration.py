@@ -72,6 +72,8 @@ def update(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     objective: Objective,
+    beta_mirror: float = 0.0,
+    entropy_bonus: float = 0.0,
     temperature: float = 1.0,
     inner_epochs: int = 1,
     minibatches: int = 1,
@@ -81,7 +83,7 @@ def update(
     """The learning half of an iteration: advantages from rewards, then the gradient steps on one rollout.
 
     The log-probabilities of the sampling policy are computed, by the trainer, only where there is more than one gradient step;
-    those of the reference only where the objective has a KL.
+    those of the reference only where the objective has a KL to it.
 
     Args:
       state, ref_params, prompts, rollout: of this iteration.
@@ -89,6 +91,7 @@ def update(
       key: shuffles minibatches.
       beta: traced.
       policy, optimizer, objective: static.
+      beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
       temperature: the sampler's.
       inner_epochs: passes over the rollout.
       minibatches: gradient steps per pass, on equal parts of the prompts.
@@ -105,20 +108,25 @@ def update(
     def logps(params: Any) -> jax.Array:
         return score(params, prompts, rollout.completions, rollout.mask)[0].reshape(shape)
 
+    advantages = group_advantages(rewards, **objective.normaliser())
+    if objective.overlong == "ignore":
+        advantages = jnp.where(rollout.truncated, 0.0, advantages)
     batch = Batch(
         prompts=prompts,
         completions=rollout.completions,
         mask=rollout.mask,
-        advantages=group_advantages(rewards, **objective.normaliser()),
+        advantages=advantages,
         sampler_logps=rollout.logps,
         old_logps=logps(state.params) if steps > 1 else None,
-        ref_logps=None if objective.kl == "none" else logps(ref_params),
+        ref_logps=logps(ref_params) if objective.holds_to_reference else None,
     )
     take_step = partial(
         train_step,
         policy=policy,
         optimizer=optimizer,
         objective=objective,
+        beta_mirror=beta_mirror,
+        entropy_bonus=entropy_bonus,
         temperature=temperature,
         microbatches=microbatches,
         chunk_size=chunk_size,

@@ -87,11 +87,9 @@ def _phases(run: Run) -> dict[str, Any]:
     result = report.make_result(config, before, after, forecast)
     rows = [row for row in report.read_rows(run.directory / METRICS) if row["phase"] == "probe"]
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
-    iterates = (
-        None
-        if forecast is None
-        else report.exact_iterates(np.asarray(forecast.p_ref), config.train.iterations, **shape)
-    )
+    p_ref = np.array(before["successes"]) / before["trials"]
+    beta_mirror = config.objective.beta_mirror
+    iterates = report.exact_iterates(p_ref, config.train.iterations, beta_mirror=beta_mirror, **shape)
     report.draw_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)

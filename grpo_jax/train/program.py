@@ -98,6 +98,8 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
         policy=policy,
         optimizer=optimizer,
         objective=objective,
+        beta_mirror=config.objective.beta_mirror,
+        entropy_bonus=config.objective.entropy_bonus,
         temperature=temperature,
         **{k: config.train[k] for k in ("inner_epochs", "minibatches", "microbatches", "chunk_size")},
     )

@@ -34,9 +34,9 @@ class Batch(NamedTuple):
       prompts: `PromptBatch` of P prompts.
       completions: [P, G, T] int32.  mask: [P, G, T] bool.
       advantages: [P, G] float32.
-      sampler_logps: [P, G, T] as the sampler reported them; only compared with the trainer's.
+      sampler_logps: [P, G, T] as the sampler reported them.
       old_logps: [P, G, T] under the policy that sampled, or None where that is the current policy.
-      ref_logps: [P, G, T] under the reference, or None where the objective has no KL.
+      ref_logps: [P, G, T] under the reference, or None where the objective has no KL to it.
     """
 
     prompts: PromptBatch
@@ -61,6 +61,8 @@ def train_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     objective: Objective,
+    beta_mirror: float = 0.0,
+    entropy_bonus: float = 0.0,
     temperature: float = 1.0,
     microbatches: int = 1,
     chunk_size: int = 32,
@@ -71,6 +73,7 @@ def train_step(
       state, batch: see `TrainState`, `Batch`.
       beta: weight of the KL term, traced.
       policy, optimizer, objective: static.
+      beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
       temperature: the sampler's.
       microbatches: gradients are accumulated over this many equal parts of the P prompts; the result does not depend on it.
       chunk_size: positions whose logits exist at a time.
@@ -97,15 +100,15 @@ def train_step(
             part.advantages.reshape(-1),
             mask,
             beta=beta,
+            beta_mirror=beta_mirror,
             objective=objective,
             group_size=part.advantages.shape[1],
+            entropy=entropy,
+            entropy_bonus=entropy_bonus,
+            sampler_logps=sampler_logps,
         )
-        tokens = mask.sum().astype(jnp.float32)
-        entropy, drift = jax.lax.stop_gradient(
-            (jnp.where(mask, entropy, 0.0), jnp.where(mask, sampler_logps - logps, 0.0))
-        )
-        terms.metrics["policy/entropy"] = (entropy.sum(), tokens)
-        terms.metrics["rollout/logp_k3"] = ((jnp.exp(-drift) - 1.0 + drift).sum(), tokens)
+        drift = jax.lax.stop_gradient(jnp.where(mask, sampler_logps - logps, 0.0))
+        terms.metrics["rollout/logp_k3"] = ((jnp.exp(-drift) - 1.0 + drift).sum(), mask.sum().astype(jnp.float32))
         return terms, {"rollout/logp_difference": jnp.abs(drift).max()}
 
     return gradient_step(state, batch, loss_terms, optimizer=optimizer, microbatches=microbatches)
