@@ -49,7 +49,7 @@ def clipped_surrogate(
 
     Source: arXiv 2503.06639, §2; 2506.13585 (CISPO), 2511.20347 (SAPO), 1912.09729 (dual clip), 2505.07291 (ratio cap).
     """
-    advantages = advantages[:, None]
+    advantages = advantages.astype(jnp.float32)[:, None]
     if objective.ratio == "none":
         nowhere = jnp.zeros(logps.shape, bool)
         return Surrogate(logps * advantages, jnp.ones_like(logps), nowhere, nowhere)

@@ -1,19 +1,23 @@
 """What each term of the loss descends, by exact expectation over all completions of a tiny language."""
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import objectives
+from experiments.objectives import OLD, POLICY, REFERENCE, UNCLIPPED, claimed_gradient, kl_gradient, sequence_kl
+from experiments.tiny_language import MASK, NUM, PREFIX, PREFIXES, TOKENS, logps, probabilities
 from grpo_jax import theory
-from grpo_jax.objective import Objective, group_advantages, grpo_loss_terms
-from tests.tiny_language import MASK, NUM, PREFIX, PREFIXES, TOKENS, logps, probabilities, random_policy
+from grpo_jax.objective import GRPO, MAXRL, NAMED, Objective, group_advantages, grpo_loss_terms
+from grpo_jax.objective.objective import KLS, RATIOS
 
-POLICY, REFERENCE, OLD = random_policy(0), random_policy(1), random_policy(2, 0.5)
 SUCCESS = jnp.asarray(np.random.default_rng(3).random(NUM) < 0.4)
-UNCLIPPED = {"clip_low": None, "clip_high": None}
+LENGTHS = MASK.sum(-1)
+REDUCTIONS = {name: Objective(**choices) for name, choices in objectives.REDUCTIONS.items()}
 
 
 def total(table, rows, advantages, *, old=None, beta=0.0, group_size=None, reference=REFERENCE, **choices):
@@ -24,26 +28,6 @@ def total(table, rows, advantages, *, old=None, beta=0.0, group_size=None, refer
     return grpo_loss_terms(*arrays, beta=beta, objective=objective, group_size=group_size).total
 
 
-def expected_gradient(sampler, **options):
-    """E_{o ~ sampler} ∇ loss(o), with zero advantage: the KL term alone, β = 1."""
-    gradients = jax.vmap(lambda i: jax.grad(total)(POLICY, i[None], jnp.zeros(1), beta=1.0, **options))(jnp.arange(NUM))
-    return jnp.tensordot(probabilities(sampler), gradients, 1)
-
-
-def sequence_kl(table):
-    p, q = probabilities(table), probabilities(REFERENCE)
-    return (p * (jnp.log(p) - jnp.log(q))).sum()
-
-
-def token_kl(table, *, forward):
-    """Σ_t of the exact per-token KL at prefixes visited by the (frozen) policy."""
-    log_p, log_q = jax.nn.log_softmax(table), jax.nn.log_softmax(REFERENCE)
-    a, b = (log_q, log_p) if forward else (log_p, log_q)
-    per_prefix = (jnp.exp(a) * (a - b)).sum(-1)
-    visits = jnp.where(MASK, probabilities(POLICY)[:, None], 0.0)
-    return (visits * per_prefix[PREFIX]).sum()
-
-
 def close(a, b):
     np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5)
 
@@ -52,11 +36,58 @@ def test_probabilities_sum_to_one():
     close(probabilities(POLICY).sum(), 1.0)
 
 
-@pytest.mark.parametrize("ratio", ["sequence_product", "token"])
-def test_sequence_kl_is_exact_on_and_off_policy(ratio):
-    exact = jax.grad(sequence_kl)(POLICY)
-    close(expected_gradient(POLICY, ratio=ratio), exact)
-    close(expected_gradient(OLD, old=OLD, ratio=ratio), exact)
+@pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+def test_a_kl_term_descends_what_its_name_says(kl, old):
+    """With whole groups, their baseline and the one division; k2 and k3 claim it on-policy only."""
+    found, claim = kl_gradient(kl, old), claimed_gradient(kl, old)
+    if old is None or kl in ("sequence_reverse", "token_reverse_weighted"):
+        close(found, claim)
+    else:
+        assert jnp.linalg.norm(found - claim) > 0.5 * jnp.linalg.norm(claim)
+
+
+def test_the_kls_are_different_things():
+    claims = [claimed_gradient(kl) for kl in ("sequence_reverse", "token_reverse", "token_forward")]
+    for a, b in itertools.combinations(claims, 2):
+        assert jnp.abs(a - b).max() > 0.01
+    assert jnp.abs(objectives.k1_gradient()).max() < 1e-6  # and k1 is none of them
+
+
+@pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+def test_every_estimator_under_every_ratio_and_reduction(kl, ratio, old):
+    """E ∇ of the KL term is Σ_o π_old(o) w(o) Σ_t c_t ∇log π(o_t), w(o) the reduction's weight and c_t the estimator's."""
+    sampler = POLICY if old is None else old
+    x = np.where(MASK, np.asarray(logps(POLICY) - logps(REFERENCE), np.float64), 0.0)
+    log_ratio = np.where(MASK, np.asarray(logps(POLICY) - logps(sampler), np.float64), 0.0)
+    coefficients = {
+        "sequence_reverse": np.exp(log_ratio.sum(-1, keepdims=True)) * x.sum(-1, keepdims=True),
+        "token_reverse": x,
+        "token_reverse_weighted": np.exp(log_ratio) * x,
+        "token_forward": 1.0 - np.exp(-x),
+    }[kl]
+    for name, choices in objectives.REDUCTIONS.items():
+        weights = {"sequence_mean": 1.0 / LENGTHS}.get(name, np.ones(NUM))
+        pulled = np.asarray(probabilities(sampler), np.float64) * weights
+        cotangent = jnp.asarray(np.where(MASK, pulled[:, None] * coefficients, 0.0), jnp.float32)
+        wanted = jax.vjp(logps, POLICY)[1](cotangent)[0]
+        pull = jax.lax.stop_gradient(probabilities(sampler))
+        options = {"old": old, "beta": 1.0, "kl": kl, "ratio": ratio, **choices}
+        each = lambda t, o=options: jax.vmap(lambda i: total(t, i[None], jnp.zeros(1), **o))(jnp.arange(NUM))  # noqa: E731
+        close(jax.grad(lambda t, each=each, pull=pull: (pull * each(t)).sum())(POLICY), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "divisor"), [("sequence_sum", 4), ("sequence_mean", 4), ("constant", 12), ("token_mean", None)]
+)
+def test_the_divisor_of_every_reduction(name, divisor):
+    rows = jnp.array([0, 4, 9, 14])
+    terms = grpo_loss_terms(
+        logps(POLICY)[rows], None, None, jnp.ones(4), jnp.asarray(MASK)[rows], beta=0.0, objective=REDUCTIONS[name]
+    )
+    assert float(terms.weight) == (divisor or LENGTHS[rows].sum())
 
 
 def test_sequence_kl_value_is_the_kl():
@@ -66,29 +97,23 @@ def test_sequence_kl_value_is_the_kl():
         close((probabilities(sampler) * values).sum(), sequence_kl(POLICY))
 
 
-def test_token_terms_descend_what_their_names_say():
-    reverse, forward = (jax.grad(lambda t, f=f: token_kl(t, forward=f))(POLICY) for f in (False, True))
-    close(expected_gradient(POLICY, kl="token_reverse"), reverse)
-    close(expected_gradient(POLICY, kl="token_forward"), forward)
-    assert jnp.abs(reverse - forward).max() > 0.01
-    assert jnp.abs(reverse - jax.grad(sequence_kl)(POLICY)).max() > 0.01  # cross-token terms are real
-
-
-def test_mirror_term_is_the_kl_to_the_old_policy():
-    def mirror(i):
+@pytest.mark.parametrize("kl", ["sequence_reverse", "token_reverse_weighted"])
+def test_the_mirror_term_is_the_kl_to_the_old_policy(kl):
+    def mirror(table, i):
         rows = i[None]
-        arrays = (logps(OLD)[rows], None, jnp.zeros(1), jnp.asarray(MASK)[rows])
-        objective = Objective(anchor="previous", **UNCLIPPED)
-        terms = lambda t: grpo_loss_terms(logps(t)[rows], *arrays, beta=0.0, beta_mirror=1.0, objective=objective)  # noqa: E731
-        return jax.grad(lambda t: terms(t).total)(POLICY)
+        objective = Objective(anchor="previous", kl=kl, **UNCLIPPED)
+        arrays = (logps(table)[rows], logps(OLD)[rows], None, jnp.zeros(1), jnp.asarray(MASK)[rows])
+        return grpo_loss_terms(*arrays, beta=0.0, beta_mirror=1.0, objective=objective).total
 
-    found = jnp.tensordot(probabilities(OLD), jax.vmap(mirror)(jnp.arange(NUM)), 1)
-
-    def kl(table):
-        p, q = probabilities(table), probabilities(OLD)
-        return (p * (jnp.log(p) - jnp.log(q))).sum()
-
-    close(found, jax.grad(kl)(POLICY))
+    found = jax.grad(lambda t: (probabilities(OLD) * jax.vmap(lambda i: mirror(t, i))(jnp.arange(NUM))).sum())(POLICY)
+    if kl == "sequence_reverse":
+        close(found, jax.grad(lambda t: sequence_kl(t, OLD))(POLICY))
+        return
+    log_p, log_q = jax.nn.log_softmax(POLICY), jax.nn.log_softmax(OLD)
+    visits = jnp.zeros(len(PREFIXES)).at[PREFIX].add(jnp.where(MASK, probabilities(OLD)[:, None], 0.0))
+    per_prefix = lambda t: (jax.nn.softmax(t) * (jax.nn.log_softmax(t) - log_q)).sum(-1)  # noqa: E731
+    close(found, jax.grad(lambda t: (visits * per_prefix(t)).sum())(POLICY))
+    assert jnp.abs(log_p - log_q).max() > 0.1
 
 
 @pytest.mark.parametrize("group_size", [2, 3])
@@ -101,6 +126,11 @@ def test_mirror_term_is_the_kl_to_the_old_policy():
         {"scale": "none", "baseline": "leave_one_out"},
         {"scale": "none", "baseline": "none"},
         {"scale": "mean"},
+        {"scale": "mean", "baseline": "leave_one_out"},
+        {"scale": "mean", "baseline": "none"},
+        {"baseline": "leave_one_out", "ddof": 1},
+        {"baseline": "none"},
+        {"epsilon": 0.3, "epsilon_in": "std"},
     ],
 )
 def test_group_gradient_is_omega_of_the_theory(group_size, normaliser):
@@ -148,21 +178,44 @@ def test_group_baseline_silences_the_gradient_at_the_optimum():
     assert jnp.abs(without).max() > 0.1
 
 
-def test_small_steps_end_on_the_predicted_point():
-    """Exact expected gradients of the default objective at G = 8 lead to the theory's flow point."""
-    beta, group = 1.0, theory.Group(8, epsilon=1e-4)
-    success = lambda table: jnp.where(SUCCESS, probabilities(table), 0.0).sum()  # noqa: E731
+@pytest.fixture(scope="module")
+def few_steps():
+    """Enough for four digits."""
+    return {"beta": 0.5, "steps": 1_500}
 
-    def step(_, table):
-        p, slope = jax.value_and_grad(success)(table)
-        exact = jax.vmap(lambda i: jax.grad(total)(table, i[None], jnp.zeros(1), beta=beta))(jnp.arange(NUM))
-        kl_gradient = jnp.tensordot(probabilities(table), exact, 1)
-        return table + 1.0 * (theory.omega(p, group) * slope - kl_gradient)
 
-    table = jax.jit(lambda t: jax.lax.fori_loop(0, 20_000, step, t))(REFERENCE)
-    predicted = theory.flow_point(success(REFERENCE), beta=beta, weights=group)
-    close(success(table), predicted)
-    ratio = jnp.log(probabilities(table)) - jnp.log(probabilities(REFERENCE))
-    for outcome in (True, False):  # conditionals of the reference are kept
-        assert jnp.ptp(ratio[np.asarray(SUCCESS) == outcome]) < 1e-3
-    close(sequence_kl(table), theory.bernoulli_kl(success(table), success(REFERENCE)))
+@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+def test_small_steps_end_on_the_predicted_point(kl, few_steps):
+    end = objectives.end_of(Objective(kl=kl, ratio="token"), **few_steps)
+    predicted = objectives.prediction(Objective(kl=kl), 0.5)
+    np.testing.assert_allclose(objectives.success(end), predicted, atol=2e-4)
+    others = [
+        objectives.prediction(Objective(kl=k), 0.5) for k in ("sequence_reverse", "token_reverse", "token_forward")
+    ]
+    assert sorted(abs(p - predicted) > 0.01 for p in others) == [False, True, True]
+    if kl == "sequence_reverse":
+        ratio = jnp.log(probabilities(end)) - jnp.log(probabilities(REFERENCE))
+        for outcome in (True, False):  # conditionals of the reference are kept
+            assert jnp.ptp(ratio[np.asarray(objectives.SUCCESS) == outcome]) < 1e-2
+        p_ref = objectives.success(REFERENCE)
+        np.testing.assert_allclose(sequence_kl(end), theory.bernoulli_kl(objectives.success(end), p_ref), atol=1e-3)
+
+
+def test_weighing_by_length_leaves_the_papers_point_in_place(few_steps):
+    """With the group's baseline the mean gradient vanishes at p* for any weights of completions; k2 has no such luck."""
+    by_length = objectives.success(objectives.end_of(replace(MAXRL, reduce="sequence_mean"), **few_steps))
+    np.testing.assert_allclose(by_length, objectives.prediction(MAXRL, 0.5), atol=2e-4)
+    k2 = objectives.success(objectives.end_of(replace(GRPO, kl="token_reverse", reduce="sequence_mean"), **few_steps))
+    assert abs(float(k2) - objectives.prediction(replace(GRPO, kl="token_reverse"), 0.5)) > 0.004
+
+
+@pytest.mark.parametrize("name", ["MAXRL", "TWO_KL_GRPO", "MIRROR_DR_GRPO"])
+def test_solved_iterations_are_the_recursion(name):
+    objective = replace(NAMED[name], **UNCLIPPED)
+    held, followed = 0.5 * objective.holds_to_reference, 1.0 * objective.holds_to_previous
+    path = objectives.solved_iterates(objective, 2, beta=held, beta_mirror=followed)
+    weights = theory.Group(objectives.GROUP, **objective.normaliser())
+    total = held + followed
+    wanted = theory.iterate(path[0], 2, beta=total, weights=weights, alpha=held / total)
+    np.testing.assert_allclose(path, wanted, atol=1e-3)
+    assert abs(path[2] - path[1]) > 0.05

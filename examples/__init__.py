@@ -1,0 +1,1 @@
+"""GRPO with our loss inside other people's models: one page each, which stands alone and runs on a CPU."""
