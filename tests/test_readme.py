@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import objectives
+from grpo_jax.objective import NAMED
+
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -55,7 +58,10 @@ def test_the_python_example_runs():
     assert float(point) == pytest.approx(said, abs=5e-4)
 
 
-PAGE = " ".join((ROOT / "docs/theory.md").read_text(encoding="utf-8").split())  # a citation may go over a line's end
+PAGES = [ROOT / "docs/theory.md", ROOT / "docs/objectives.md"]
+PAGE = " ".join(
+    " ".join(page.read_text(encoding="utf-8").split()) for page in PAGES
+)  # a citation may go over a line's end
 
 
 @pytest.mark.parametrize("name", re.findall(r"`(tests/\w+/\w+\.py::\w+)`", PAGE))
@@ -93,6 +99,7 @@ def test_what_the_commands_of_the_theory_print_is_what_the_readme_shows():
     [
         "README.md",
         "docs/theory.md",
+        "docs/objectives.md",
         "experiments/README.md",
         "CHANGELOG.md",
         "experiments/LOG.md",
@@ -104,3 +111,16 @@ def test_no_placeholder_is_left(path):
     assert not re.search(
         r"TODO|FIXME|[A-Z]{3,}_(?:TIMES?|OUTPUT|TABLE|NOTE|ENTRY|SECTION)\b", (ROOT / path).read_text(encoding="utf-8")
     )
+
+
+def test_the_page_of_objectives_shows_what_its_command_measures():
+    """Of four tables the one that is quick to make; the others' rows are those of the objectives there are."""
+    page = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+    empty = {"ends": [], "named": [], "recursions": []}
+    fresh = objectives.markdown(empty | {"gradients": objectives.gradients()})["gradients"]
+    shown = re.search(r"<!-- gradients -->\n(.*?)<!-- end gradients -->", page, re.S).group(1)
+    rounding = re.compile(r"\d+e-\d+")  # errors of float32, which differ by machine
+    assert rounding.sub("0", shown) == rounding.sub("0", fresh)
+    assert {float(x) < 2e-6 for x in rounding.findall(shown)} == {True}
+    for name, objective in NAMED.items():
+        assert (f"| `{name}` | " in page) or objective.anchor == "previous"
