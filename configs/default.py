@@ -97,7 +97,9 @@ def get_config() -> ConfigDict:
                 "inner_epochs": 1,  # passes over a rollout
                 "minibatches": 1,  # updates per pass, on equal parts of the prompts
                 "microbatches": 1,  # parts of a minibatch whose gradients are accumulated: less memory, same result
-                "chunk_size": 32,  # completion positions whose logits exist at a time
+                "chunk_size": placeholder(
+                    int
+                ),  # completion positions whose logits exist at a time; unset: some 64 MiB of them
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },
             "evaluate": {

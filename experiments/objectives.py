@@ -9,7 +9,6 @@ anywhere: all 15 completions, all groups of three, the library's own loss. About
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +64,11 @@ def expected_loss(
     def loss(rows: jax.Array) -> jax.Array:
         take = lambda t: None if t is None else logps(t)[rows]  # noqa: E731
         advantages = group_advantages(rewards[rows], **objective.normaliser())
-        arrays = take(table), take(old), take(REFERENCE), advantages, jnp.asarray(MASK)[rows]
-        terms = grpo_loss_terms(*arrays, beta=beta, beta_mirror=beta_mirror, objective=objective, group_size=GROUP)
+        mask = jnp.asarray(MASK)[rows]
+        weighed: dict[str, Any] = {"beta": beta, "beta_mirror": beta_mirror, "objective": objective}
+        terms = grpo_loss_terms(
+            logps(table)[rows], take(old), take(REFERENCE), advantages, mask, group_size=GROUP, **weighed
+        )
         return terms.total / terms.weight
 
     return (weights * jax.vmap(loss)(jnp.asarray(GROUPS))).sum()
@@ -135,7 +137,7 @@ def solved_iterates(
 ) -> list[float]:
     """p_0 … p_number where every iteration's problem, with groups drawn from its π_old, is solved exactly."""
     table, path = REFERENCE, [float(success(REFERENCE))]
-    weights = {"beta": beta, "beta_mirror": beta_mirror}
+    weights: dict[str, Any] = {"beta": beta, "beta_mirror": beta_mirror}
     for _ in range(number):
         table = descend(table, lambda t, o=table: expected_loss(t, objective=objective, old=o, **weights), steps=steps)
         path.append(float(success(table)))
@@ -268,9 +270,9 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
     'a <!-- t -->\\nnew<!-- end t --> b'
     """
     for name, table in tables.items():
-        page = re.sub(
-            rf"(<!-- {name} -->).*?(<!-- end {name} -->)", lambda m, t=table: f"{m[1]}\n{t}{m[2]}", page, flags=re.S
-        )
+        before, _, rest = page.partition(f"<!-- {name} -->")
+        _, _, after = rest.partition(f"<!-- end {name} -->")
+        page = f"{before}<!-- {name} -->\n{table}<!-- end {name} -->{after}"
     return page
 
 

@@ -33,7 +33,7 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
     def at_least(least: float, *keys: str) -> None:
         for key in keys:
             value = config[key.split(".")[0]][key.split(".")[1]] if "." in key else config[key]
-            if not value >= least:
+            if value is not None and not value >= least:
                 found.append(f"{key}={value} must be at least {least}")
 
     def positive(*keys: str) -> None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.objective.advantages import check_normaliser
-from grpo_jax.objective.surrogate import bounded_exp
+from grpo_jax.objective.surrogate import bounded_exp, check_scalar
 
 
 def contrastive_loss(
@@ -34,7 +34,7 @@ def contrastive_loss(
     Args:
       logps: [B, T] log π of the completion tokens, differentiated.
       old_logps: [B, T] of the policy that sampled them; None where π_old is the current policy.
-      rewards: [B] in {0, 1}; bool, integer or real. Groups are contiguous.
+      rewards: [B]; bool, integer or real. 1 is a success and anything else a failure. Groups are contiguous.
       mask: [B, T] bool, True on the tokens of the completion.
       group_size: G; static.
       epsilon, baseline, scale, ddof, epsilon_in: the normaliser; see `group_advantages`. "batch_std" is no function of p̂.
@@ -62,15 +62,21 @@ def contrastive_loss(
         raise ValueError(f"logps, old_logps and mask must be [B, T] alike, got {shapes}")
     if rewards.shape != logps.shape[:1]:
         raise ValueError(f"rewards must be [B] = {logps.shape[:1]}, got {rewards.shape}")
-    if group_size < 2 or logps.shape[0] % group_size:
-        raise ValueError(f"group_size={group_size} must be at least 2 and divide the {logps.shape[0]} rows")
+    if not isinstance(group_size, int) or group_size < 2 or logps.shape[0] % group_size:
+        raise ValueError(
+            f"group_size={group_size!r} must be an integer, at least 2 and divide the {logps.shape[0]} rows"
+        )
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be bool (True counts), got {mask.dtype}")
+    if not jnp.issubdtype(logps.dtype, jnp.floating):
+        raise TypeError(f"logps must be real, got {logps.dtype}")
+    check_scalar("clip_low", clip_low)
+    check_scalar("clip_high", clip_high)
 
     logps = jnp.where(mask, logps.astype(jnp.float32), 0.0)
     old = logps if old_logps is None else jnp.where(mask, old_logps.astype(jnp.float32), 0.0)
     ratio = bounded_exp((logps - jax.lax.stop_gradient(old)).sum(-1)).reshape(-1, group_size)
-    success = rewards.reshape(-1, group_size) == 1
+    success = rewards.astype(jnp.float32).reshape(-1, group_size) == 1
     plus, minus = _weights(success.sum(-1), group_size, epsilon, baseline, scale, ddof, epsilon_in)
     up = ratio if clip_high is None else jnp.minimum(ratio, 1.0 + clip_high)
     down = ratio if clip_low is None else jnp.maximum(ratio, 1.0 - clip_low)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.objective.surrogate import bounded_exp
+from grpo_jax.objective.surrogate import LARGEST_LOG_RATIO, bounded_exp
 
 
 def sequence_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, group_size: int | None) -> jax.Array:
@@ -57,5 +57,10 @@ def token_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, kl: str) -> jax.
     """
     if kl == "token_reverse":
         return 0.5 * jnp.square(anchor_log_ratio)
-    k3 = bounded_exp(-anchor_log_ratio) + anchor_log_ratio - 1.0
-    return bounded_exp(log_ratio) * k3 if kl == "token_reverse_weighted" else k3
+    if kl == "token_reverse_weighted":
+        # r·e^{−x} = π_anchor/π_old has no gradient, so that of the whole is r·x without cancellation.
+        fixed = jax.lax.stop_gradient(bounded_exp(log_ratio - anchor_log_ratio))
+        return fixed + bounded_exp(log_ratio) * (anchor_log_ratio - 1.0)
+    # Held where its exponential is: what is left of the slope would push away from the anchor.
+    x = jnp.maximum(anchor_log_ratio, -LARGEST_LOG_RATIO)
+    return bounded_exp(-x) + x - 1.0

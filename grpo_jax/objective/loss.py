@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from grpo_jax.objective.kl import sequence_kl, token_kl
 from grpo_jax.objective.objective import GRPO, Objective
-from grpo_jax.objective.surrogate import bounded_exp, clipped_surrogate
+from grpo_jax.objective.surrogate import bounded_exp, check_scalar, clipped_surrogate
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 Weight = float | jax.Array | None
@@ -60,6 +60,8 @@ def grpo_loss(
     """
     # Before jit, where a number can still be told from an array: a weight of zero drops its term from the program.
     weights = {"beta": beta, "beta_mirror": beta_mirror, "entropy_bonus": entropy_bonus}
+    check_scalar("clip_low", clip_low)
+    check_scalar("clip_high", clip_high)
     return _grpo_loss(
         logps,
         old_logps,
@@ -135,8 +137,12 @@ def grpo_loss_terms(
     >>> float(terms.weight), round(float(terms.total / terms.weight), 3), sorted(terms.metrics)[0]
     (2.0, 0.255, 'kl/previous')
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, got {objective!r}; see NAMED")
     beta, beta_mirror = _term_weight("beta", beta), _term_weight("beta_mirror", beta_mirror)
     entropy_bonus = _term_weight("entropy_bonus", entropy_bonus)
+    check_scalar("clip_low", clip_low)
+    check_scalar("clip_high", clip_high)
     given = {
         "logps": logps,
         "old_logps": old_logps,
@@ -152,7 +158,10 @@ def grpo_loss_terms(
     def keep(x: jax.Array) -> jax.Array:
         return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
-    logps = keep(logps)
+    logps, advantages = keep(logps), advantages.astype(jnp.float32)
+    beta, beta_mirror, entropy_bonus = (
+        None if w is None else jnp.asarray(w, jnp.float32) for w in (beta, beta_mirror, entropy_bonus)
+    )
     old = jax.lax.stop_gradient(logps if old_logps is None else keep(old_logps))
     lengths = mask.sum(-1).astype(jnp.float32)
     rows, tokens = jnp.float32(mask.shape[0]), lengths.sum()
@@ -234,37 +243,34 @@ def _surrogate_metrics(chosen: Any, keep: Any, count: jax.Array) -> Metrics:
 
 def _term_weight(name: str, weight: float | jax.Array | None) -> float | jax.Array | None:
     """The weight of a term, checked as far as it is known; None where it is the number zero."""
-    if weight is None:
-        return None
-    if isinstance(weight, int) or (hasattr(weight, "dtype") and not jnp.issubdtype(weight.dtype, jnp.floating)):
-        raise TypeError(f"{name}={weight!r} must be a float: an integer cannot be differentiated, and recompiles")
-    if jnp.ndim(weight) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(weight)}: use jax.vmap over several")
-    if isinstance(weight, float):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name}={weight} must be finite and not negative")
-        return weight or None
-    return weight
+    check_scalar(name, weight)
+    return (weight or None) if isinstance(weight, float) else weight
 
 
 def _check_arrays(
     given: dict[str, jax.Array | None], advantages: jax.Array, mask: jax.Array, group_size: int | None
 ) -> None:
-    shape = given["logps"].shape  # type: ignore[union-attr]
+    needed = {"logps": given["logps"], "advantages": advantages, "mask": mask}
+    for name, array in (given | needed).items():
+        if not hasattr(array, "dtype") and (array is not None or name in needed):
+            raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    shape = needed["logps"].shape  # type: ignore[union-attr]
     if len(shape) != 2:
         raise ValueError(f"logps must be [B, T], got {shape}")
     for name, array in (given | {"mask": mask}).items():
         if array is not None and jnp.shape(array) != shape:
             raise ValueError(f"{name} must have the shape of logps {shape}, got {jnp.shape(array)}")
-    for name, array in given.items():
+    for name, array in (given | {"advantages": advantages}).items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} must be real, got {array.dtype}")
     if jnp.shape(advantages) != shape[:1]:
         raise ValueError(f"advantages must be [B] = {shape[:1]} for logps {shape}, got {jnp.shape(advantages)}")
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be bool (True counts), got {mask.dtype}")
-    if group_size is not None and (group_size < 2 or shape[0] % group_size):
-        raise ValueError(f"group_size={group_size} must be at least 2 and divide the {shape[0]} rows of logps {shape}")
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 2 or shape[0] % group_size):
+        raise ValueError(
+            f"group_size={group_size!r} must be an integer, at least 2 and divide the {shape[0]} rows of logps {shape}"
+        )
 
 
 def _check_needs(

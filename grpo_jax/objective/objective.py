@@ -165,7 +165,8 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
 
     def above(field: str, least: float) -> tuple[bool, str]:
         value = getattr(o, field)
-        return value is not None and not least < value < math.inf, f"{field}={value} must be finite and above {least:g}"
+        number = type(value) in (int, float) and least < value < math.inf
+        return value is not None and not number, f"{field}={value} must be finite and above {least:g}"
 
     clips, cispo, sapo = o.surrogate == "clip" and o.ratio != "none", o.surrogate == "cispo", o.surrogate == "sapo"
     sequence_kl, corrected = o.kl == "sequence_reverse", o.correction != "none"
@@ -208,6 +209,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
         above("tau_minus", 0.0),
         (o.reduce == "constant" and o.constant_length is None, "reduce='constant' needs constant_length, in tokens"),
         above("constant_length", 0),
+        (type(o.constant_length) is float, f"constant_length={o.constant_length} must be a whole number of tokens"),
         (corrected and o.correction_cap is None, f"correction={o.correction!r} needs correction_cap (2.0, say)"),
         above("correction_cap", 0.0),
         (
@@ -341,7 +343,7 @@ def beta_effective(beta: float, *, objective: Objective, group_size: int) -> flo
       The effective β, of the type of ``beta``.
 
     Raises:
-      ValueError: a group smaller than 2.
+      ValueError: a group smaller than 2, or a beta that is negative or not finite.
 
     Source: derived; arXiv 2503.06639, §2 for the normaliser.
 
@@ -350,6 +352,8 @@ def beta_effective(beta: float, *, objective: Objective, group_size: int) -> flo
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size} must be at least 2")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta={beta} must be finite and not negative")
     factor = (group_size - 1) / group_size
     if objective.scale == "std" and objective.ddof == 1:
         beta /= math.sqrt(factor)

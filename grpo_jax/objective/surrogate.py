@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from grpo_jax.objective.objective import Objective
 
-_LARGEST_LOG_RATIO = 20.0  # e²⁰: a ratio beyond it has left the trust region for good, and must not become infinite
+LARGEST_LOG_RATIO = 20.0  # e²⁰: a ratio beyond it has left the trust region for good, and must not become infinite
 
 
 class Surrogate(NamedTuple):
@@ -49,7 +49,7 @@ def clipped_surrogate(
 
     Source: arXiv 2503.06639, §2; 2506.13585 (CISPO), 2511.20347 (SAPO), 1912.09729 (dual clip), 2505.07291 (ratio cap).
     """
-    advantages = advantages.astype(jnp.float32)[:, None]
+    advantages = advantages[:, None]
     if objective.ratio == "none":
         nowhere = jnp.zeros(logps.shape, bool)
         return Surrogate(logps * advantages, jnp.ones_like(logps), nowhere, nowhere)
@@ -77,4 +77,16 @@ def clipped_surrogate(
 
 def bounded_exp(log_ratio: jax.Array) -> jax.Array:
     """exp, with its argument held within ±20 so that no ratio is infinite; beyond, the gradient is zero."""
-    return jnp.exp(jnp.clip(log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+    return jnp.exp(jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+
+
+def check_scalar(name: str, value: float | jax.Array | None) -> None:
+    """Refuses what is no scalar float, and a number that is not finite or negative; of an array the value is not looked at."""
+    if value is None:
+        return
+    if isinstance(value, int) or (hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)):
+        raise TypeError(f"{name}={value!r} must be a float: an integer cannot be differentiated, and recompiles")
+    if jnp.ndim(value) != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}: use jax.vmap over several")
+    if not isinstance(value, jax.Array) and not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value} must be finite and not negative")

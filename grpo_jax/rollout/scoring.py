@@ -18,7 +18,7 @@ def score_groups(
     mask: jax.Array,
     *,
     temperature: float | jax.Array = 1.0,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log π(o_t | q, o_<t) of completions in groups, differentiable in ``params``.
 
@@ -31,7 +31,7 @@ def score_groups(
       completions: [P, G, T] int32.
       mask: [P, G, T] bool, True on the completion's tokens.
       temperature: the sampler's, so that the scored distribution is the sampled one.
-      chunk_size: positions whose logits exist at a time.
+      chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
 
     Returns:
       (logps [B, T], entropy [B, T]) float32, B = P·G; meaningless where the mask is False.
@@ -44,6 +44,6 @@ def score_groups(
     positions = lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
     hidden, _ = policy.forward(params, tokens, positions, mask, prefix=prefix)
     predicting = jnp.concatenate([jnp.repeat(first, group_size, axis=0)[:, None], hidden[:, :-1]], axis=1)
-    return completion_logps(
-        predicting, lambda h: policy.unembed(params, h), tokens, temperature=temperature, chunk_size=chunk_size
-    )
+    unembed = lambda h: policy.unembed(params, h)  # noqa: E731
+    logps, entropy = completion_logps(predicting, unembed, tokens, temperature=temperature, chunk_size=chunk_size)
+    return logps, entropy

@@ -78,7 +78,7 @@ def update(
     inner_epochs: int = 1,
     minibatches: int = 1,
     microbatches: int = 1,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The learning half of an iteration: advantages from rewards, then the gradient steps on one rollout.
 
@@ -96,7 +96,7 @@ def update(
       inner_epochs: passes over the rollout.
       minibatches: gradient steps per pass, on equal parts of the prompts.
       microbatches: parts of each minibatch whose gradients are accumulated; changes memory, not the result.
-      chunk_size: positions whose logits exist at a time.
+      chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
 
     Returns:
       (state, metrics): scalars, averaged over the gradient steps.

@@ -65,7 +65,7 @@ def train_step(
     entropy_bonus: float = 0.0,
     temperature: float = 1.0,
     microbatches: int = 1,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One GRPO gradient step on a batch of whole groups.
 
@@ -76,7 +76,7 @@ def train_step(
       beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
       temperature: the sampler's.
       microbatches: gradients are accumulated over this many equal parts of the P prompts; the result does not depend on it.
-      chunk_size: positions whose logits exist at a time.
+      chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
 
     Returns:
       (state, metrics): the state is unchanged but for ``skipped`` where loss or gradient is not finite.

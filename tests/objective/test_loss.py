@@ -1,6 +1,5 @@
-"""The loss: clipping, masking, reductions, traced beta, refusals, and numbers of peers."""
+"""The loss by hand: clips, caps and the effective β; other peers' numbers are in test_golden.py."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -9,207 +8,116 @@ import numpy as np
 import pytest
 
 from grpo_jax.objective import (
-    DAPO,
+    CISPO,
     GRPO,
     GRPO_TRL,
+    RLOO,
     Objective,
     beta_effective,
-    completion_logps,
     grpo_loss,
     grpo_loss_terms,
 )
 
-B, T, G = 8, 5, 4
-RNG = np.random.default_rng(0)
-LOGPS, OLD, REF = (jnp.asarray(-RNG.random((B, T)) * 3, jnp.float32) for _ in range(3))
-ADVANTAGES = jnp.asarray(RNG.normal(size=B), jnp.float32)
-MASK = jnp.asarray(np.arange(T)[None] < RNG.integers(1, T + 1, B)[:, None])
-OBJECTIVES = {
-    "GRPO": GRPO,
-    "GRPO_TRL": GRPO_TRL,
-    "DAPO": DAPO,
-    "token_reverse": replace(GRPO, kl="token_reverse", ratio="token"),
-    "sequence_mean": replace(GRPO, reduce="sequence_mean"),
-}
 
-
-def terms(objective, rows=slice(None), **changes):
-    arrays = {"logps": LOGPS, "old_logps": OLD, "ref_logps": REF, "advantages": ADVANTAGES, "mask": MASK} | changes
-    arrays = {k: v if v is None else v[rows] for k, v in arrays.items()}
-    return grpo_loss_terms(**arrays, beta=0.3, objective=objective, group_size=G)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_what_is_masked_changes_nothing(name):
-    objective = OBJECTIVES[name]
-    junk = lambda x: jnp.where(MASK, x, jnp.float32(jnp.nan))  # noqa: E731
-    value_and_grad = jax.value_and_grad(lambda lp, **k: terms(objective, logps=lp, **k).total)
-    (clean, clean_grad), (dirty, dirty_grad) = (
-        value_and_grad(LOGPS),
-        value_and_grad(junk(LOGPS), old_logps=junk(OLD), ref_logps=junk(REF)),
-    )
-    assert clean == dirty
-    assert (jnp.where(MASK, clean_grad, 0) == jnp.where(MASK, dirty_grad, 0)).all()
-    assert (jnp.where(MASK, 0, clean_grad) == 0).all()
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_parts_add_up(name):
-    whole, first, second = (terms(OBJECTIVES[name], rows) for rows in (slice(None), slice(0, G), slice(G, B)))
-    summed = jax.tree.map(jnp.add, first, second)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, summed)
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_rows_of_a_group_may_be_permuted(name):
-    order = np.array([2, 0, 3, 1, 5, 4, 7, 6])
-    np.testing.assert_allclose(terms(OBJECTIVES[name], order).total, terms(OBJECTIVES[name]).total, rtol=1e-5)
-
-
-def test_clip_by_hand():
-    mask = jnp.ones((4, 1), bool)
-    ratio = jnp.array([1.5, 0.5, 1.5, 0.5])
-    advantages = jnp.array([1.0, 1.0, -1.0, -1.0])
-    for kind in ("token", "sequence_product"):
-        objective = Objective(ratio=kind, kl="none", clip_low=0.2, clip_high=0.3)
-        value, slope = jax.value_and_grad(
-            lambda lp, o=objective: (
-                grpo_loss_terms(lp, jnp.zeros((4, 1)), None, advantages, mask, beta=0.0, objective=o).total
-            )
-        )(jnp.log(ratio)[:, None])
-        np.testing.assert_allclose(value, -(1.3 + 0.5 - 1.5 - 0.8), rtol=1e-6)
-        # Constant beyond the bound on the side that would profit; full gradient on the other side.
-        np.testing.assert_allclose(slope[:, 0], [0.0, -0.5, 1.5, 0.0], rtol=1e-6, atol=1e-7)
-
-
-def test_beta_is_traced_and_differentiable():
-    compiled = []
-
-    @jax.jit
-    def loss(beta):
-        compiled.append(beta)
-        return grpo_loss(LOGPS, OLD, REF, ADVANTAGES, MASK, beta=beta, group_size=G)[0]
-
-    betas = jnp.linspace(0.1, 2.0, 8)
-    looped = jnp.stack([loss(b) for b in betas])
-    assert len(compiled) == 1
-    np.testing.assert_allclose(jax.vmap(loss)(betas), looped, rtol=1e-5)
-    slope = jax.grad(loss)(jnp.float32(0.5))
-    kl = grpo_loss(LOGPS, OLD, REF, ADVANTAGES, MASK, beta=0.5, group_size=G)[1]["kl/sequence"]
-    np.testing.assert_allclose(slope, kl, rtol=1e-5)  # the loss is linear in β with slope KL
-
-
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_extreme_log_ratios_stay_finite(name):
-    for far in (-1e4, 1e4):
-        value, gradient = jax.value_and_grad(lambda lp: terms(OBJECTIVES[name], logps=lp).total)(LOGPS + far)
-        assert jnp.isfinite(value), far
-        assert jnp.isfinite(gradient).all(), far
-
-
-def test_all_masked_rows_are_harmless():
-    mask = MASK.at[0].set(False)
-    value, gradient = jax.value_and_grad(lambda lp: terms(GRPO_TRL, logps=lp, mask=mask).total)(LOGPS)
-    assert jnp.isfinite(value)
-    assert (gradient[0] == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("case", "objective", "beta"),
-    [
-        ("grpo", replace(GRPO_TRL, kl="none"), 0.0),
-        ("grpo beta=0.04 k3", GRPO_TRL, 0.04),
-        ("bnpo", replace(DAPO, clip_high=0.2), 0.0),
-        ("dapo eps_high=0.28", DAPO, 0.0),
-    ],
-)
-def test_golden_numbers_of_trl(shared, case, objective, beta):
-    golden = json.loads((shared / "golden/peers_losses.json").read_text())["trl"]
-    inputs = {k: jnp.array(v) for k, v in golden["inputs"].items() if k != "eps"}
-    wanted = golden["cases"][case]
+def of_ratios(objective, ratios, advantages):
+    """(total, slope in log π) of completions of one token with the given ratios to π_old."""
+    mask, old = jnp.ones((len(ratios), 1), bool), jnp.full((len(ratios), 1), -0.5)
 
     def loss(logps):
-        arrays = (inputs["old_logps"], inputs["ref_logps"], inputs["advantages"], inputs["mask"].astype(bool))
-        return grpo_loss(logps, *arrays, beta=beta, objective=objective)[0]
+        return grpo_loss_terms(logps, old, None, jnp.array(advantages), mask, beta=0.0, objective=objective).total
 
-    value, gradient = jax.value_and_grad(loss)(inputs["new_logps"])
-    np.testing.assert_allclose(value, wanted["loss"], atol=1e-5)
-    np.testing.assert_allclose(gradient, wanted["grad"], atol=1e-5)
+    value, slope = jax.value_and_grad(loss)(old + jnp.log(jnp.array(ratios))[:, None])
+    return value, slope[:, 0]
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_product"])
+def test_clip_by_hand(ratio):
+    objective = Objective(ratio=ratio, kl="none", clip_low=0.2, clip_high=0.3)
+    value, slope = of_ratios(objective, [1.5, 0.5, 1.5, 0.5], [1.0, 1.0, -1.0, -1.0])
+    np.testing.assert_allclose(value, -(1.3 + 0.5 - 1.5 - 0.8), rtol=1e-6)
+    # Constant beyond the bound on the side that would profit; full gradient on the other side.
+    np.testing.assert_allclose(slope, [0.0, -0.5, 1.5, 0.0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bound", [{"ratio_cap": 3.0}, {"dual_clip": 3.0}])
+def test_failures_that_became_likely_stop_pushing(bound):
+    """From the bound up, for A < 0 alone; what is below and what succeeds is as without it."""
+    objective = Objective(ratio="token", kl="none", **bound)
+    value, slope = of_ratios(objective, [5.0, 2.0, 0.5, 5.0], [-1.0, -1.0, -1.0, 1.0])
+    np.testing.assert_allclose(value, 3.0 + 2.0 + 0.8 - 1.2, rtol=1e-6)
+    np.testing.assert_allclose(slope, [0.0, 2.0, 0.0, 0.0], rtol=1e-6, atol=1e-7)
+
+
+def test_cispo_keeps_every_gradient():
+    """The weight is bounded on both sides and has no gradient of its own: the slope is −weight·A whatever the sign of A."""
+    objective = replace(CISPO, clip_low=0.2, ratio_cap=3.0, reduce="sequence_mean")
+    ratios, advantages = [5.0, 2.0, 0.5, 5.0], [-1.0, -1.0, 2.0, 1.0]
+    value, slope = of_ratios(objective, ratios, advantages)
+    weights = np.clip(ratios, 0.8, 3.0) * advantages
+    np.testing.assert_allclose(slope, -weights, rtol=1e-6)
+    np.testing.assert_allclose(value, -(weights * (np.log(ratios) - 0.5)).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kl", ["token_reverse", "token_reverse_weighted", "token_forward"])
+def test_no_distance_makes_a_kl_push_away_from_its_anchor(kl):
+    """Also where exponentials are held finite. On-policy, k2 and the weighted k3 have the slope log π/π_ref at any distance."""
+    distance = jnp.array([-1e4, -25.0, -15.0, -5.0, -0.1, 0.1, 5.0, 15.0, 25.0, 1e4])[:, None]
+    objective, nothing = Objective(ratio="token", kl=kl), jnp.zeros(len(distance))
+
+    def loss(logps):
+        mask = jnp.ones(logps.shape, bool)
+        return grpo_loss_terms(logps, None, logps_at - distance, nothing, mask, beta=1.0, objective=objective).total
+
+    logps_at = jnp.full(distance.shape, -0.5)
+    slope = jax.grad(loss)(logps_at)
+    assert (slope * distance >= 0).all(), slope
+    inner = slice(3, 7)
+    wanted = 1 - np.exp(-np.asarray(distance)[inner]) if kl == "token_forward" else distance[inner]
+    np.testing.assert_allclose(slope[inner], wanted, rtol=2e-4)
+    if kl != "token_forward":
+        np.testing.assert_allclose(slope, distance, rtol=2e-4)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "match"),
+    ("objective", "beta", "group_size", "wanted"),
     [
-        ({"mask": MASK.astype(jnp.float32)}, TypeError, "mask must be bool"),
-        ({"advantages": ADVANTAGES[:, None]}, ValueError, "advantages"),
-        ({"ref_logps": REF[:, 1:]}, ValueError, "ref_logps"),
-        ({"ref_logps": None}, ValueError, "ref_logps may be None"),
-        ({"beta": 1}, TypeError, "beta=1 must be a float"),
-        ({"group_size": 3}, ValueError, "group_size=3"),
+        (GRPO, 1.0, 8, 1.0),
+        (GRPO_TRL, 1.0, 4, 1.1547005),  # std of ddof 1: √(G/(G−1))
+        (Objective(scale="none"), 2.0, 8, 2 * 8 / 7),  # the group's own mean is subtracted
+        (RLOO, 2.0, 8, 2.0),  # and here it is not
+        (Objective(baseline="none", scale="none"), 0.7, 3, 0.7),
     ],
 )
-def test_bad_arguments_are_named(changes, error, match):
-    arguments = {
-        "logps": LOGPS,
-        "old_logps": OLD,
-        "ref_logps": REF,
-        "advantages": ADVANTAGES,
-        "mask": MASK,
-        "beta": 0.1,
-    }
-    with pytest.raises(error, match=match):
-        grpo_loss(**(arguments | changes))
+def test_beta_effective(objective, beta, group_size, wanted):
+    np.testing.assert_allclose(beta_effective(beta, objective=objective, group_size=group_size), wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("choice", "match"),
-    [
-        ({"kl": "k1"}, "zero expected gradient"),
-        ({"kl": "sequence"}, "kl='sequence'"),
-        ({"ratio": "tokens"}, "ratio"),
-        ({"reduce": "mean"}, "reduce"),
-        ({"clip_low": 1.5}, "clip_low"),
-        ({"clip_high": 0.0}, "clip_high"),
-        ({"epsilon": float("nan")}, "epsilon"),
-    ],
-)
-def test_impossible_objectives_are_refused(choice, match):
-    with pytest.raises(ValueError, match=match):
-        Objective(**choice)
+def test_an_outer_division_is_the_only_one():
+    """loss = total/weight, metrics are sums over weights."""
+    logps, mask = jnp.array([[-1.0, -2.0], [-0.5, -9.0]]), jnp.array([[True, True], [True, False]])
+    arguments = (logps, logps - 0.1, logps - 0.2, jnp.array([1.0, -0.5]), mask)
+    for reduce, weight in (("token_mean", 3.0), ("sequence_mean", 2.0), ("sequence_sum", 2.0)):
+        objective = replace(GRPO_TRL, reduce=reduce)
+        terms = grpo_loss_terms(*arguments, beta=0.5, objective=objective)
+        loss, metrics = grpo_loss(*arguments, beta=0.5, objective=objective)
+        assert terms.weight == weight
+        np.testing.assert_allclose(loss, terms.total / weight, rtol=1e-6)
+        assert metrics.keys() == terms.metrics.keys()
+        for name, (total, count) in terms.metrics.items():
+            np.testing.assert_allclose(metrics[name], total / count, rtol=1e-6, err_msg=name)
+        k3 = np.exp(-0.2) + 0.2 - 1
+        np.testing.assert_allclose(metrics["kl/token"], k3, rtol=1e-4)
+        np.testing.assert_allclose(metrics["policy/ratio"], np.exp(0.1), rtol=1e-6)
 
 
-def test_beta_effective():
-    assert beta_effective(1.0, objective=GRPO, group_size=8) == 1.0
-    np.testing.assert_allclose(beta_effective(1.0, objective=GRPO_TRL, group_size=4), 1.1547005)
-    np.testing.assert_allclose(beta_effective(2.0, objective=Objective(scale="none"), group_size=8), 2 * 8 / 7)
-
-
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 64])
-def test_chunked_logps_are_plain_logps(chunk_size):
-    hidden = jnp.asarray(RNG.normal(size=(3, 7, 6)), jnp.float32)
-    unembedding = jnp.asarray(RNG.normal(size=(6, 11)), jnp.float32)
-    targets = jnp.asarray(RNG.integers(0, 11, (3, 7)), jnp.int32)
-
-    def chunked(h, w):
-        logps, entropy = completion_logps(h, w, targets, temperature=0.7, chunk_size=chunk_size)
-        return (jnp.sin(logps) + entropy).sum()
-
-    def plain(h, w):
-        full = jax.nn.log_softmax(h @ w / 0.7)
-        chosen = jnp.take_along_axis(full, targets[..., None], -1)[..., 0]
-        return (jnp.sin(chosen) - (jnp.exp(full) * full).sum(-1)).sum()
-
-    for a, b in zip(
-        *(jax.tree.leaves(jax.value_and_grad(f, (0, 1))(hidden, unembedding)) for f in (chunked, plain)), strict=True
-    ):
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
-
-
-def test_never_sampled_tokens_of_probability_zero():
-    unembedding = lambda h: jnp.where(jnp.arange(4)[None, None] == 3, -jnp.inf, h)  # noqa: E731
-    hidden = jnp.zeros((1, 2, 4))
-    value, gradient = jax.value_and_grad(
-        lambda h: sum(x.sum() for x in completion_logps(h, unembedding, jnp.zeros((1, 2), jnp.int32)))
-    )(hidden)
-    np.testing.assert_allclose(value, 0.0, atol=1e-6)  # −log 3 + log 3, twice
-    assert jnp.isfinite(gradient).all()
+@pytest.mark.parametrize("correction", ["token", "sequence"])
+def test_corrections_are_capped(correction):
+    """min(π_old/π_sampler, cap) of single tokens; both levels are then the same."""
+    objective = replace(GRPO, kl="none", ratio="token", correction=correction, correction_cap=1.5)
+    old, mask = jnp.full((2, 1), -0.5), jnp.ones((2, 1), bool)
+    sampler = old - jnp.log(jnp.array([[4.0], [0.5]]))
+    terms = grpo_loss_terms(
+        old, old, None, jnp.array([1.0, 3.0]), mask, beta=0.0, objective=objective, sampler_logps=sampler
+    )
+    np.testing.assert_allclose(terms.total, -(1.5 * 1.0 + 0.5 * 3.0), rtol=1e-6)
+    np.testing.assert_allclose(terms.metrics["rollout/correction"], (1.5 + 0.5, 2.0), rtol=1e-6)
