@@ -79,6 +79,10 @@ def gains_of(result: dict[str, Any], config: dict[str, Any]) -> Gains:
     """`gains` of a finished run, from what its result.json and its config.json hold."""
     choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
     objective = named_objective(config["objective.name"], **choices)
+    if objective.kl_direction != "reverse" or objective.anchor != "reference" or "p_star" not in result:
+        raise ValueError(
+            f"the recurrence is that of KL(π‖π_ref), and a run of {config['objective.name']} has another end"
+        )
     beta, trials, prompts = config["objective.beta"], config["evaluate.final_samples"], result["prompts"]
     before, after = (np.rint(np.array(prompts[name]) * trials) for name in ("p_ref", "p_final"))
     weights = theory.Group(result["group_size"], **objective.normaliser())

@@ -129,10 +129,15 @@ def _weight_conflicts(config: Any, objective: Objective) -> list[str]:
             )
     if config.objective.entropy_bonus < 0:
         found.append(f"objective.entropy_bonus={config.objective.entropy_bonus} must not be negative")
-    if objective.holds_to_previous and config.train.inner_epochs * config.train.minibatches == 1:
+    if objective.holds_to_previous and config.train.inner_epochs == 1:
         found.append(
-            "a KL to the previous policy needs more than one gradient step per iteration, for at the first it is 0: raise "
-            "train.inner_epochs or train.minibatches"
+            "train.inner_epochs=1 with a KL to the previous policy, which is 0 when a prompt is first visited: set 2 or more"
+        )
+    steps = config.train.inner_epochs * config.train.minibatches
+    if objective.ratio == "none" and steps > 1:
+        found.append(
+            f"objective.ratio='none' is for data from the current policy, and train.inner_epochs · train.minibatches = {steps} "
+            "steps on one rollout are not: set both to 1"
         )
     return found
 

@@ -4,7 +4,7 @@ from grpo_jax.objective.advantages import check_normaliser, group_advantages
 from grpo_jax.objective.contrastive import contrastive_loss
 from grpo_jax.objective.logps import completion_logps
 from grpo_jax.objective.loss import LossTerms, grpo_loss, grpo_loss_terms
-from grpo_jax.objective.objective import (
+from grpo_jax.objective.named import (
     BNPO,
     CISPO,
     DAPO,
@@ -20,10 +20,9 @@ from grpo_jax.objective.objective import (
     RLOO,
     SAPO,
     TWO_KL_GRPO,
-    Objective,
-    beta_effective,
     named_objective,
 )
+from grpo_jax.objective.objective import Objective, beta_effective
 
 __all__ = [
     "BNPO",

@@ -28,7 +28,7 @@ def group_advantages(
       baseline: what is subtracted. "mean": the group's mean; "leave_one_out": the mean of the other G − 1 (RLOO);
         "none": nothing (the reward itself weighs).
       scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards given, which couples the
-        prompts; "mean": the group's mean reward (MaxRL), zero where it is zero; "none": one (Dr. GRPO).
+        prompts; "mean": the group's mean reward, for rewards ≥ 0 (MaxRL), zero where it is zero; "none": one (Dr. GRPO).
       epsilon: smoothing of the std; may be traced.
       ddof: 0 divides the variance by the number of rewards (the paper), 1 by one less (TRL, verl).
       epsilon_in: "variance" for √(var + ε) (the paper), "std" for √var + ε (TRL, verl).
@@ -37,7 +37,7 @@ def group_advantages(
       [..., G] float32.
 
     Raises:
-      ValueError: an unknown choice, a group smaller than 2, or ``ddof`` other than 0 or 1.
+      ValueError: an unknown choice, a group smaller than 2, ``ddof`` other than 0 or 1, or a negative ``epsilon``.
 
     Source: arXiv 2503.06639, §2 and Algorithm 1; arXiv 2503.20783 for scale="none".
 
@@ -46,7 +46,7 @@ def group_advantages(
     >>> group_advantages(jnp.full((8,), 0.1), epsilon=1e-8)  # float noise must not become a preference
     Array([0., 0., 0., 0., 0., 0., 0., 0.], dtype=float32)
     """
-    check_normaliser(baseline=baseline, scale=scale, ddof=ddof, epsilon_in=epsilon_in)
+    check_normaliser(baseline=baseline, scale=scale, epsilon=epsilon, ddof=ddof, epsilon_in=epsilon_in)
     rewards = jnp.asarray(rewards, jnp.float32)
     group_size = rewards.shape[-1] if rewards.ndim else 0
     if group_size < 2:
@@ -65,6 +65,7 @@ def group_advantages(
             dead = dead | (rewards == rewards.reshape(-1)[0]).all()
             variance = jnp.full_like(mean, jnp.square(rewards - rewards.mean()).sum() / (rewards.size - ddof))
         variance = jnp.where(dead, jnp.ones_like(variance), variance)  # keeps 0/0 and √0 out of values and gradients
+        epsilon = jnp.asarray(epsilon, jnp.float32)
         divisor = jnp.sqrt(variance + epsilon) if epsilon_in == "variance" else jnp.sqrt(variance) + epsilon
     elif scale == "mean":
         dead = dead | (mean == 0)
@@ -74,8 +75,13 @@ def group_advantages(
     return jnp.where(dead, jnp.zeros_like(centred), centred / divisor)
 
 
-def check_normaliser(*, baseline: str, scale: str, ddof: int, epsilon_in: str) -> None:
-    """Raises ValueError, naming the choice, unless the group normaliser is one that `group_advantages` offers."""
+def check_normaliser(*, baseline: str, scale: str, epsilon: float | jax.Array, ddof: int, epsilon_in: str) -> None:
+    """Raises ValueError, naming the choice, unless the group normaliser is one that `group_advantages` offers.
+
+    >>> check_normaliser(baseline="mean", scale="stdd", epsilon=0.0, ddof=0, epsilon_in="std")
+    Traceback (most recent call last):
+    ValueError: scale='stdd' is not one of 'std', 'mean', 'batch_std', 'none'
+    """
     for name, value, choices in (
         ("baseline", baseline, BASELINES),
         ("scale", scale, SCALES),
@@ -84,3 +90,5 @@ def check_normaliser(*, baseline: str, scale: str, ddof: int, epsilon_in: str) -
     ):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+    if not isinstance(epsilon, jax.Array) and not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon={epsilon} must be finite and not negative")

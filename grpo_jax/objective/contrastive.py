@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.objective.advantages import check_normaliser
-from grpo_jax.objective.surrogate import bounded_exp, check_scalar
+from grpo_jax.objective.checks import check_scalar
+from grpo_jax.objective.surrogate import bounded_exp
 
 
 def contrastive_loss(
@@ -54,7 +55,7 @@ def contrastive_loss(
     >>> float(contrastive_loss(logps, logps - 0.1, rewards, mask, group_size=4)) < 1e-6  # all ratios alike: no contrast
     True
     """
-    check_normaliser(baseline=baseline, scale=scale, ddof=ddof, epsilon_in=epsilon_in)
+    check_normaliser(baseline=baseline, scale=scale, epsilon=epsilon, ddof=ddof, epsilon_in=epsilon_in)
     if scale == "batch_std":
         raise ValueError("scale='batch_std' is no function of one group's success rate, so it has no contrastive form")
     if logps.ndim != 2 or mask.shape != logps.shape or (old_logps is not None and old_logps.shape != logps.shape):
@@ -77,9 +78,11 @@ def contrastive_loss(
     old = logps if old_logps is None else jnp.where(mask, old_logps.astype(jnp.float32), 0.0)
     ratio = bounded_exp((logps - jax.lax.stop_gradient(old)).sum(-1)).reshape(-1, group_size)
     success = rewards.astype(jnp.float32).reshape(-1, group_size) == 1
-    plus, minus = _weights(success.sum(-1), group_size, epsilon, baseline, scale, ddof, epsilon_in)
-    up = ratio if clip_high is None else jnp.minimum(ratio, 1.0 + clip_high)
-    down = ratio if clip_low is None else jnp.maximum(ratio, 1.0 - clip_low)
+    plus, minus = _weights(
+        success.sum(-1), group_size, jnp.asarray(epsilon, jnp.float32), baseline, scale, ddof, epsilon_in
+    )
+    up = ratio if clip_high is None else jnp.minimum(ratio, 1.0 + jnp.asarray(clip_high, jnp.float32))
+    down = ratio if clip_low is None else jnp.maximum(ratio, 1.0 - jnp.asarray(clip_low, jnp.float32))
     live = mask.any(-1).reshape(-1, group_size)
     pushed = jnp.where(live & success, up, 0.0).sum(-1) * plus - jnp.where(live & ~success, down, 0.0).sum(-1) * minus
     return -pushed.sum() / logps.shape[0]

@@ -32,7 +32,7 @@ def completion_logps(
     log π(o_t | q, o_<t) = z_t − log Σ_v exp z_v and H = −Σ_v π_v log π_v, with z = hidden · unembedding / temperature.
     Logits exist for ``chunk_size`` positions of every row at a time. Only log Σ_v exp z_v is kept for the backward pass, which
     computes a chunk's logits again and, from them, ∂logps/∂z_v = 1[v = o_t] − π_v and ∂H/∂z_v = −π_v (log π_v + H).
-    An output that nobody uses, or a gradient that nobody asks for, costs nothing under jit.
+    An output that nobody uses, or a gradient that nobody asks for, costs nothing under jit; inside jax.shard_map it needs jit.
 
     Args:
       hidden: [B, T, D]; position t holds the state that predicts target t (the shift by one is already done).
@@ -49,11 +49,11 @@ def completion_logps(
     Returns:
       (logps [B, T], entropy [B, T]), in nats, float32 (float64 where the logits are); with ``reference_hidden``
       (logps, entropy, ref_logps [B, T]). Tokens of logit −inf have probability 0, add nothing to the entropy and get no
-      gradient; a target beyond V gives nan.
+      gradient; a target outside 0 … V − 1 gives nan.
 
     Raises:
       ValueError: shapes that do not belong together, nothing to score, or a chunk_size below 1.
-      TypeError: targets that are not integers; forward-mode or second derivatives, which are not offered.
+      TypeError: hidden states that are not real, or targets that are not integers; forward-mode derivatives.
 
     Source: the gradient of softmax; checked against autodiff and finite differences in tests/objective/test_logps.py.
 
@@ -85,7 +85,10 @@ def completion_logps(
         ref_project, ref_constants = _opened(reference_unembedding, ref_states)
     scale = jnp.asarray(temperature, _wide(hidden))
     tokens = cut(targets.astype(jnp.int32))
-    scored = _score((project, ref_project), states, constants, scale, tokens, (ref_states, ref_constants))
+    inputs = states, constants, scale, tokens, (ref_states, ref_constants)
+    # In jax.shard_map, a custom gradient must vary over devices as its input does: so all inputs vary as any of them.
+    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(inputs)))
+    scored = _score((project, ref_project), *jax.tree.map(partial(_spread, axes=axes), inputs))
     return tuple(restore(x) for x in scored)
 
 
@@ -97,6 +100,17 @@ def _vocabulary(unembedding: Unembedding, hidden: jax.Array) -> int:
         return unembedding.shape[-1]
     logits = jax.eval_shape(unembedding, jax.ShapeDtypeStruct((hidden.shape[0], 1, hidden.shape[2]), hidden.dtype))
     return max(1, *logits.shape[-1:])
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which x varies inside jax.shard_map."""
+    return jax.typeof(x).mat.varying
+
+
+def _spread(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """x as it is, marked as varying over the axes."""
+    missing = tuple(axes - _varying(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _opened(unembedding: Unembedding, states: jax.Array) -> tuple[Projection, tuple[jax.Array, ...]]:
@@ -138,31 +152,35 @@ def _forward(
     targets: jax.Array,
     reference: tuple[jax.Array | None, tuple[jax.Array, ...]],
 ) -> tuple[jax.Array, ...]:
-    """As `_score`, and at the end the log-sum-exp [chunks, B, C]."""
+    """As `_score`, and at the end what to take from a logit to make it a log-probability, in two parts."""
     project, ref_project = projections
     ref_states, ref_constants = reference
 
-    def chunk(_: None, x: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, ...]]:
+    def chunk(_: None, x: tuple[Any, ...]) -> tuple[None, tuple[Any, ...]]:
         states, targets, ref_states = x
-        logps, entropy, normaliser = _statistics(_scaled(project(states, *constants), temperature), targets)
+        logps, entropy, *normaliser = _statistics(_scaled(project(states, *constants), temperature), targets)
         if ref_states is None:
-            return None, (logps, entropy, normaliser)
+            return None, (logps, entropy, tuple(normaliser))
         reference = _statistics(_scaled(ref_project(ref_states, *ref_constants), temperature), targets)
-        return None, (logps, entropy, reference[0], normaliser)
+        return None, (logps, entropy, reference[0], tuple(normaliser))
 
     return jax.lax.scan(chunk, None, (states, targets, ref_states))[1]
 
 
-def _statistics(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of the target, entropy and log-sum-exp [B, C] of logits [B, C, V]."""
-    top = z.max(-1, keepdims=True)
-    weights = jnp.exp(z - top)
+def _statistics(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+    """Log-probability of the target, entropy, largest logit, and log Σ exp of what it leaves [B, C], of logits [B, C, V].
+
+    All is computed from z − max z: log Σ exp z itself would lose the digits that an offset common to all logits takes.
+    """
+    top = z.max(-1)
+    z = z - top[..., None]
+    weights = jnp.exp(z)
     total = weights.sum(-1)
-    normaliser = jnp.log(total) + top[..., 0]
+    rest = jnp.log(total)
     # A token of probability 0 adds 0, and not 0·(−inf).
-    entropy = normaliser - (weights * jnp.where(weights > 0, z, 0.0)).sum(-1) / total
+    entropy = rest - (weights * jnp.where(weights > 0, z, 0.0)).sum(-1) / total
     chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-    return chosen - normaliser, entropy, normaliser
+    return jnp.where(targets < 0, jnp.nan, chosen - rest), entropy, top, rest
 
 
 def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -184,15 +202,15 @@ def _score_backward(projections: tuple[Projection, Projection], saved: Any, grad
     project, _ = projections
     states, constants, temperature, targets, entropy, normaliser = saved
     to_logps, to_entropy = gradients[:2]  # none goes to the reference
-    to_logps = jnp.zeros_like(normaliser) if isinstance(to_logps, SymbolicZero) else to_logps
+    to_logps = jnp.zeros_like(entropy) if isinstance(to_logps, SymbolicZero) else to_logps
     # An entropy that is only reported has a symbolic zero here, and its terms are never formed.
     by_entropy = None if isinstance(to_entropy, SymbolicZero) else (entropy, to_entropy)
 
     def chunk(sums: Any, x: tuple[Any, ...]) -> tuple[Any, jax.Array]:
-        states, targets, normaliser, to_logps, by_entropy = x
+        states, targets, (top, rest), to_logps, by_entropy = x
         logits, pull = jax.vjp(project, states, *constants)
         z = _scaled(logits, temperature)
-        log_probs = z - normaliser[..., None]
+        log_probs = (z - top[..., None]) - rest[..., None]
         probs = jnp.exp(log_probs)
         is_target = jnp.arange(z.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
         weights = to_logps[..., None]
@@ -206,7 +224,8 @@ def _score_backward(projections: tuple[Projection, Projection], saved: Any, grad
         return [s if s is None else s + g.astype(s.dtype) for s, g in zip(sums, parts, strict=True)], to_states
 
     inputs = (*constants, temperature)  # those that are not real, such as a table of integers, have no gradient
-    sums = [jnp.zeros(c.shape, _wide(c)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
+    zeros = [jnp.zeros(c.shape, _wide(c)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
+    sums = jax.tree.map(partial(_spread, axes=_varying(entropy)), zeros)
     sums, to_states = jax.lax.scan(chunk, sums, (states, targets, normaliser, to_logps, by_entropy))
     *to_constants, to_temperature = (s if s is None else s.astype(c.dtype) for s, c in zip(sums, inputs, strict=True))
     return to_states, tuple(to_constants), to_temperature, None, None
@@ -257,12 +276,14 @@ def _check(
         raise ValueError(f"hidden must be [B, T, D] and targets [B, T], got {hidden.shape} and {targets.shape}")
     if 0 in targets.shape:
         raise ValueError(f"targets have nothing to score: [B, T] = {targets.shape}")
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise TypeError(f"hidden must be real, got {hidden.dtype}")
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets must be integers, got {targets.dtype}")
     if jnp.shape(temperature) != ():
         raise ValueError(f"temperature must be a scalar, got shape {jnp.shape(temperature)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size must be an integer, at least 1, got {chunk_size!r}")
     if reference_hidden is None and reference_unembedding is not None:
         raise ValueError("reference_unembedding needs reference_hidden")
     if reference_hidden is not None and (reference_hidden.ndim != 3 or reference_hidden.shape[:2] != targets.shape):

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.objective.checks import check_arrays, check_needs, check_objective, check_scalar, term_weight
 from grpo_jax.objective.kl import sequence_kl, token_kl
-from grpo_jax.objective.objective import GRPO, Objective
-from grpo_jax.objective.surrogate import bounded_exp, check_scalar, clipped_surrogate
+from grpo_jax.objective.named import GRPO
+from grpo_jax.objective.objective import Objective
+from grpo_jax.objective.surrogate import Surrogate, bounded_exp, surrogate_terms
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-Weight = float | jax.Array | None
 
 
 class LossTerms(NamedTuple):
@@ -46,10 +47,45 @@ def grpo_loss(
     entropy_bonus: float | jax.Array = 0.0,
     sampler_logps: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The GRPO loss (to be minimised) and its metrics; see `grpo_loss_terms` for the mathematics and the arguments.
+    """The GRPO loss, to be minimised, and its metrics.
+
+        loss = Σ (−surrogate(ρ, A) + β·KL(π‖π_ref) + β_mirror·KL(π‖π_old) − entropy_bonus·H) / weight
+
+    A completion's terms are sums over its tokens, or one number for ratio="sequence_product"; ``objective.reduce`` says how
+    they are weighed. On-policy and for reduce="sequence_sum" the mean gradient is −Ω_G(p)∇p + β∇KL for binary rewards. With
+    ``group_size`` the KL of whole completions has the mean of the group's other rows as its baseline. That matters: at the
+    fixed point β log π/π_ref = A + const, so the gradient of each *row*, and not only of the mean, nearly vanishes, and with
+    it the noise around p*.
+
+    Args:
+      logps: [B, T] log π of the completion tokens, differentiated.
+      old_logps: [B, T] of the policy that sampled them; None where π_old is the current policy (the ratio is then 1 in value).
+      ref_logps: [B, T] of the reference; None where the objective has no KL to it, or beta is the number 0.
+      advantages: [B], flat, of ``group_advantages(rewards, **objective.normaliser())``: the normaliser of the objective is the
+        caller's to apply, and its ``overlong`` too (zero for what was cut off); the loss reads neither.
+      mask: [B, T] bool, True on the tokens of the completion (its EOS included). What stands elsewhere changes nothing.
+      beta, beta_mirror: weights of the KL terms to the reference and to the previous policy, in units of advantage per nat;
+        scalars, may be traced. beta is *not read* where the objective has no KL to the reference: DAPO, GSPO, CISPO, SAPO, GPG
+        and the mirrors.
+      objective: which terms; static.
+      group_size: G where rows come in contiguous groups (whole groups, also in a micro-batch); None for no KL baseline.
+      clip_low, clip_high: widths in place of the objective's; may be traced.
+      entropy: [B, T] of the next-token distributions, differentiated, in nats; needed for the bonus.
+      entropy_bonus: weight of Σ_t entropy_t; scalar, may be traced.
+      sampler_logps: [B, T] as the sampler computed them, for ``objective.correction``.
 
     Returns:
-      (loss, metrics): float32 scalars.
+      (loss, metrics), float32 scalars. Metrics, where their inputs are given: ``policy/ratio``; ``policy/clip_fraction`` and its
+      two parts ``policy/clip_low``, ``policy/clip_high`` (of tokens, or of completions where the ratio is theirs);
+      ``policy/entropy``; ``kl/sequence``, estimate of KL(π‖π_ref) per completion; ``kl/token``, mean of the token-wise term;
+      ``kl/previous``, estimate of KL(π‖π_old) per completion; ``rollout/correction``, mean weight.
+
+    Raises:
+      ValueError: shapes that do not match, log-probs the objective needs and does not get, a weight that is negative or not
+        scalar, clip widths for an objective without a clip, or a group_size that does not divide B.
+      TypeError: a mask that is not bool, log-probs that are not real, or an integer weight.
+
+    Source: arXiv 2503.06639, §2 and §5; the gradient of every KL term is derived, and checked by enumeration in tests/objective.
 
     >>> logps = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.25]]))
     >>> loss, metrics = grpo_loss(
@@ -58,6 +94,9 @@ def grpo_loss(
     >>> float(loss), float(metrics["kl/sequence"])
     (0.0, 0.0)
     """
+    check_objective(objective)  # jit would only say that it is not hashable
+    if beta is None:
+        raise TypeError("beta is None: pass 0.0 for a loss without a KL to the reference")
     # Before jit, where a number can still be told from an array: a weight of zero drops its term from the program.
     weights = {"beta": beta, "beta_mirror": beta_mirror, "entropy_bonus": entropy_bonus}
     check_scalar("clip_low", clip_low)
@@ -68,7 +107,7 @@ def grpo_loss(
         ref_logps,
         advantages,
         mask,
-        **{name: _term_weight(name, weight) for name, weight in weights.items()},
+        **{name: term_weight(name, weight) for name, weight in weights.items()},
         clip_low=clip_low,
         clip_high=clip_high,
         objective=objective,
@@ -95,41 +134,12 @@ def grpo_loss_terms(
     entropy_bonus: float | jax.Array | None = 0.0,
     sampler_logps: jax.Array | None = None,
 ) -> LossTerms:
-    """−surrogate + β·KL(π‖π_ref) + β_mirror·KL(π‖π_old) − entropy bonus, summed and not yet divided.
+    """`grpo_loss` before its one division: terms of micro-batches add up, and loss = total / weight.
 
-    A completion's terms are sums over its tokens, or one number for ratio="sequence_product"; ``objective.reduce`` says how
-    they are weighed. On-policy and for reduce="sequence_sum" the mean gradient is −Ω_G(p)∇p + β∇KL for binary rewards. With
-    ``group_size`` the KL of whole completions has the mean of the group's other rows as its baseline. That matters: at the
-    fixed point β log π/π_ref = A + const, so the gradient of each *row*, and not only of the mean, nearly vanishes, and the
-    policy sits still at p* at any learning rate.
-
-    Args:
-      logps: [B, T] log π of the completion tokens, differentiated.
-      old_logps: [B, T] of the policy that sampled them; None where π_old is the current policy (the ratio is then 1 in value).
-      ref_logps: [B, T] of the reference; None where the objective has no KL to it, or beta is the number 0.
-      advantages: [B].
-      mask: [B, T] bool, True on the tokens of the completion (its EOS included). What stands elsewhere changes nothing.
-      beta, beta_mirror: weights of the KL terms to the reference and to the previous policy, in units of advantage per nat;
-        scalars, may be traced. beta is not read where the objective has no KL to the reference.
-      objective: which terms; static.
-      group_size: G where rows come in contiguous groups (whole groups, also in a micro-batch); None for no KL baseline.
-      clip_low, clip_high: widths in place of the objective's; may be traced.
-      entropy: [B, T] of the next-token distributions, differentiated, in nats; needed for the bonus.
-      entropy_bonus: weight of Σ_t entropy_t; scalar, may be traced.
-      sampler_logps: [B, T] as the sampler computed them, for ``objective.correction``.
+    Args, errors and source: those of `grpo_loss`. Micro-batches hold whole groups.
 
     Returns:
-      `LossTerms`; metrics, where their inputs are given: ``policy/ratio``; ``policy/clip_fraction`` and its two parts
-      ``policy/clip_low``, ``policy/clip_high`` (of tokens, or of completions where the ratio is theirs); ``policy/entropy``;
-      ``kl/sequence``, estimate of KL(π‖π_ref) per completion; ``kl/token``, mean of the token-wise term; ``kl/previous``,
-      estimate of KL(π‖π_old) per completion; ``rollout/correction``, mean weight.
-
-    Raises:
-      ValueError: shapes that do not match, log-probs the objective needs and does not get, a weight that is negative or not
-        scalar, clip widths for an objective without a clip, or a group_size that does not divide B.
-      TypeError: a mask that is not bool, log-probs that are not real, or an integer weight.
-
-    Source: arXiv 2503.06639, §2 and §5; the gradient of every KL term is derived, and checked by enumeration in tests/objective.
+      `LossTerms`: scalars, and metrics as (sum, weight).
 
     >>> logps = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.25]]))
     >>> mask, advantages = jnp.ones((2, 2), bool), jnp.array([1.0, -1.0])
@@ -137,10 +147,9 @@ def grpo_loss_terms(
     >>> float(terms.weight), round(float(terms.total / terms.weight), 3), sorted(terms.metrics)[0]
     (2.0, 0.255, 'kl/previous')
     """
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective, got {objective!r}; see NAMED")
-    beta, beta_mirror = _term_weight("beta", beta), _term_weight("beta_mirror", beta_mirror)
-    entropy_bonus = _term_weight("entropy_bonus", entropy_bonus)
+    check_objective(objective)
+    beta, beta_mirror = term_weight("beta", beta), term_weight("beta_mirror", beta_mirror)
+    entropy_bonus = term_weight("entropy_bonus", entropy_bonus)
     check_scalar("clip_low", clip_low)
     check_scalar("clip_high", clip_high)
     given = {
@@ -150,10 +159,10 @@ def grpo_loss_terms(
         "entropy": entropy,
         "sampler_logps": sampler_logps,
     }
-    _check_arrays(given, advantages, mask, group_size)
-    _check_needs(objective, given, beta, beta_mirror, entropy_bonus, clip_low, clip_high)
-    clip_low = objective.clip_low if clip_low is None else clip_low
-    clip_high = objective.clip_high if clip_high is None else clip_high
+    check_arrays(given, advantages, mask, group_size)
+    check_needs(objective, given, beta, beta_mirror, entropy_bonus, clip_low, clip_high)
+    clip_low = objective.clip_low if clip_low is None else jnp.asarray(clip_low, jnp.float32)
+    clip_high = objective.clip_high if clip_high is None else jnp.asarray(clip_high, jnp.float32)
 
     def keep(x: jax.Array) -> jax.Array:
         return jnp.where(mask, x.astype(jnp.float32), 0.0)
@@ -167,7 +176,7 @@ def grpo_loss_terms(
     rows, tokens = jnp.float32(mask.shape[0]), lengths.sum()
 
     log_ratio = logps - old
-    chosen = clipped_surrogate(
+    chosen = surrogate_terms(
         logps, log_ratio, lengths, advantages, objective=objective, clip_low=clip_low, clip_high=clip_high
     )
     trust = _correction(objective, old, sampler_logps, lengths, keep)
@@ -231,7 +240,7 @@ def _correction(
     return jax.lax.stop_gradient(jnp.clip(bounded_exp(log_ratio), max=objective.correction_cap))
 
 
-def _surrogate_metrics(chosen: Any, keep: Any, count: jax.Array) -> Metrics:
+def _surrogate_metrics(chosen: Surrogate, keep: Any, count: jax.Array) -> Metrics:
     below, above = keep(chosen.below).sum(), keep(chosen.above).sum()
     return {
         "policy/ratio": (keep(chosen.ratio).sum(), count),
@@ -239,70 +248,3 @@ def _surrogate_metrics(chosen: Any, keep: Any, count: jax.Array) -> Metrics:
         "policy/clip_low": (below, count),
         "policy/clip_high": (above, count),
     }
-
-
-def _term_weight(name: str, weight: float | jax.Array | None) -> float | jax.Array | None:
-    """The weight of a term, checked as far as it is known; None where it is the number zero."""
-    check_scalar(name, weight)
-    return (weight or None) if isinstance(weight, float) else weight
-
-
-def _check_arrays(
-    given: dict[str, jax.Array | None], advantages: jax.Array, mask: jax.Array, group_size: int | None
-) -> None:
-    needed = {"logps": given["logps"], "advantages": advantages, "mask": mask}
-    for name, array in (given | needed).items():
-        if not hasattr(array, "dtype") and (array is not None or name in needed):
-            raise TypeError(f"{name} must be an array, got {type(array).__name__}")
-    shape = needed["logps"].shape  # type: ignore[union-attr]
-    if len(shape) != 2:
-        raise ValueError(f"logps must be [B, T], got {shape}")
-    for name, array in (given | {"mask": mask}).items():
-        if array is not None and jnp.shape(array) != shape:
-            raise ValueError(f"{name} must have the shape of logps {shape}, got {jnp.shape(array)}")
-    for name, array in (given | {"advantages": advantages}).items():
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be real, got {array.dtype}")
-    if jnp.shape(advantages) != shape[:1]:
-        raise ValueError(f"advantages must be [B] = {shape[:1]} for logps {shape}, got {jnp.shape(advantages)}")
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be bool (True counts), got {mask.dtype}")
-    if group_size is not None and (not isinstance(group_size, int) or group_size < 2 or shape[0] % group_size):
-        raise ValueError(
-            f"group_size={group_size!r} must be an integer, at least 2 and divide the {shape[0]} rows of logps {shape}"
-        )
-
-
-def _check_needs(
-    objective: Objective,
-    given: dict[str, jax.Array | None],
-    beta: Weight,
-    beta_mirror: Weight,
-    entropy_bonus: Weight,
-    clip_low: Weight,
-    clip_high: Weight,
-) -> None:
-    """Refuses what the objective would need and is not given, and what is given and would not be read."""
-    if objective.holds_to_reference and beta is not None and given["ref_logps"] is None:
-        raise ValueError(f"ref_logps may be None only where nothing holds to the reference; here kl={objective.kl!r}")
-    if objective.holds_to_previous and beta_mirror is not None and given["old_logps"] is None:
-        raise ValueError(
-            f"old_logps is needed for anchor={objective.anchor!r}: the KL to π_old has no value without it"
-        )
-    if objective.anchor == "previous" and beta_mirror is None:
-        raise ValueError("beta_mirror=0 with anchor='previous': nothing would hold the policy; beta is not read there")
-    if not objective.holds_to_previous and beta_mirror is not None:
-        raise ValueError(
-            "beta_mirror would do nothing: the objective has no KL to the previous policy; see TWO_KL_GRPO"
-        )
-    if entropy_bonus is not None and given["entropy"] is None:
-        raise ValueError("entropy_bonus needs entropy, the second result of completion_logps")
-    if objective.correction != "none" and given["sampler_logps"] is None:
-        raise ValueError(f"sampler_logps is needed for correction={objective.correction!r}")
-    clips = objective.surrogate == "clip" and objective.ratio != "none"
-    for name, width, used in (
-        ("clip_low", clip_low, clips or objective.surrogate == "cispo"),
-        ("clip_high", clip_high, clips),
-    ):
-        if width is not None and not used:
-            raise ValueError(f"{name} would do nothing: the objective does not clip there")

@@ -1,12 +1,14 @@
-"""An objective is one choice per axis; published names are points of that product.
+"""An objective is one choice per axis.
 
 The description is frozen and hashable: it is a static argument of the jitted loss, and the run's prediction is derived from
 it (`Objective.normaliser`), so what is predicted is what is trained.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from grpo_jax.objective.advantages import check_normaliser
 
@@ -26,8 +28,8 @@ class Objective:
     Attributes:
       baseline, scale, epsilon, ddof, epsilon_in: the group normaliser; see `group_advantages`.
       ratio: what stands for π/π_old. "sequence_product": of whole completions (the paper's); "sequence": its geometric mean
-        over the tokens (GSPO), whose gradient is already divided by the length; "token": one per token (PPO's); "none": log π
-        takes its place, for data from the current policy.
+        over the tokens, counted once per token, so that reduce="sequence_mean" is GSPO; "token": one per token (PPO's); "none":
+        log π takes its place, for data from the current policy.
       surrogate: how the ratio ρ meets the advantage A, to be maximised. "clip": min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high)A);
         "cispo": sg(min(ρ, ratio_cap)) A log π, every token keeps a gradient; "sapo": (4/τ) σ(τ(ρ − 1)) A, a soft clip with
         τ = tau_plus for A > 0 and tau_minus otherwise.
@@ -60,8 +62,8 @@ class Objective:
     2511.20347 (SAPO), 1912.09729 (dual clip), 2505.07291 (ratio cap), 2503.14476 (DAPO, overlong). The gradients of the KL terms
     are checked by enumeration in tests/objective.
 
-    >>> GRPO.normaliser()["scale"], DR_GRPO.normaliser()["scale"]
-    ('std', 'none')
+    >>> Objective(scale="none").normaliser()["scale"]
+    'none'
     """
 
     baseline: str = "mean"
@@ -86,7 +88,7 @@ class Objective:
     overlong: str = "keep"
 
     def __post_init__(self) -> None:
-        check_normaliser(baseline=self.baseline, scale=self.scale, ddof=self.ddof, epsilon_in=self.epsilon_in)
+        check_normaliser(**self.normaliser())
         _refuse(_faults(self))
 
     @property
@@ -107,6 +109,16 @@ class Objective:
         return "forward" if self.kl == "token_forward" else "reverse"
 
     @property
+    def is_predicted(self) -> bool:
+        """Whether the theory knows where β takes this objective: see `fixed_point` for why not."""
+        coupled, cut_off = self.scale == "batch_std", self.overlong == "ignore"
+        return not (coupled or cut_off or self._weighs_uncentred)
+
+    @property
+    def _weighs_uncentred(self) -> bool:
+        return self.baseline == "none" and self.reduce in ("sequence_mean", "token_mean")
+
+    @property
     def fixed_point(self) -> str:
         """Where training ends, in words; arXiv 2503.06639, Theorems 3 and 4, and the derivations in `theory`."""
         if self.kl == "none":
@@ -119,8 +131,14 @@ class Objective:
         }.get(self.kl, "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL")
         if self.anchor == "both":
             end += "; the KL to the previous policy sets the pace"
+        if self._weighs_uncentred:
+            end += (
+                "; weighing completions by their length moves it where advantages have no baseline: no p* is predicted"
+            )
+        if self.overlong == "ignore":
+            end += "; completions that are cut off and have no advantage move it: no p* is predicted"
         if self.scale == "batch_std":
-            end += "; the std of the whole batch couples the prompts, so no p* is predicted"
+            end += "; the std of the whole batch couples the prompts: no p* is predicted"
         return end
 
     def normaliser(self) -> dict[str, Any]:
@@ -172,7 +190,6 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
     sequence_kl, corrected = o.kl == "sequence_reverse", o.correction != "none"
     high = o.clip_high or 0.0
     return [
-        (not (math.isfinite(o.epsilon) and o.epsilon >= 0), f"epsilon={o.epsilon} must be finite and not negative"),
         (
             o.ratio == "none" and o.surrogate != "clip",
             f"surrogate={o.surrogate!r} bounds a ratio, and ratio='none' has none",
@@ -188,7 +205,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
             "mean over tokens, or reduce='constant' with the constant_length it is measured in",
         ),
         (sapo and None in (o.tau_plus, o.tau_minus), "surrogate='sapo' needs tau_plus and tau_minus (1.0 and 1.05)"),
-        only("clip_low", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
+        only("clip_low", clips or cispo, "surrogate='clip' and 'cispo', with a ratio (GPG and SAPO start without)"),
         only("clip_high", clips, "surrogate='clip' with a ratio; the upper bound of 'cispo' is ratio_cap"),
         only("ratio_cap", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
         only("dual_clip", clips, "surrogate='clip' with a ratio"),
@@ -224,118 +241,15 @@ def _unknown(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[bool, str
     return value not in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
 
 
-_LIBRARIES: dict[str, Any] = {"ddof": 1, "epsilon_in": "std"}  # what TRL, verl and their relatives divide by
-_UNCLIPPED: dict[str, Any] = {"clip_low": None, "clip_high": None}
-
-GRPO = Objective()
-"""The paper's: whitened with ε inside the root, ratio of whole completions, clipped, KL(π‖π_ref) of whole completions."""
-
-DR_GRPO = Objective(scale="none")
-"""Mean-only advantages (Dr. GRPO) with the paper's KL: one fixed point, no folds, no cycles. Source: arXiv 2503.20783."""
-
-GRPO_TRL = Objective(**_LIBRARIES, ratio="token", reduce="sequence_mean", kl="token_forward")
-"""What TRL and its relatives run: ddof 1, std + 1e-4, token ratios, k3. Its β leads to p* − p_ref = S_G(p*)/β, not to the
-paper's point (at β = 1, p_ref = 0.01, large G: 0.51 where the paper's KL gives 0.15)."""
-
-DAPO = Objective(**_LIBRARIES, ratio="token", clip_high=0.28, reduce="token_mean", kl="none")
-"""DAPO's loss: clip-higher, one denominator of all tokens, no KL: nothing holds the policy, and p* = 1. Source: arXiv 2503.14476;
-its other parts are ``overlong="ignore"`` and drawing dead groups again, which is the trainer's business."""
-
-BNPO = replace(GRPO_TRL, reduce="token_mean")
-"""What TRL calls bnpo: its GRPO with one denominator of all tokens."""
-
-GSPO = Objective(**_LIBRARIES, ratio="sequence", clip_low=3e-4, clip_high=4e-4, reduce="sequence_mean", kl="none")
-"""GSPO: geometric-mean ratio of the completion, clipped narrowly, no KL: p* = 1. Source: arXiv 2507.18071."""
-
-CISPO = Objective(
-    **_LIBRARIES, **_UNCLIPPED, ratio="token", surrogate="cispo", ratio_cap=5.0, reduce="token_mean", kl="none"
-)
-"""CISPO: every token keeps its gradient, weighed by its ratio up to a cap; no KL: p* = 1. Source: arXiv 2506.13585, with the
-cap of 2510.13786."""
-
-SAPO = Objective(
-    **_LIBRARIES,
-    **_UNCLIPPED,
-    ratio="token",
-    surrogate="sapo",
-    tau_plus=1.0,
-    tau_minus=1.05,
-    reduce="sequence_mean",
-    kl="none",
-)
-"""SAPO: a sigmoid in place of the clip, a little steeper for failures; no KL: p* = 1. Source: arXiv 2511.20347."""
-
-RLOO = Objective(baseline="leave_one_out", scale="none")
-"""Leave-one-out baseline with the paper's KL: Ω = 1 at every group size, so β needs no correction. Source: arXiv 2402.14740."""
-
-MAXRL = Objective(scale="mean")
-"""Advantages (r − mean)/mean with the paper's KL: rare successes weigh most, Ω ≈ 1/p. Source: arXiv 2602.02710."""
-
-MIRROR_GRPO = Objective(anchor="previous")
-"""KL to the previous policy alone, weight β_mirror: p climbs to 1 at a pace set by β_mirror. Source: arXiv 2503.06639, §5."""
-
-MIRROR_DR_GRPO = replace(DR_GRPO, anchor="previous")
-"""Mirror GRPO with mean-only advantages: the log-odds grow by 1/β_mirror per iteration. Source: arXiv 2503.06639, §5."""
-
-TWO_KL_GRPO = Objective(anchor="both")
-"""KL to the reference (β) and to the previous policy (β_mirror): GRPO's fixed point at β, approached in smaller steps, of
-share β/(β + β_mirror). Source: arXiv 2503.06639, §5."""
-
-GPG = Objective(scale="none", ratio="none", **_UNCLIPPED, reduce="token_mean", kl="none")
-"""The plain policy gradient of mean-only advantages, no ratio, no KL: p* = 1. Source: arXiv 2504.02546, without its factor
-for dead groups."""
-
-NAMED: dict[str, Objective] = {
-    "GRPO": GRPO,
-    "DR_GRPO": DR_GRPO,
-    "GRPO_TRL": GRPO_TRL,
-    "DAPO": DAPO,
-    "BNPO": BNPO,
-    "GSPO": GSPO,
-    "CISPO": CISPO,
-    "SAPO": SAPO,
-    "RLOO": RLOO,
-    "MAXRL": MAXRL,
-    "MIRROR_GRPO": MIRROR_GRPO,
-    "MIRROR_DR_GRPO": MIRROR_DR_GRPO,
-    "TWO_KL_GRPO": TWO_KL_GRPO,
-    "GPG": GPG,
-}
-
-
-def named_objective(name: str, **choices: Any) -> Objective:
-    """A named objective with some of its choices changed.
-
-    Args:
-      name: a key of `NAMED`.
-      **choices: fields of `Objective`; None keeps what the name says.
-
-    Returns:
-      The objective.
-
-    Raises:
-      ValueError: an unknown name, or choices that `Objective` refuses.
-      TypeError: an unknown field.
-
-    Source: a convention, ours.
-
-    >>> named_objective("DR_GRPO", clip_low=None) == DR_GRPO, named_objective("GRPO", scale="none") == DR_GRPO
-    (True, True)
-    """
-    if name not in NAMED:
-        raise ValueError(f"objective {name!r} is not one of {', '.join(NAMED)}")
-    return replace(NAMED[name], **{field: choice for field, choice in choices.items() if choice is not None})
-
-
-def beta_effective(beta: float, *, objective: Objective, group_size: int) -> float:
-    """The β of the paper's normaliser (population std, ddof 0) that the objective's conventions amount to.
+def beta_effective(beta: float | jax.Array, *, objective: Objective, group_size: int) -> float | jax.Array:
+    """The β with which the same scale, taken with population statistics, would act alike.
 
     Scaling all advantages by s is training with β/s. ddof = 1 scales them by √((G−1)/G), a leave-one-out baseline by G/(G−1), and
     a mean baseline without a scale of the group by (G−1)/G relative to the population. What depends on p (the finite group, ε)
-    is no rescaling of β and is left to ``theory.Group``.
+    is no rescaling of β and is left to ``theory.Group``; β of different scales do not compare.
 
     Args:
-      beta: weight of the KL term in the loss.
+      beta: weight of the KL term in the loss; may be traced.
       objective: what is trained.
       group_size: G, at least 2.
 
@@ -347,18 +261,18 @@ def beta_effective(beta: float, *, objective: Objective, group_size: int) -> flo
 
     Source: derived; arXiv 2503.06639, §2 for the normaliser.
 
-    >>> round(beta_effective(1.0, objective=GRPO_TRL, group_size=4), 4)
+    >>> round(beta_effective(1.0, objective=Objective(ddof=1), group_size=4), 4)
     1.1547
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size} must be at least 2")
-    if not 0 <= beta < math.inf:
+    if not isinstance(beta, jax.Array) and not 0 <= beta < math.inf:
         raise ValueError(f"beta={beta} must be finite and not negative")
     factor = (group_size - 1) / group_size
     if objective.scale == "std" and objective.ddof == 1:
-        beta /= math.sqrt(factor)
+        beta = beta / math.sqrt(factor)
     if objective.scale in ("none", "batch_std") and objective.baseline != "none":
-        beta /= factor
+        beta = beta / factor
     if objective.baseline == "leave_one_out":
-        beta *= factor
+        beta = beta * factor
     return beta

@@ -25,7 +25,7 @@ class Surrogate(NamedTuple):
     above: jax.Array
 
 
-def clipped_surrogate(
+def surrogate_terms(
     logps: jax.Array,
     log_ratio: jax.Array,
     lengths: jax.Array,
@@ -48,6 +48,12 @@ def clipped_surrogate(
       `Surrogate` of shape [B, T] for ratio="token" and "none", else [B, 1].
 
     Source: arXiv 2503.06639, §2; 2506.13585 (CISPO), 2511.20347 (SAPO), 1912.09729 (dual clip), 2505.07291 (ratio cap).
+
+    >>> ratio, advantages = jnp.array([[1.5], [0.5]]), jnp.array([1.0, -1.0])
+    >>> logs, lengths, clip = jnp.log(ratio), jnp.ones(2), {"clip_low": 0.2, "clip_high": 0.2}
+    >>> terms = surrogate_terms(logs, logs, lengths, advantages, objective=Objective(), **clip)
+    >>> [round(float(x), 3) for x in terms.value[:, 0]]
+    [1.2, -0.8]
     """
     advantages = advantages[:, None]
     if objective.ratio == "none":
@@ -76,17 +82,9 @@ def clipped_surrogate(
 
 
 def bounded_exp(log_ratio: jax.Array) -> jax.Array:
-    """exp, with its argument held within ±20 so that no ratio is infinite; beyond, the gradient is zero."""
+    """exp, with its argument held within ±20 so that no ratio is infinite; beyond, the gradient is zero.
+
+    >>> float(bounded_exp(jnp.array(1e4))) == float(jnp.exp(20.0))
+    True
+    """
     return jnp.exp(jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
-
-
-def check_scalar(name: str, value: float | jax.Array | None) -> None:
-    """Refuses what is no scalar float, and a number that is not finite or negative; of an array the value is not looked at."""
-    if value is None:
-        return
-    if isinstance(value, int) or (hasattr(value, "dtype") and not jnp.issubdtype(value.dtype, jnp.floating)):
-        raise TypeError(f"{name}={value!r} must be a float: an integer cannot be differentiated, and recompiles")
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}: use jax.vmap over several")
-    if not isinstance(value, jax.Array) and not 0 <= value < float("inf"):
-        raise ValueError(f"{name}={value} must be finite and not negative")

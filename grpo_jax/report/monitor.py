@@ -1,6 +1,7 @@
 """The prediction beside the measurement: what the objective should do to the measured p_ref, and whether it did."""
 
 import json
+import math
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from grpo_jax.objective import Objective, beta_effective
 
 
 def group_weights(objective: Objective, group_size: int) -> theory.Group | None:
-    """The theory's weights for what is trained, never configured twice; None where prompts are coupled by a batch's std."""
-    return None if objective.scale == "batch_std" else theory.Group(group_size, **objective.normaliser())
+    """The theory's weights for what is trained, never configured twice; None where it has none for the objective."""
+    return theory.Group(group_size, **objective.normaliser()) if objective.is_predicted else None
 
 
 def forecast(
@@ -21,7 +22,7 @@ def forecast(
 ) -> theory.Prediction | None:
     """The prediction from ``successes`` [Q] of ``trials`` samples of each prompt under the reference.
 
-    None where nothing holds to the reference, or where a batch's std couples the prompts.
+    None where nothing holds to the reference, or where the theory does not know the objective.
     """
     weights = group_weights(objective, group_size)
     if objective.kl_direction == "none" or weights is None:
@@ -54,11 +55,13 @@ def exact_iterates(
     group_size: int,
     beta: float,
     beta_mirror: float = 0.0,
+    visited: float = 1.0,
 ) -> np.ndarray | None:
     """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}), were each iteration's problem solved exactly.
 
-    With both anchors h damps: β + β_mirror holds in all, and the share β/(β + β_mirror) of it to the reference. None where
-    there is no reverse KL, whose recursion this is, or where a batch's std couples the prompts.
+    With both anchors h damps: β + β_mirror holds in all, and the share β/(β + β_mirror) of it to the reference. An iteration
+    moves the share ``visited`` of the prompts, in turn. None where there is no reverse KL, whose recursion this is, or where
+    the theory does not know the objective.
     """
     weights = group_weights(objective, group_size)
     if objective.kl in ("none", "token_forward") or weights is None:
@@ -66,8 +69,9 @@ def exact_iterates(
     held, followed = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
     total = held + followed
     with jax.enable_x64(True):
-        orbit = theory.iterate(p_ref, num_iterations, beta=total, weights=weights, alpha=held / total)
-        return np.asarray(orbit.mean(-1))
+        visits = np.arange(num_iterations + 1) * visited
+        orbit = theory.iterate(p_ref, math.ceil(visits[-1]), beta=total, weights=weights, alpha=held / total)
+        return np.interp(visits, np.arange(len(orbit)), np.asarray(orbit.mean(-1)))
 
 
 def header(
@@ -80,7 +84,7 @@ def header(
 
     def weight(label: str, beta: float) -> tuple[str, str]:
         effective = beta_effective(beta, objective=objective, group_size=group_size)
-        return label, f"{beta:g} (effective, in the paper's normaliser: {effective:.4g})"
+        return label, f"{beta:g} (effective, with population statistics: {effective:.4g})"
 
     lines = [
         ("devices", devices),
@@ -93,6 +97,9 @@ def header(
         lines.append(weight("β", config.objective.beta))
     if objective.holds_to_previous:
         lines.append(weight("β_mirror", config.objective.beta_mirror))
+    if config.objective.entropy_bonus:
+        bonus = f"{config.objective.entropy_bonus:g}: moves the end away from the fixed point, so no p* is predicted"
+        lines.append(("entropy bonus", bonus))
     return lines
 
 

@@ -33,6 +33,7 @@ def make_result(
         "objective": config.objective.name,
         "beta": config.objective.beta,
         "beta_mirror": config.objective.beta_mirror,
+        "entropy_bonus": config.objective.entropy_bonus,
         "group_size": config.rollout.group_size,
         "seed": config.seed,
         "iterations": config.train.iterations,

@@ -30,7 +30,9 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
         lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {result['kl_predicted']:.4f} predicted"))
     else:
-        lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   no prediction: the objective has no KL term"))
+        lines.append(
+            ("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   no prediction of p*: see the fixed point above")
+        )
     for name, key in (("greedy accuracy", "greedy"), ("sampled accuracy, pass@1", "pass@1"), ("pass@8", "pass@8")):
         lines.append((name, f"{before[key]:.4f} before   {after[key]:.4f} after"))
     lines.append(("completion length, tokens", f"{before['length']:.1f} before   {after['length']:.1f} after"))
@@ -43,7 +45,9 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def report(result: dict[str, Any], header: list[tuple[str, str]], examples: dict[str, list[dict[str, Any]]]) -> str:
     """The run as a Markdown page: header, table, figure, and samples before and after."""
-    parts = [f"# {result['objective']} at β = {result['beta']:g}, seed {result['seed']}", ""]
+    weights = {"β": result["beta"], "β_mirror": result["beta_mirror"], "entropy bonus": result["entropy_bonus"]}
+    shown = ", ".join(f"{label} = {weight:g}" for label, weight in weights.items() if weight)
+    parts = [f"# {result['objective']}{' at ' if shown else ''}{shown}, seed {result['seed']}", ""]
     parts += [f"- **{label}**: {text}" for label, text in header]
     parts += ["", "| quantity | value |", "|---|---|"]
     parts += [f"| {name} | {value} |" for name, value in table(result)]

@@ -132,7 +132,7 @@ def _explain(options: argparse.Namespace) -> list[str]:
     for name in ("p_ref", "beta"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing")
-    objective = named_objective(options.objective or OBJECTIVE)
+    objective, _ = _objective(options.objective, {})
     weights = Group(_group_size(options.group_size or GROUP_SIZE), **objective.normaliser())
     betas, references = _betas(options.beta), [float(p) for p in _probabilities(options.p_ref)]
     texts = [explain(p, beta=beta, weights=weights, kl=objective.kl_direction) for p in references for beta in betas]
@@ -167,6 +167,10 @@ def _inputs(options: argparse.Namespace) -> Inputs:
         raise InputError(
             str(error) if options.objective or not config else f"{options.path}/config.json: {error}"
         ) from None
+    if not options.objective and config.get("objective.entropy_bonus"):
+        raise InputError(
+            f"{options.path}: an entropy bonus moves the end to where the theory does not know; without: --objective"
+        )
     group_size = _group_size(options.group_size or config.get("rollout.group_size", GROUP_SIZE))
     confidence = _number("--confidence", options.confidence or str(config.get("evaluate.confidence", CONFIDENCE)))
     if not 0 < confidence < 1:
@@ -176,11 +180,17 @@ def _inputs(options: argparse.Namespace) -> Inputs:
 
 def _objective(name: str | None, config: dict[str, Any]) -> tuple[Objective, str]:
     """The objective asked for; else the run's, with the choices that its config sets."""
-    if name is not None or "objective.name" not in config:
-        return named_objective(name or OBJECTIVE), name or OBJECTIVE
-    choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
-    name = str(config["objective.name"])
-    return named_objective(name, **choices), name
+    choices: dict[str, Any] = {}
+    if name is None and "objective.name" in config:
+        name = str(config["objective.name"])
+        choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
+    objective = named_objective(name or OBJECTIVE, **choices)
+    if not objective.is_predicted:
+        raise InputError(f"{name}: {objective.fixed_point}")
+    if objective.anchor != "reference":
+        end = "1; theory.mirror_steps knows the pace" if objective.anchor == "previous" else "GRPO's at the same β"
+        raise InputError(f"{name} holds to the previous policy, which sets the pace of iterations; its p* is {end}")
+    return objective, name or OBJECTIVE
 
 
 def _reference(path: Path) -> tuple[list[int], list[int]]:

@@ -75,9 +75,10 @@ def _phases(run: Run) -> dict[str, Any]:
 
     ref_params, before = make_reference(run)
     shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
-    forecast = report.forecast(
-        np.array(before["successes"]), before["trials"], confidence=config.evaluate.confidence, **shape
-    )
+    forecast = None
+    if not config.objective.entropy_bonus:  # which the theory does not know
+        counts = np.array(before["successes"]), before["trials"]
+        forecast = report.forecast(*counts, confidence=config.evaluate.confidence, **shape)
     outlook = report.outlook(before, forecast, confidence=config.evaluate.confidence)
     show(console, outlook)
 
@@ -88,8 +89,11 @@ def _phases(run: Run) -> dict[str, Any]:
     rows = [row for row in report.read_rows(run.directory / METRICS) if row["phase"] == "probe"]
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
     p_ref = np.array(before["successes"]) / before["trials"]
-    beta_mirror = config.objective.beta_mirror
-    iterates = report.exact_iterates(p_ref, config.train.iterations, beta_mirror=beta_mirror, **shape)
+    iterates = None
+    if not config.objective.entropy_bonus:
+        visited = config.data.prompts_per_iteration / len(p_ref)
+        weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
+        iterates = report.exact_iterates(p_ref, config.train.iterations, **weights, **shape)
     report.draw_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
@@ -146,7 +150,8 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
                     probe = measure(run, state.params, ref_params, n)
                     log.write(probe_row := report.probe_row(n, probe._asdict(), c.evaluate.confidence))
                     success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
-                line.update(n, f"{success}reward {row['reward/mean']:.3f} · KL {row.get('kl/sequence', 0.0):.3f}")
+                kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
+                line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")
                 if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
                     log.flush()  # a checkpoint vouches for the rows before it
                     key = jax.random.key_data(run.base_key).tolist()

@@ -297,7 +297,9 @@ def test_what_nobody_uses_is_not_computed():
         ({"targets": TARGETS.astype(jnp.float32)}, TypeError, "targets must be integers, got float32"),
         ({"unembedding": MATRIX.T}, ValueError, r"unembedding must be \[D, V\], got \(11, 6\)"),
         ({"unembedding": lambda h: h.reshape(-1, D)}, ValueError, r"must give logits \[..., V\], gave \[\(21, 6\)\]"),
-        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be an integer, at least 1, got 0"),
+        ({"chunk_size": 2.0}, ValueError, "chunk_size must be an integer"),
+        ({"hidden": HIDDEN.astype(jnp.int32)}, TypeError, "hidden must be real, got int32"),
         ({"temperature": jnp.ones(B)}, ValueError, "temperature must be a scalar"),
         ({"reference_unembedding": MATRIX}, ValueError, "needs reference_hidden"),
         ({"reference_hidden": HIDDEN[:, 1:]}, ValueError, r"reference_hidden must be \[B, T, D\], got \(3, 6, 6\)"),
@@ -307,3 +309,43 @@ def test_what_nobody_uses_is_not_computed():
 def test_bad_arguments_are_named(changes, error, match):
     with pytest.raises(error, match=match):
         completion_logps(**({"hidden": HIDDEN, "unembedding": MATRIX, "targets": TARGETS} | changes))
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["array", "function"])
+def test_gradients_inside_shard_map(closed):
+    """Rows split over devices by hand: the unembedding's gradient is summed over them."""
+    mesh = jax.make_mesh((3,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:3])
+    rows, whole = jax.P("rows"), jax.P()
+
+    def loss(h, w, targets):
+        head = (lambda x: x @ w) if closed else w
+        logps, entropy = completion_logps(h, head, targets, chunk_size=3)
+        return (logps * jnp.cos(logps) + 0.3 * entropy).sum()
+
+    @jax.jit
+    def split(h, w, targets):
+        def part(h, w, targets):
+            return jax.lax.psum(loss(h, w, targets), "rows")
+
+        return jax.shard_map(part, mesh=mesh, in_specs=(rows, whole, rows), out_specs=whole)(h, w, targets)
+
+    for found, wanted in zip(
+        *(jax.jit(jax.grad(f, (0, 1)))(HIDDEN, MATRIX, TARGETS) for f in (split, loss)), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e3, -1e3])
+def test_an_offset_common_to_all_logits_takes_no_digits(offset):
+    """Logits with few bits, so that the offset itself is exact."""
+    logits = jnp.round(HIDDEN @ MATRIX * 64) / 64
+    score = lambda z: completion_logps(z, jnp.eye(z.shape[-1]), TARGETS)  # noqa: E731
+    for found, wanted in zip(score(logits + offset), score(logits), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_tokens_outside_the_vocabulary_are_nan():
+    for target in (-1, MATRIX.shape[1]):
+        logps, _ = completion_logps(HIDDEN, MATRIX, TARGETS.at[0, 0].set(target))
+        assert jnp.isnan(logps[0, 0])
+        assert jnp.isfinite(logps[1:]).all()

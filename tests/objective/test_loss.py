@@ -121,3 +121,19 @@ def test_corrections_are_capped(correction):
     )
     np.testing.assert_allclose(terms.total, -(1.5 * 1.0 + 0.5 * 3.0), rtol=1e-6)
     np.testing.assert_allclose(terms.metrics["rollout/correction"], (1.5 + 0.5, 2.0), rtol=1e-6)
+
+
+def test_corrections_weigh_every_term():
+    """Token weights 1.44 and 1, of which the sequence takes the geometric mean, 1.2; surrogate, KL and bonus alike."""
+    old, mask, entropy = jnp.full((1, 2), -1.0), jnp.ones((1, 2), bool), jnp.array([[0.5, 0.25]])
+    sampler = old - jnp.log(jnp.array([[1.44, 1.0]]))
+    for level, kl, wanted in (
+        ("sequence", "sequence_reverse", 1.2 * (-2 * 2.0 + 0.7 * 0.2 - 0.3 * 0.75)),
+        ("token", "token_reverse", 2.44 * (-2.0 + 0.7 * 0.005) - 0.3 * (1.44 * 0.5 + 0.25)),
+    ):
+        objective = replace(GRPO, ratio="token", kl=kl, correction=level, correction_cap=1.5)
+        weights = {"beta": 0.7, "entropy": entropy, "entropy_bonus": 0.3}
+        terms = grpo_loss_terms(
+            old, old, old - 0.1, jnp.array([2.0]), mask, **weights, objective=objective, sampler_logps=sampler
+        )
+        np.testing.assert_allclose(terms.total, wanted, rtol=1e-6)

@@ -163,6 +163,8 @@ GOOD = ["plan", "--p_ref=0.2", "--beta=1"]
         (["plan", "--p_ref=0.2", "--target=nan"], "inside (0, 1)"),
         (["plan", "--p_ref=0.2", "--target=x"], "--target='x' is not a number"),
         (["plan", "--p_ref=0,0.2", "--target=0.6"], "not below 0.5"),
+        (["plan", "--p_ref=0.2", "--beta=1", "--objective=MIRROR_GRPO"], "theory.mirror_steps knows the pace"),
+        (["explain", "--p_ref=0.2", "--beta=1", "--objective=TWO_KL_GRPO"], "GRPO's at the same β"),
         (["plan", "--p_ref=0.2", "--target=0.6", "--objective=DAPO"], "without a KL term"),
         ([*GOOD, "--objective=PPO"], "objective 'PPO' is not one of GRPO"),
         ([*GOOD, "--group_size=1"], "group_size must be at least 2"),

@@ -111,7 +111,7 @@ def test_the_correction_reads_what_the_sampler_reported():
         ({"beta": 0.0}, "objective.beta=0.0 must be positive"),
         ({"beta_mirror": 0.5}, "objective.beta_mirror=0.5 would do nothing"),
         ({"name": "MIRROR_GRPO", "beta": 0.0}, "objective.beta_mirror=0.0 must be positive"),
-        ({"name": "TWO_KL_GRPO", "beta_mirror": 1.0}, "more than one gradient step"),
+        ({"name": "TWO_KL_GRPO", "beta_mirror": 1.0}, "train.inner_epochs=1 with a KL to the previous policy"),
         ({"entropy_bonus": -1.0}, "entropy_bonus=-1.0 must not be negative"),
         ({"reduce": "constant"}, "needs constant_length"),
     ],
@@ -127,7 +127,7 @@ def test_weights_that_do_nothing_are_refused(changes, match):
 def test_a_mirror_config_is_accepted():
     config = default.get_config()
     config.objective.update(name="MIRROR_GRPO", beta=0.0, beta_mirror=1.0)
-    config.train.minibatches = 2
+    config.train.inner_epochs = 2
     _, objective = validate(config, num_devices=1)
     assert objective == MIRROR_GRPO
 
@@ -145,9 +145,30 @@ def test_exact_iterates_follow_both_anchors():
     assert both[1] < plain[1]
 
 
-def test_a_batch_std_has_no_prediction():
-    coupled = replace(GRPO, scale="batch_std")
-    options = {"objective": coupled, "group_size": 8, "beta": 1.0}
+def test_gpg_is_refused_off_policy():
+    config = default.get_config()
+    config.objective.update(name="GPG", beta=0.0)
+    config.train.minibatches = 2
+    with pytest.raises(ConfigError, match="ratio='none' is for data from the current policy"):
+        validate(config, num_devices=1)
+
+
+def test_iterates_wait_for_their_turn():
+    """With half of the prompts in each iteration, a prompt moves in every second one, and the mean half as fast."""
+    options = {"objective": GRPO, "group_size": 8, "beta": 3.0}
+    p_ref = np.array([0.1, 0.3])
+    whole, halves = (exact_iterates(p_ref, n, visited=v, **options) for n, v in ((4, 1.0), (8, 0.5)))
+    np.testing.assert_allclose(halves[::2], whole, rtol=1e-6)
+    np.testing.assert_allclose(halves[1], (whole[0] + whole[1]) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [{"scale": "batch_std"}, {"overlong": "ignore"}, {"baseline": "none", "reduce": "sequence_mean"}],
+)
+def test_what_the_theory_does_not_know_is_not_predicted(choices):
+    unknown = replace(GRPO, **choices)
+    options = {"objective": unknown, "group_size": 8, "beta": 1.0}
     assert forecast(np.array([3]), 10, confidence=0.95, **options) is None
     assert exact_iterates(np.array([0.3]), 5, **options) is None
-    assert "no p* is predicted" in coupled.fixed_point
+    assert "no p* is predicted" in unknown.fixed_point
