@@ -74,12 +74,12 @@ def get_config() -> ConfigDict:
                 "tau_plus": placeholder(float),  # temperature of sapo for successes
                 "tau_minus": placeholder(float),  # and for failures
                 "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean | constant
-                "constant_length": placeholder(int),  # tokens that reduce=constant divides by
+                "constant_length": placeholder(int),  # tokens that reduce=constant divides by: rollout.max_completion, say
                 "kl": placeholder(
                     str
                 ),  # sequence_reverse | token_reverse | token_reverse_weighted | token_forward | none
                 "anchor": placeholder(str),  # reference | previous | both
-                "correction": placeholder(str),  # of the sampler's arithmetic: token | sequence | none
+                "correction": placeholder(str),  # weight for the sampler's rounding: token | sequence | none
                 "correction_cap": placeholder(float),  # its largest weight
                 "overlong": placeholder(str),  # completions that ran out of length: keep | ignore
             },

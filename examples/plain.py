@@ -5,15 +5,14 @@ them, and it stops in time. Each prompt's success is measured before training, t
 it, and training goes there. Ten seconds on a CPU. (In the checkout, without installing: `python -m examples.plain`.)
 """
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")  # jaxlib ≤ 0.12 on a CPU: see README
-
 import jax
 import jax.numpy as jnp
 import optax
 
 import grpo_jax as gj
+from grpo_jax.environment import prepare_environment
+
+prepare_environment()  # keeps XLA from wrong sums on a CPU (see README), and compiled programs for the next time
 
 STOP, PROMPTS = 4, jnp.arange(3)  # tokens 0 … 3 are digits; a prompt is one of the first three
 LENGTH, WIDTH, GROUPS, GROUP_SIZE, BETA = 4, 32, 8, 8, 1.0

@@ -7,10 +7,7 @@ success is measured before training, the theory says from that alone where β wi
 on a CPU. (In the checkout, without installing: `python -m examples.tunix_learner`.)
 """
 
-import os
 from typing import Any
-
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")  # jaxlib ≤ 0.12 on a CPU: see README
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +20,9 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 import grpo_jax as gj
+from grpo_jax.environment import prepare_environment
+
+prepare_environment()  # keeps XLA from wrong sums on a CPU (see README), and compiled programs for the next time
 
 BEGIN, STOP = 0, 5  # 1 … 4 are digits; without a token to begin with, attention could not count equal digits
 LENGTH, GROUPS, GROUP_SIZE, BETA = 4, 8, 8, 1.0
