@@ -74,7 +74,9 @@ def get_config() -> ConfigDict:
                 "tau_plus": placeholder(float),  # temperature of sapo for successes
                 "tau_minus": placeholder(float),  # and for failures
                 "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean | constant
-                "constant_length": placeholder(int),  # tokens that reduce=constant divides by: rollout.max_completion, say
+                "constant_length": placeholder(
+                    int
+                ),  # tokens that reduce=constant divides by: rollout.max_completion, say
                 "kl": placeholder(
                     str
                 ),  # sequence_reverse | token_reverse | token_reverse_weighted | token_forward | none

@@ -24,9 +24,6 @@ from grpo_jax import theory
 from grpo_jax.environment import prepare_environment
 from grpo_jax.objective import NAMED, Objective, beta_effective, group_advantages, grpo_loss_terms
 
-_DOCS = flags.DEFINE_string("docs", None, "Markdown page whose tables are replaced.")
-_OUT = flags.DEFINE_string("out", "runs/objectives", "Where objectives.json goes.")
-
 GROUP = 3
 GROUPS = np.array(list(itertools.combinations_with_replacement(range(NUM), GROUP)))
 ORDERS = np.array(
@@ -299,13 +296,15 @@ def main(arguments: list[str]) -> None:
     tables = markdown(found)
     print(f"p_ref = {found['p_ref']:.4f}, β = {beta}, β_mirror = {beta_mirror}, G = {GROUP}\n")
     print("\n".join(tables.values()))
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "objectives.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    if _DOCS.value is not None:
-        page = Path(_DOCS.value)
+    if flags.FLAGS.docs is not None:
+        page = Path(flags.FLAGS.docs)
         page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("docs", None, "Markdown page whose tables are replaced.")
+    flags.DEFINE_string("out", "runs/objectives", "Where objectives.json goes.")
     app.run(main)

@@ -79,7 +79,7 @@ def gains_of(result: dict[str, Any], config: dict[str, Any]) -> Gains:
     """`gains` of a finished run, from what its result.json and its config.json hold."""
     choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
     objective = named_objective(config["objective.name"], **choices)
-    if objective.kl_direction != "reverse" or objective.anchor != "reference" or "p_star" not in result:
+    if objective.kl_direction != "reverse" or objective.anchor != "reference" or "p_star" not in result["prompts"]:
         raise ValueError(
             f"the recurrence is that of KL(π‖π_ref), and a run of {config['objective.name']} has another end"
         )

@@ -214,36 +214,35 @@ FORMS: dict[str, Callable[..., Any]] = {
     "completion_logps": completion_logps,
 }
 
-_VOCABULARIES = flags.DEFINE_list("vocabularies", ["32000", "151936"], "Sizes V of the vocabulary.")
-_BATCH = flags.DEFINE_integer("batch", 64, "Rows B.")
-_LENGTH = flags.DEFINE_integer("length", 128, "Positions T.")
-_WIDTH = flags.DEFINE_integer("width", 256, "Model width D.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of hidden states and unembedding.")
-_CHUNK = flags.DEFINE_integer(
-    "chunk_size", None, "Positions per chunk and row; by default what completion_logps chooses."
-)
-_ENTROPY = flags.DEFINE_bool("entropy", False, "Compute the entropy too, without its gradient, as the trainer does.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds.")
-_OUT = flags.DEFINE_string("out", "runs/benchmarks", "Where logps.json goes.")
-_QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes, for tests.")
-
 
 def main(arguments: list[str]) -> None:
     """Prints a table per vocabulary and writes logps.json."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
-    found = []
-    for vocabulary in [64] if _QUICK.value else map(int, _VOCABULARIES.value):
-        sizes = (4, 8, 16, vocabulary) if _QUICK.value else (_BATCH.value, _LENGTH.value, _WIDTH.value, vocabulary)
-        case = Case(*sizes, _DTYPE.value, 2 if _QUICK.value else _CHUNK.value, _ENTROPY.value)
-        rows = compare(case, 2 if _QUICK.value else _REPEATS.value)
+    given, found = flags.FLAGS, []
+    for vocabulary in [64] if given.quick else map(int, given.vocabularies):
+        batch, length, width, chunk_size = given.batch, given.length, given.width, given.chunk_size
+        if given.quick:
+            batch, length, width, chunk_size = 4, 8, 16, 2
+        case = Case(batch, length, width, vocabulary, given.dtype, chunk_size, given.entropy)
+        rows = compare(case, 2 if given.quick else given.repeats)
         print(", ".join(f"{k}={v}" for k, v in case._asdict().items()), f"\n\n{table(rows)}", sep="", flush=True)
         found += rows
     machine = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
-    out = Path(_OUT.value)
+    out = Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "logps.json").write_text(json.dumps({"machine": machine, "rows": found}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("vocabularies", ["32000", "151936"], "Sizes V of the vocabulary.")
+    flags.DEFINE_integer("batch", 64, "Rows B.")
+    flags.DEFINE_integer("length", 128, "Positions T.")
+    flags.DEFINE_integer("width", 256, "Model width D.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of hidden states and unembedding.")
+    flags.DEFINE_integer("chunk_size", None, "Positions per chunk and row; by default what completion_logps chooses.")
+    flags.DEFINE_bool("entropy", False, "Compute the entropy too, without its gradient, as the trainer does.")
+    flags.DEFINE_integer("repeats", 5, "Rounds.")
+    flags.DEFINE_string("out", "runs/benchmarks", "Where logps.json goes.")
+    flags.DEFINE_bool("quick", False, "Tiny sizes, for tests.")
     app.run(main)
