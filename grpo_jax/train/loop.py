@@ -75,10 +75,9 @@ def _phases(run: Run) -> dict[str, Any]:
 
     ref_params, before = make_reference(run)
     shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
-    forecast = None
-    if not config.objective.entropy_bonus:  # which the theory does not know
-        counts = np.array(before["successes"]), before["trials"]
-        forecast = report.forecast(*counts, confidence=config.evaluate.confidence, **shape)
+    successes, trials = np.array(before["successes"]), before["trials"]
+    known = not config.objective.entropy_bonus  # which the theory leaves out
+    forecast = report.forecast(successes, trials, confidence=config.evaluate.confidence, **shape) if known else None
     outlook = report.outlook(before, forecast, confidence=config.evaluate.confidence)
     show(console, outlook)
 
@@ -88,12 +87,11 @@ def _phases(run: Run) -> dict[str, Any]:
     result = report.make_result(config, before, after, forecast)
     rows = [row for row in report.read_rows(run.directory / METRICS) if row["phase"] == "probe"]
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
-    p_ref = np.array(before["successes"]) / before["trials"]
     iterates = None
-    if not config.objective.entropy_bonus:
-        visited = config.data.prompts_per_iteration / len(p_ref)
+    if known:
+        visited = config.data.prompts_per_iteration / len(successes)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
-        iterates = report.exact_iterates(p_ref, config.train.iterations, **weights, **shape)
+        iterates = report.exact_iterates(successes / trials, config.train.iterations, **weights, **shape)
     report.draw_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
