@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,8 @@ class VerifierPool:
                 self._ready += 1
                 self._changed.notify_all()
             while items := self._take():
-                if not self._judge(worker, items):
+                while not self._judge(worker, items):
+                    self._give_back(items)
                     self._discard(worker)
                     worker = self._start()
         except Exception as error:
@@ -169,34 +170,40 @@ class VerifierPool:
         with self._changed:
             self._workers.discard(worker)
 
-    def _take(self) -> list["_Item"]:
+    def _take(self) -> deque["_Item"]:
         """The next items, few enough to leave work for the others; none when the pool is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
-                return []
+                return deque()
             count = min(_CHUNK, -(-len(self._queue) // (2 * len(self._threads))))
-            return [self._queue.popleft() for _ in range(count)]
+            return deque(self._queue.popleft() for _ in range(count))
 
-    def _judge(self, worker: WorkerProcess, items: Iterable["_Item"]) -> bool:
-        """Settles items in order until the worker fails; gives the rest back. Returns whether the worker can go on."""
-        pending = deque(items)
+    def _give_back(self, items: deque["_Item"]) -> None:
+        """Returns items to the queue, but not one that a worker ended on: the fresh one alone can tell whose fault."""
+        with self._changed:
+            while items and not items[-1].worker_ended:
+                self._queue.appendleft(items.pop())
+            self._changed.notify_all()
+
+    def _judge(self, worker: WorkerProcess, items: deque["_Item"]) -> bool:
+        """Settles items in order and removes them, until the worker fails. Returns whether it can go on."""
+        if not items:
+            return True
         try:
-            worker.send([item.request for item in pending], self._deadline)
-            while pending:
+            worker.send([item.request for item in items], self._deadline)
+            while items:
                 verdict, reason = worker.receive(self._deadline)
-                self._settle(pending[0], Verdict(verdict), reason)
-                pending.popleft()
+                self._settle(items[0], Verdict(verdict), reason)
+                items.popleft()
             return True
         except TimeoutError:
-            self._settle(pending.popleft(), Verdict.timeout)
+            self._settle(items.popleft(), Verdict.timeout)
         except (OSError, EOFError, ValueError, TypeError):  # it died, or sent what is no reply
-            pending[0].deaths += 1
-            if pending[0].deaths == 2:
-                self._settle(pending.popleft(), Verdict.crash, f"the worker {worker.kill()}")
-        with self._changed:
-            self._queue.extendleft(reversed(pending))
-            self._changed.notify_all()
+            if items[0].worker_ended:
+                self._settle(items.popleft(), Verdict.crash, f"the worker {worker.kill()}")
+            else:
+                items[0].worker_ended = True
         return False
 
     def _settle(self, item: "_Item", verdict: Verdict, reason: str = "") -> None:
@@ -224,7 +231,7 @@ class _Item:
     batch: _Batch
     index: int
     request: tuple[str, str, bool]
-    deaths: int = 0  # workers that ended while judging it
+    worker_ended: bool = False  # while judging it, or before, while it waited for work
 
 
 def _import_path(verify: Callable[..., Any]) -> str:

@@ -101,9 +101,15 @@ def test_a_worker_killed_from_outside_costs_no_reward(pool: VerifierPool, tmp_pa
     completion = f"EXIT_ONCE {tmp_path / 'mark'}"
     assert pool.verify([completion, "15"], [completion, "15"], [False, False]) == [CORRECT, CORRECT]
     assert (tmp_path / "mark").is_dir()
-    for worker in list(pool._workers):  # an idle worker that dies is replaced, too
-        worker.kill()
-    assert judge(pool, ["15", "16"] * 10) == [CORRECT, WRONG] * 10
+
+
+def test_idle_workers_killed_from_outside_cost_no_reward(pool: VerifierPool) -> None:
+    for _ in range(5):
+        assert judge(pool, ["15"] * 8) == [CORRECT] * 8  # every worker is there
+        for worker in list(pool._workers):
+            worker.kill()
+        assert judge(pool, ["15"]) == [CORRECT]  # each dead one would be handed the same item
+        assert judge(pool, ["15", "16"] * 10) == [CORRECT, WRONG] * 10
 
 
 @pytest.mark.parametrize("completion", ["HANG_IN_C", "SLEEP 1000"])
