@@ -48,6 +48,8 @@ class Task(NamedTuple):
     verify_tokens: the verdict ``correct`` of the same verifier on token arrays, EOS inside both masks, or None:
         ``verify_tokens(completions [P, G, T], mask [P, G, T], answers [P, T], answer_mask [P, T]) -> bool [P, G]``.
     demonstrations: a right completion of an example, without EOS, for the supervised warm start, or None.
+    answer: the answer that a completion gives, in one spelling per value, or None where it gives none: what a majority
+        vote counts. None where the task has no such notion.
 
     >>> def verify(completion: str, target: str, truncated: bool) -> Verdict:
     ...     return Verdict.correct if completion == target else Verdict.wrong
@@ -61,3 +63,4 @@ class Task(NamedTuple):
     verify: Callable[[str, str, bool], Verdict]
     verify_tokens: Callable[[Any, Any, Any, Any], Any] | None = None
     demonstrations: Callable[[Example], str] | None = None
+    answer: Callable[[str], str | None] | None = None
