@@ -12,9 +12,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from grpo_jax.tasks.task import Verdict
+from grpo_jax.tasks.verifiers import import_path
 from grpo_jax.tasks.worker_process import WorkerProcess
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class VerifierPool:
         numbers = {"num_workers": num_workers, "deadline": deadline, "memory_limit_bytes": memory_limit_bytes}
         if wrong := [f"{name}={value}" for name, value in numbers.items() if not 0 < value < math.inf]:
             raise ValueError(f"{', '.join(wrong)}: must be positive and finite")
-        self._verifier = _import_path(verify)
+        self._verifier = import_path(verify)
         self._deadline = deadline
         self._memory_limit = memory_limit_bytes
         self._changed = threading.Condition()  # guards everything below
@@ -232,10 +232,3 @@ class _Item:
     index: int
     request: tuple[str, str, bool]
     worker_ended: bool = False  # while judging it, or before, while it waited for work
-
-
-def _import_path(verify: Callable[..., Any]) -> str:
-    module, name = getattr(verify, "__module__", None), getattr(verify, "__qualname__", "<unnamed>")
-    if not module or module == "__main__" or "<" in name:
-        raise ValueError(f"verifier {module}:{name} is not a named function of a module, so workers cannot import it")
-    return f"{module}:{name}"

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.tasks import Task, Verdict, arithmetic, make_task
+from grpo_jax.data import make_task
+from grpo_jax.tasks import Task, Verdict, arithmetic
 from grpo_jax.tasks.arithmetic import ALPHABET, verify, verify_tokens
 
 EOS, PAD = 2, 0

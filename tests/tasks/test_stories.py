@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.tasks import Verdict, stories
-from grpo_jax.tasks.stories import MAX_CHARACTERS, parse_constraint, verify
+from grpo_jax.tasks.constraints import MAX_CHARACTERS, parse_constraint, verify
 
 CORRECT, WRONG, TOO_LONG, UNPARSABLE = Verdict.correct, Verdict.wrong, Verdict.too_long, Verdict.unparsable
 
@@ -120,7 +120,7 @@ GOOD = b'{"prompt": "A.", "constraint": "word:cat"}'
         (b"", "Expecting value"),
         (b"{", "Expecting property name"),
         (b"[1]", "wants an object"),
-        (b"NaN", "wants an object"),
+        (b"NaN", "NaN is no JSON"),
         (b"[" * 100_000, "recursion"),
         (b'{"prompt": "B."}', "exactly the keys"),
         (b'{"prompt": "B.", "constraint": "word:cat", "id": 1}', "exactly the keys"),

@@ -1,0 +1,123 @@
+r"""Where a completion states its answer: after ``####``, in ``\boxed{}``, or in ``<answer>…</answer>``.
+
+One answer counts, however many a completion states, so that stating more does not raise the chance of a reward:
+
+- the last one; but answers with nothing but "and", "or" or punctuation between them are one answer, of several parts.
+- An answer in a later turn does not count. A turn ends at a control token in text form (``<|im_end|>``), at a line that opens
+  with "User:" or "Human:", and, once an answer has begun, at one that opens with "Question:", "Q:" or "Problem:".
+- An answer that a truncated completion finished counts, if no other has begun.
+
+Time and memory are linear in what is read: the last 16,384 characters.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from grpo_jax.tasks.task import Verdict
+
+MAX_CHARACTERS = 16 * 1024
+"""Only so much of a completion is read, from its end."""
+
+
+class Answer(NamedTuple):
+    """Where a text states an answer, marks included, and what stands between the marks."""
+
+    start: int
+    end: int
+    body: str
+
+
+class Form(NamedTuple):
+    """How answers are marked.
+
+    begins: matches where one begins. find: ``find(text, complete)``, the finished answers in order, and whether another has
+    begun after them; complete says that the text did not just break off.
+    """
+
+    begins: re.Pattern[str]
+    find: Callable[[str, bool], tuple[list[Answer], bool]]
+
+
+def last_answer(completion: str, truncated: bool, form: Form) -> tuple[str, ...] | Verdict:
+    r"""What stands between the marks of the last answer, after that of the answers joined to it; usually one text.
+
+    completion: text before EOS. truncated: no EOS was emitted. Returns ``unparsable`` instead where there is no answer, and
+    ``too_long`` where the cut, or the part that is not read, may hide it.
+
+    >>> last_answer("<answer>1</answer> no, <answer>2</answer>", False, TAG)
+    ('2',)
+    >>> last_answer(r"$\boxed{1}$ or $\boxed{\frac{1}{2}}$.", False, BOXED), last_answer(r"\boxed{1", True, BOXED)
+    (('1', '\\frac{1}{2}'), <Verdict.too_long: 'too_long'>)
+    """
+    text, complete = completion[-MAX_CHARACTERS:], not truncated
+    if turn := _TURN.search(text):
+        text, complete = text[: turn.start()], True
+    if (first := form.begins.search(text)) and (question := _QUESTION.search(text, first.end())):
+        text, complete = text[: question.start()], True
+    answers, begun = form.find(text, complete)
+    if begun or not answers:
+        unread = len(completion) > MAX_CHARACTERS and not answers
+        return Verdict.unparsable if complete and not unread else Verdict.too_long
+    joined = 1
+    while joined < len(answers) and _JOINT.fullmatch(text, answers[-joined - 1].end, answers[-joined].start):
+        joined += 1
+    return tuple(answer.body for answer in answers[-joined:])
+
+
+_TURN = re.compile(
+    r"<\|(?:im_start|im_end|user|eot_id|start_header_id|endoftext|end_of_text)\|>|<(?:start|end)_of_turn>|\[INST\]"
+    r"|^[#*> \t]{0,8}(?:User|Human)[* \t]{0,8}:",
+    re.MULTILINE,
+)
+_QUESTION = re.compile(r"^[#*> \t]{0,8}(?:Question|Problem|Q)[* \t]{0,8}[0-9]{0,8}[* \t]{0,8}:", re.MULTILINE)
+_JOINT = re.compile(r"(?:[\s$.,;/&|*]++|\\[()\[\]]|\b(?:and|or)\b)*+")
+
+
+def _find_hash(text: str, complete: bool) -> tuple[list[Answer], bool]:
+    found = [Answer(*match.span(), match[1]) for match in _HASH_LINE.finditer(text)]
+    if found and found[-1].end == len(text) and not complete:
+        return found[:-1], True
+    return found, False
+
+
+_HASH_LINE = re.compile(r"#{4,}+([^\n#]*+)")
+
+
+def _find_boxed(text: str, complete: bool) -> tuple[list[Answer], bool]:
+    found: list[Answer] = []
+    stack: list[tuple[bool, int, int]] = []  # is a box, where it starts, where its inside starts
+    for match in _BRACE.finditer(text):
+        if match[0] == "}":
+            if stack:
+                boxed, start, inside = stack.pop()
+                if boxed:
+                    while found and found[-1].start > start:  # inside this one
+                        found.pop()
+                    found.append(Answer(start, match.end(), text[inside : match.start()]))
+        elif match[0][0] != "\\" or match[1]:
+            stack.append((match[1] is not None, match.start(), match.end()))
+    last = found[-1].end if found else 0
+    return found, any(boxed and start >= last for boxed, start, _ in stack)
+
+
+_BRACE = re.compile(r"\\(boxed|fbox)\s*+\{|\\.|[{}]", re.DOTALL)
+
+
+def _find_tag(text: str, complete: bool) -> tuple[list[Answer], bool]:
+    found: list[Answer] = []
+    opened: re.Match[str] | None = None
+    for match in _ANSWER_TAG.finditer(text):
+        if match[0] == "<answer>":
+            opened = match
+        elif opened:
+            found.append(Answer(opened.start(), match.end(), text[opened.end() : match.start()]))
+            opened = None
+    return found, opened is not None
+
+
+_ANSWER_TAG = re.compile("</?answer>")
+
+HASH = Form(re.compile("####"), _find_hash)
+BOXED = Form(re.compile(r"\\f?box"), _find_boxed)
+TAG = Form(re.compile("<answer>"), _find_tag)

@@ -1,0 +1,144 @@
+"""Checkable constraints on a text: words it holds or lacks, how it begins and ends, how long it is, how it is spelled.
+
+A constraint is text: clauses joined by ``&``, all of which must hold (so no clause can ask for an ``&``). Words are
+maximal runs of letters, without case, so "Dog!" holds ``dog`` and "dogs" does not: a plural is another word, and
+``any:dog|dogs`` takes both. Characters are compared as they are, with case. The text begins and ends where its white
+space does. Clauses marked * speak of the end: they want a text that has stopped by itself.
+
+    word:dog          this word occurs
+    any:happy|glad    at least one of these words occurs
+    not:sad|angry     none of these words occurs
+    max_words:40    * at most so many words
+    ends:.          * the text ends so
+    min_words:10      at least so many words
+    max_chars:280   * at most so many characters
+    lines:3         * exactly so many lines, blank ones not counted
+    starts:Dear       the text begins so
+    contains:P.S.     these characters occur, one after the other
+    lacks:,           they do not
+    case:lower        every letter that has a case is lower; or upper
+"""
+
+import re
+from typing import NamedTuple
+
+from grpo_jax.tasks.task import Verdict
+
+MAX_CHARACTERS = 16 * 1024
+"""A longer completion is ``too_long`` unread."""
+
+_WORD = re.compile(r"[^\W\d_]+")  # a single class: no backtracking, linear time
+_NUMBERS = ("max_words", "min_words", "max_chars", "lines")
+_PIECES = ("ends", "starts", "contains", "lacks")
+_KINDS = ("word", "any", "not", "max_words", "ends", "min_words", "max_chars", "lines", *_PIECES[1:], "case")
+_WANT_AN_END = ("max_words", "max_chars", "lines", "ends")
+
+
+class Clause(NamedTuple):
+    """One condition: a kind of the table above, and its words, number or characters."""
+
+    kind: str
+    arguments: tuple[str, ...]
+
+
+def verify(completion: str, target: str, truncated: bool) -> Verdict:
+    """Correct iff the completion, at most ``MAX_CHARACTERS`` long, holds a word and meets every clause of the constraint.
+
+    completion: text after the prompt. target: constraint. truncated: the text did not stop by itself; then a constraint on
+    its end or length cannot be met, and the verdict is ``too_long``. A text without a word is ``unparsable``, so that stopping
+    at once never pays. Time is linear in the text. Raises ValueError for a constraint that cannot be read.
+
+    >>> [str(verify("The dog was happy.", constraint, False)) for constraint in ("word:dog&not:sad", "word:cat", "ends:.")]
+    ['correct', 'wrong', 'correct']
+    >>> [str(verify(text, "max_words:2", truncated)) for text, truncated in (("The end.", False), ("The", True), ("", False))]
+    ['correct', 'too_long', 'unparsable']
+    """
+    clauses = parse_constraint(target)
+    if len(completion) > MAX_CHARACTERS:
+        return Verdict.too_long
+    words = _WORD.findall(completion.lower())
+    if not words:
+        return Verdict.unparsable
+    if truncated and any(clause.kind in _WANT_AN_END for clause in clauses):
+        return Verdict.too_long
+    present, text = frozenset(words), completion.rstrip()
+    return Verdict.correct if all(_holds(clause, text, words, present) for clause in clauses) else Verdict.wrong
+
+
+def check_target(target: str) -> None:
+    """Raises the ValueError of ``parse_constraint``."""
+    parse_constraint(target)
+
+
+def parse_constraint(constraint: str) -> tuple[Clause, ...]:
+    """The clauses of a constraint, in order.
+
+    Raises ValueError naming the character (from 1) at which a clause cannot be read, and the known kinds.
+
+    >>> parse_constraint("any:Happy|glad&max_words:40")
+    (Clause(kind='any', arguments=('happy', 'glad')), Clause(kind='max_words', arguments=('40',)))
+    >>> parse_constraint("word:dog&max_words:few")
+    Traceback (most recent call last):
+    ...
+    ValueError: constraint 'word:dog&max_words:few', character 10: max_words:few: wants a number from 1 to 999999
+    """
+    clauses = []
+    position = 1
+    for part in constraint.split("&"):
+        kind, colon, argument = part.partition(":")
+        where = f"constraint {constraint[:200]!r}, character {position}"
+        if not colon or kind not in _KINDS:
+            raise ValueError(f"{where}: unknown kind {kind[:40]!r}; known kinds: {', '.join(_KINDS)}")
+        clauses.append(Clause(kind, _arguments(kind, argument, f"{where}: {kind}:{argument[:40]}")))
+        position += len(part) + 1
+    return tuple(clauses)
+
+
+def _arguments(kind: str, argument: str, where: str) -> tuple[str, ...]:
+    if kind in _NUMBERS:
+        if not re.fullmatch("[1-9][0-9]{0,5}", argument):
+            raise ValueError(f"{where}: wants a number from 1 to 999999")
+    elif kind in _PIECES:
+        if kind == "ends" and (not argument or argument != argument.rstrip()):
+            raise ValueError(f"{where}: wants the last characters of the text, no white space after them")
+        if kind == "starts" and (not argument or argument != argument.lstrip()):
+            raise ValueError(f"{where}: wants the first characters of the text, no white space before them")
+        if not argument:
+            raise ValueError(f"{where}: wants characters")
+    elif kind == "case":
+        if argument not in ("lower", "upper"):
+            raise ValueError(f"{where}: wants lower or upper")
+    else:
+        words = tuple(argument.lower().split("|"))
+        if not all(_WORD.fullmatch(word) for word in words) or (kind == "word" and len(words) > 1):
+            wanted = "one word" if kind == "word" else "words separated by |"
+            raise ValueError(f"{where}: wants {wanted}, of letters only")
+        return words
+    return (argument,)
+
+
+def _holds(clause: Clause, text: str, words: list[str], present: frozenset[str]) -> bool:
+    argument = clause.arguments[0]
+    match clause.kind:
+        case "word" | "any":
+            return not present.isdisjoint(clause.arguments)
+        case "not":
+            return present.isdisjoint(clause.arguments)
+        case "max_words":
+            return len(words) <= int(argument)
+        case "min_words":
+            return len(words) >= int(argument)
+        case "max_chars":
+            return len(text.lstrip()) <= int(argument)
+        case "lines":
+            return sum(bool(line.strip()) for line in text.split("\n")) == int(argument)
+        case "starts":
+            return text.lstrip().startswith(argument)
+        case "contains":
+            return argument in text
+        case "lacks":
+            return argument not in text
+        case "case":
+            return text.islower() if argument == "lower" else text.isupper()
+        case _:
+            return text.endswith(argument)

@@ -1,0 +1,203 @@
+r"""Mathematical answers in ``\boxed{}`` that need not be numbers, compared by the package math-verify.
+
+Where both sides are plain numbers, numeric.py decides alone, exactly; everything else (formulas, intervals, sets, matrices,
+words) goes to math-verify, reading nothing but the box. It runs under SIGALRM in the main thread, and what hangs in C can only
+be killed: run this verifier in a `VerifierPool`, whose workers are such processes. Costly answers are refused unread, so that
+deadlines are left with what is hostile; and so are answers that leave the work to the verifier.
+"""
+
+import functools
+import importlib.util
+import re
+from typing import Any
+
+from grpo_jax.tasks import numeric
+from grpo_jax.tasks.answers import BOXED, last_answer
+from grpo_jax.tasks.rational import read_number
+from grpo_jax.tasks.task import Verdict
+
+if importlib.util.find_spec("math_verify"):  # an extra. At import, since a worker has more time for it than for an item
+    import math_verify
+    from math_verify.errors import TimeoutException
+    from math_verify.parser import NormalizationConfig
+    from sympy.core.cache import clear_cache
+
+MAX_ANSWER, MAX_NESTING = 512, 10
+"""An answer of more characters, or with more brackets open at a time, is ``too_long``."""
+_SECONDS = 3  # for parsing, and again for comparing; honest answers take a hundredth of one
+
+_TOO_COSTLY = re.compile(
+    r"""[0-9]{401}                              # a number of so many digits
+    | \^\{?-?[0-9]{5}                           # a power above 9999
+    | \^(?:[^{\\]|\\[A-Za-z]+)\^                # a power of a power, a^b^c
+    | [0-9]{4}!|[)}!]!                          # a factorial above 999, or of something
+    | \\d?binom\{?[^{}]{0,9}[0-9]{4}
+    | \|(?:[^|]*\|){12}""",
+    re.VERBOSE,
+)
+_UNFINISHED = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|det|gcd|lcm|max|min|sup|inf)(?![A-Za-z])|__|[\"`@]")
+_BRACKET = re.compile(r"\\[{}]|[][{}()]")
+_NAME = re.compile(r"[A-Za-z\\][A-Za-z\\{}_'() ]*[0-9]?[})]*\s*")
+
+
+def verify(completion: str, target: str, truncated: bool) -> Verdict:
+    r"""Correct iff the last ``\boxed{}`` (or ``\fbox{}``) equals the target, as a number or by math-verify.
+
+    What math-verify adds: formulas are equal if sympy shows it, so that ``2^{10}`` is 1024; sets and lists are equal in any
+    order; a decimal equals what it agrees with to 6 digits, unless that is a plain number; ``x = 42`` is 42, but ``1 = 42`` is
+    ``unparsable``, as are sums, integrals and limits left to the reader. Towers of powers and other bombs, and answers of more
+    than 512 characters or 10 open brackets, are ``too_long``. A target that math-verify cannot parse is compared as text.
+
+    completion, truncated: as in answers.py. target: LaTeX, perhaps in ``$…$``, or a solution with a ``\boxed{}``. Needs the
+    package math-verify. Raises ValueError for the targets that `check_target` refuses.
+
+    >>> import pytest; _ = pytest.importorskip("math_verify")
+    >>> [str(verify(rf"\boxed{{{text}}}", r"\frac{1+x}{2}", False)) for text in (r"\frac12 + \frac x2", "x/2", r"\sum_x x")]
+    ['correct', 'wrong', 'unparsable']
+    """
+    bodies = last_answer(completion, truncated, BOXED)
+    wanted = _wanted(target)
+    if not isinstance(read_number(wanted), Verdict):
+        verdict = numeric.verify_boxed(completion, rf"\boxed{{{wanted}}}", truncated)
+        if verdict is not Verdict.unparsable:
+            return verdict
+    if isinstance(bodies, Verdict):
+        return bodies
+    body = _plain(bodies[-1])
+    if any(_plain(other) != body for other in bodies):
+        return Verdict.unparsable
+    if refusal := _refusal(body, wanted):
+        return refusal
+    try:
+        gold = _parse_target(wanted)
+        if not gold:
+            return Verdict.correct if _tight(body) == _tight(wanted) else Verdict.wrong
+        found = _parse(body)
+        if not found:
+            return Verdict.unparsable
+        return Verdict.correct if _equal(gold, found) else Verdict.wrong
+    except TimeoutException:
+        clear_cache()  # what it left there may be large
+        return Verdict.timeout
+
+
+def answer(completion: str) -> str | None:
+    r"""The content of the box: a plain number in its one spelling, anything else without white space; None without a box.
+
+    >>> answer(r"\boxed{\dfrac{2}{4}}"), answer(r"\boxed{ x + 1 }"), answer("42")
+    ('1/2', 'x+1', None)
+    """
+    number = numeric.answer_boxed(completion)
+    bodies = last_answer(completion, False, BOXED)
+    if number is not None or isinstance(bodies, Verdict):
+        return number
+    spellings = {_tight(_plain(body[:MAX_ANSWER])) for body in bodies}
+    return (spellings.pop() or None) if len(spellings) == 1 else None
+
+
+def check_target(target: str) -> None:
+    r"""Raises ValueError for a target that is empty or costly, or that leaves the work to the verifier.
+
+    >>> check_target(r"$\int_0^1 x dx$")
+    Traceback (most recent call last):
+    ...
+    ValueError: the target '$\\int_0^1 x dx$' cannot be compared (unparsable): math-verify wants a finished answer in LaTeX
+    """
+    _wanted(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _wanted(target: str) -> str:
+    bodies = last_answer(target, False, BOXED)
+    wanted = _plain(target if isinstance(bodies, Verdict) else bodies[-1])
+    if refusal := _refusal(wanted, wanted):
+        raise ValueError(
+            f"the target {target[:200]!r} cannot be compared ({refusal}): math-verify wants a finished answer in LaTeX"
+        )
+    return wanted
+
+
+def _tight(text: str) -> str:
+    return re.sub(r"\s|\\(?:left|right)(?![A-Za-z])", "", text)
+
+
+def _plain(text: str) -> str:
+    r"""Without ``$…$`` around it; with the braces that ``\frac12`` and ``\sqrt3`` leave out."""
+    text = text.strip().strip("$").strip()
+    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*([0-9A-Za-z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*([0-9A-Za-z])\s*\{", r"\\frac{\1}{", text)
+    return re.sub(r"\\sqrt\s*([0-9])", r"\\sqrt{\1}", text)
+
+
+def _refusal(body: str, wanted: str) -> Verdict | None:
+    """Why an answer is not handed on."""
+    if len(body) > MAX_ANSWER or _depth(body) > MAX_NESTING:
+        return Verdict.too_long
+    tight = _tight(body)
+    if not tight or _UNFINISHED.search(tight):
+        return Verdict.unparsable
+    if _TOO_COSTLY.search(tight) or _is_tower(tight):
+        return Verdict.too_long
+    left, *rights = re.split(r"(?<![<>!\\])=", body)
+    if rights and "=" not in wanted and (len(rights) > 1 or not _NAME.fullmatch(left.strip())):
+        return Verdict.unparsable
+    return None
+
+
+def _depth(body: str) -> int:
+    deepest = depth = 0
+    for match in _BRACKET.finditer(body):
+        depth += 1 if match[0][-1] in "{[(" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _is_tower(tight: str) -> bool:
+    """Whether an exponent holds a power of anything but a letter: e^{x^2} is harmless, 9^{9^9} is not."""
+    inside = 0  # how many braces of an exponent are open
+    for i, character in enumerate(tight):
+        if character == "{" and (inside or tight[i - 1 : i] == "^"):
+            inside += 1
+        elif character == "}" and inside:
+            inside -= 1
+        elif character == "^" and inside and not tight[i - 1].isalpha():
+            return True
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_target(wanted: str) -> tuple[Any, ...]:
+    return _parse(wanted)
+
+
+def _parse(body: str) -> tuple[Any, ...]:
+    box = math_verify.LatexExtractionConfig(
+        try_extract_without_anchor=False,
+        boxed_match_priority=0,
+        normalization_config=NormalizationConfig(basic_latex=True, units=True, boxed="all"),
+    )
+    try:
+        return tuple(
+            math_verify.parse(
+                rf"$\boxed{{{body}}}$",
+                [box],
+                fallback_mode="no_fallback",
+                extraction_mode="first_match",
+                parsing_timeout=_SECONDS,
+                raise_on_error=True,
+            )
+        )
+    except MemoryError:
+        raise
+    except Exception:
+        return ()
+
+
+def _equal(gold: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
+    try:
+        return math_verify.verify(list(gold), list(found), timeout_seconds=_SECONDS, raise_on_error=True)
+    except MemoryError:
+        raise
+    except Exception:  # not a number, say: equal to nothing
+        return False

@@ -1,0 +1,143 @@
+"""Verifiers by name, or by the import path of a user's own; with what belongs to each."""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from grpo_jax.tasks.task import Verdict
+
+VERIFIERS: dict[str, str] = {
+    "exact": "grpo_jax.tasks.structured:verify_exact",
+    "number_hash": "grpo_jax.tasks.numeric:verify_hash",
+    "number_boxed": "grpo_jax.tasks.numeric:verify_boxed",
+    "number_tag": "grpo_jax.tasks.numeric:verify_tag",
+    "number_last": "grpo_jax.tasks.numeric:verify_last",
+    "countdown": "grpo_jax.tasks.countdown:verify",
+    "constraint": "grpo_jax.tasks.constraints:verify",
+    "json": "grpo_jax.tasks.structured:verify_json",
+    "regex": "grpo_jax.tasks.structured:verify_regex",
+    "math_verify": "grpo_jax.tasks.symbolic:verify",
+}
+"""``verify(completion, target, truncated) -> Verdict``."""
+
+ANSWERS: dict[str, str] = {
+    "exact": "grpo_jax.tasks.structured:answer_exact",
+    "number_hash": "grpo_jax.tasks.numeric:answer_hash",
+    "number_boxed": "grpo_jax.tasks.numeric:answer_boxed",
+    "number_tag": "grpo_jax.tasks.numeric:answer_tag",
+    "number_last": "grpo_jax.tasks.numeric:answer_last",
+    "countdown": "grpo_jax.tasks.countdown:answer",
+    "json": "grpo_jax.tasks.structured:answer_json",
+    "math_verify": "grpo_jax.tasks.symbolic:answer",
+}
+"""``answer(completion) -> str | None``: what a majority vote counts."""
+
+TARGETS: dict[str, str] = {
+    "exact": "grpo_jax.tasks.structured:check_exact",
+    "number_hash": "grpo_jax.tasks.numeric:check_target",
+    "number_boxed": "grpo_jax.tasks.numeric:check_target",
+    "number_tag": "grpo_jax.tasks.numeric:check_target",
+    "number_last": "grpo_jax.tasks.numeric:check_target",
+    "countdown": "grpo_jax.tasks.countdown:check_target",
+    "constraint": "grpo_jax.tasks.constraints:check_target",
+    "json": "grpo_jax.tasks.structured:check_json",
+    "regex": "grpo_jax.tasks.structured:check_regex",
+    "math_verify": "grpo_jax.tasks.symbolic:check_target",
+}
+"""``check(target)`` raises ValueError for a target that the verifier could not use."""
+
+_EXTRAS = {"regex": ("re2", "google-re2"), "math_verify": ("math_verify", "math-verify")}  # module, package to install
+
+
+def find_verifier(name: str) -> Callable[[str, str, bool], Verdict]:
+    """The verifier of that name, or at that import path, fit for worker processes.
+
+    name: a key of ``VERIFIERS``, or ``module:function`` of the user's own, which is imported here. Raises ValueError for an
+    unknown name, a module or function that does not exist, or a function that does not take (completion, target, truncated)
+    or that workers could not import; ImportError naming the package to install; and whatever a user's module raises.
+
+    >>> str(find_verifier("exact")("yes", "yes", False))
+    'correct'
+    >>> find_verifier("exakt")
+    Traceback (most recent call last):
+    ...
+    ValueError: unknown verifier 'exakt'; known: exact, number_hash, number_boxed, number_tag, number_last, countdown, \
+constraint, json, regex, math_verify; or module:function, your own
+    """
+    if name in _EXTRAS:
+        module, package = _EXTRAS[name]
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"verifier {name!r} needs the package {package}: pip install {package}")
+    if name not in VERIFIERS and ":" not in name:
+        raise ValueError(f"unknown verifier {name!r}; known: {', '.join(VERIFIERS)}; or module:function, your own")
+    verify = _imported(VERIFIERS.get(name, name))
+    if not callable(verify) or inspect.isclass(verify):
+        raise ValueError(f"verifier {name!r} is a {type(verify).__name__}, not a function")
+    import_path(verify)
+    try:
+        inspect.signature(verify).bind("completion", "target", False)
+    except TypeError as error:
+        raise ValueError(f"verifier {name!r} must take (completion, target, truncated): {error}") from None
+    return verify
+
+
+def find_answer(name: str) -> Callable[[str], str | None] | None:
+    """The answer function that belongs to a verifier, or None.
+
+    >>> find_answer("exact")(" yes "), find_answer("regex")
+    ('yes', None)
+    """
+    return _imported(ANSWERS[name]) if name in ANSWERS else None
+
+
+def find_target_check(name: str) -> Callable[[str], Any] | None:
+    """The check of targets that belongs to a verifier, or None: ``check(target)`` raises ValueError.
+
+    >>> find_target_check("countdown")("24: 3 8 8 1")
+    """
+    return _imported(TARGETS[name]) if name in TARGETS else None
+
+
+def import_path(verify: Callable[..., Any]) -> str:
+    """``module:function``, by which a worker process finds the function.
+
+    Raises ValueError for one that it would not find: nested, a lambda, made by a decorator that hides its name, or of the
+    script itself.
+
+    >>> import_path(import_path)
+    'grpo_jax.tasks.verifiers:import_path'
+    >>> import_path(lambda completion, target, truncated: Verdict.wrong)
+    Traceback (most recent call last):
+    ...
+    ValueError: verifier grpo_jax.tasks.verifiers:<lambda> is not a named function of a module, so workers cannot import it
+    """
+    module, name = getattr(verify, "__module__", None), getattr(verify, "__qualname__", "<unnamed>")
+    if not module or module == "__main__" or "<" in name:
+        raise ValueError(f"verifier {module}:{name} is not a named function of a module, so workers cannot import it")
+    found = sys.modules.get(module)
+    try:
+        if found is not None and attrgetter(name)(found) == verify:
+            return f"{module}:{name}"
+    except AttributeError:
+        pass
+    raise ValueError(f"verifier {module}:{name} is not what that name of the module means, so workers cannot import it")
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it exists, and lacks something itself
+        raise ValueError(f"verifier {path!r}: there is no module {error.name!r} on the import path") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"verifier {path!r}: {module!r} is not the name of a module") from None
+    try:
+        return attrgetter(name)(found)
+    except AttributeError:
+        raise ValueError(f"verifier {path!r}: module {module!r} has no function {name!r}") from None
