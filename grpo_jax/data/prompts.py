@@ -1,4 +1,4 @@
-"""Prompts as token arrays, and the order in which iterations visit them."""
+"""Prompts as token arrays."""
 
 from typing import NamedTuple, Protocol
 
@@ -10,7 +10,7 @@ from grpo_jax.tasks import Task
 
 
 class Tokenizer(Protocol):
-    """What the trainer needs of a tokenizer."""
+    """What the trainer needs of a tokenizer: see `grpo_jax.data.tokenizers`."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -24,9 +24,21 @@ class Tokenizer(Protocol):
     @property
     def pad_id(self) -> int: ...
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def adds_bos(self) -> bool: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
+
+
+class Chat(Protocol):
+    """What turns a user's text into a whole prompt, its BOS included: see `grpo_jax.data.chat.read_chat`."""
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 class PromptSet(NamedTuple):
@@ -45,52 +57,68 @@ class PromptSet(NamedTuple):
 
 
 def encode_prompts(
-    task: Task, tokenizer: Tokenizer, *, stop_id: int, max_prompt: int, max_completion: int
-) -> PromptSet:
-    """Encodes every prompt (BOS first, where the tokenizer has one) and every demonstration of a task.
+    task: Task,
+    tokenizer: Tokenizer,
+    *,
+    stop_id: int,
+    max_prompt: int,
+    max_completion: int,
+    too_long: str = "error",
+    chat: Chat | None = None,
+) -> tuple[Task, PromptSet]:
+    """Encodes every prompt and every demonstration of a task; none is ever cut.
+
+    A prompt is ``chat.encode(text)``, or without a chat the tokenizer's ids, the BOS before them where it ``adds_bos``. Text is
+    taken as it is: NUL, a byte-order mark and U+2028 are characters like others, and what looks like a special token is text.
 
     Args:
       task: prompts.
       tokenizer: of the model.
-      stop_id: the token that ends a completion.
+      stop_id: the token that ends a demonstration.
       max_prompt: S at most; the array is as wide as the longest prompt.
       max_completion: T.
+      too_long: ``"error"``, or ``"drop"`` to leave out the examples whose prompt has more than ``max_prompt`` tokens or whose
+        demonstration has more than ``max_completion``, its stop token included.
+      chat: of the model, or None for a model that continues text.
 
     Returns:
-      `PromptSet` of N = len(task.examples) rows.
+      The task with the examples that were kept, in their order (so ``len`` says how many were dropped), and their `PromptSet`:
+      row i is example i.
 
     Raises:
-      ValueError: a prompt that the tokenizer cannot encode, that is empty, or that is longer than ``max_prompt`` tokens: the
-        question would have to be cut; or an answer longer than ``max_completion``, which could never be given. Names the prompt.
+      ValueError: a prompt that the tokenizer cannot encode (half of a surrogate pair, say) or that is empty, whatever
+        ``too_long`` says; one that is too long, naming the first and the limits that would hold all; or no
+        prompt that fits.
+
+    >>> from grpo_jax.data import CharTokenizer
+    >>> from grpo_jax.tasks import arithmetic
+    >>> task, prompts = encode_prompts(
+    ...     arithmetic("+", 10), CharTokenizer("0123456789+="), stop_id=2, max_prompt=6, max_completion=4, too_long="drop"
+    ... )
+    >>> len(task.examples), prompts.tokens.shape, prompts.answers.shape  # of 121: not "10+10="
+    (120, (120, 6), (120, 4))
     """
-    prompts, answers = [], []
-    for row, example in enumerate(task.examples):
-        try:
-            ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(example.prompt)
-            answer = [*tokenizer.encode(task.demonstrations(example)), stop_id] if task.demonstrations else []
-        except ValueError as error:
-            raise ValueError(f"prompt {row} of task {task.name!r} ({example.prompt[:60]!r}): {error}") from error
-        if not 0 < len(ids) <= max_prompt:
-            raise ValueError(
-                f"prompt {row} of task {task.name!r} ({example.prompt[:60]!r}) has {len(ids)} tokens; "
-                f"data.max_prompt={max_prompt} allows 1 to {max_prompt}"
-            )
-        if len(answer) > max_completion:
-            raise ValueError(
-                f"the answer to prompt {row} of task {task.name!r} ({example.prompt[:60]!r}) has {len(answer)} tokens, its stop "
-                f"token included; rollout.max_completion={max_completion} allows {max_completion}"
-            )
-        prompts.append(ids)
-        answers.append(answer)
-    width = max(map(len, prompts))
-    tokens = np.full((len(prompts), width), tokenizer.pad_id, np.int32)
+    if too_long not in ("error", "drop"):
+        raise ValueError(f"too_long={too_long!r} is neither 'error' nor 'drop'")
+    if not task.examples:
+        raise ValueError(f"task {task.name!r} has no prompts")
+    encoded = [_encode(task, row, tokenizer, chat, stop_id) for row in range(len(task.examples))]
+    kept = [
+        row for row, (ids, answer) in enumerate(encoded) if len(ids) <= max_prompt and len(answer) <= max_completion
+    ]
+    if not kept or (too_long == "error" and len(kept) < len(encoded)):
+        raise ValueError(_too_long(task, encoded, kept, max_prompt, max_completion))
+    width = max(len(encoded[row][0]) for row in kept)
+    tokens = np.full((len(kept), width), tokenizer.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
-    answer_tokens = np.full((len(prompts), max_completion), tokenizer.pad_id, np.int32)
-    answer_mask = np.zeros(answer_tokens.shape, bool)
-    for row, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
-        tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
-        answer_tokens[row, : len(answer)], answer_mask[row, : len(answer)] = answer, True
-    return PromptSet(tokens, mask, answer_tokens, answer_mask)
+    answers = np.full((len(kept), max_completion), tokenizer.pad_id, np.int32)
+    answer_mask = np.zeros(answers.shape, bool)
+    for i, (ids, answer) in enumerate(encoded[row] for row in kept):
+        tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True
+        answers[i, : len(answer)], answer_mask[i, : len(answer)] = answer, True
+    if len(kept) < len(encoded):
+        task = task._replace(examples=tuple(task.examples[row] for row in kept))
+    return task, PromptSet(tokens, mask, answers, answer_mask)
 
 
 def prompt_batch(prompts: PromptSet, index: np.ndarray) -> PromptBatch:
@@ -98,24 +126,47 @@ def prompt_batch(prompts: PromptSet, index: np.ndarray) -> PromptBatch:
     return PromptBatch(*map(jnp.asarray, (prompts.tokens[index], prompts.mask[index], index.astype(np.int32))))
 
 
-def prompt_order(seed: int, iteration: int, *, num_prompts: int, batch: int) -> np.ndarray:
-    """Rows visited in an iteration: the data position is the iteration itself.
+def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: Chat | None, stop_id: int) -> tuple[list[int], list[int]]:
+    """The ids of a prompt and of its demonstration, [] where the task has none."""
+    example = task.examples[row]
+    try:
+        if chat is not None:
+            ids = chat.encode(example.prompt)
+        else:
+            first = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+            ids = [*first, *tokenizer.encode(example.prompt)]
+        if not ids:
+            raise ValueError("it has no tokens")
+        return ids, [*tokenizer.encode(task.demonstrations(example)), stop_id] if task.demonstrations else []
+    except ValueError as error:
+        raise ValueError(f"{_named(task, row)}: {error}") from error
 
-    An epoch is a permutation of all rows, a function of (seed, epoch), cut into ⌊N / P⌋ batches; the rows left over wait for
-    another epoch. So a resumed run needs no replay, and no iteration holds a row twice (its completions would be the same).
 
-    Args:
-      seed: of the run.
-      iteration: n ≥ 0.
-      num_prompts: N rows.
-      batch: P ≤ N prompts per iteration.
+def _too_long(
+    task: Task, encoded: list[tuple[list[int], list[int]]], kept: list[int], max_prompt: int, max_completion: int
+) -> str:
+    """Which example is the first that does not fit, how many do not, and which limits would hold all."""
+    row = min(set(range(len(encoded))) - set(kept))
+    (size, answer_size), count = map(len, encoded[row]), len(encoded) - len(kept)
+    longest, longest_answer = (max(map(len, column)) for column in zip(*encoded, strict=True))
+    if size > max_prompt:
+        first = f"{_named(task, row)} has {size} tokens; data.max_prompt={max_prompt} allows {max_prompt}"
+    else:
+        first = (
+            f"the answer to {_named(task, row)} has {answer_size} tokens, its stop token included; "
+            f"rollout.max_completion={max_completion} allows {max_completion}"
+        )
+    limits = [
+        f"{key}={longest}"
+        for key, longest, most in (
+            ("data.max_prompt", longest, max_prompt),
+            ("rollout.max_completion", longest_answer, max_completion),
+        )
+        if longest > most
+    ]
+    drop = ", data.too_long='drop' leaves them out" if kept else ""
+    return f"{first}. {count} of {len(encoded)} prompts do not fit: {' and '.join(limits)} would hold all{drop}"
 
-    Returns:
-      [P] int64 rows.
 
-    >>> [sorted(prompt_order(0, n, num_prompts=4, batch=4).tolist()) for n in (0, 1)]
-    [[0, 1, 2, 3], [0, 1, 2, 3]]
-    """
-    epoch, place = divmod(iteration, num_prompts // batch)
-    order = np.random.default_rng((seed, epoch)).permutation(num_prompts)
-    return order[place * batch : (place + 1) * batch]
+def _named(task: Task, row: int) -> str:
+    return f"prompt {row} of task {task.name!r} ({task.examples[row].prompt[:60]!r})"

@@ -1,7 +1,8 @@
-"""Text to token ids and back, for a toy alphabet or a Hugging Face tokenizer.json. Imports no jax.
+"""Text to token ids and back: characters, bytes, or a Hugging Face tokenizer.json. Imports no jax.
 
-Both classes share one face: ``encode`` never adds nor forges a control token, ``decode`` never raises, and ``vocab_size``,
-``bos_id``, ``eos_id``, ``pad_id`` say which ids the model must know.
+The classes share one face: ``encode`` never adds nor forges a control token, ``decode`` never raises, and ``vocab_size``,
+``bos_id``, ``eos_id``, ``pad_id``, ``stop_ids`` (all ids that end a completion) say which ids the model must know.
+``adds_bos`` says whether a text that stands alone begins with the BOS.
 """
 
 import json
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+TOKENIZER_BYTES = 128 << 20  # of a tokenizer.json; the largest known, of 262,000 tokens, has some 33 MB
+JSON_BYTES = 16 << 20  # of the small files beside it
+MAX_ID = 1 << 24  # no vocabulary is that large; and ids must fit int32
 
 
 class CharTokenizer:
@@ -31,6 +36,8 @@ class CharTokenizer:
         self.pad_id: int = 0
         self.bos_id: int | None = 1
         self.eos_id: int | None = 2
+        self.stop_ids: tuple[int, ...] = (2,)
+        self.adds_bos = True
         self.vocab_size = 3 + len(alphabet)
         self._ids = {character: 3 + i for i, character in enumerate(alphabet)}
 
@@ -46,12 +53,48 @@ class CharTokenizer:
         return "".join(self.alphabet[i - 3] for i in map(int, ids) if 3 <= i < self.vocab_size)
 
 
-class HFTokenizer:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, and the control tokens that its configs name.
+class ByteTokenizer:
+    """One id per byte of UTF-8, after 0 pad, 1 bos, 2 eos: any text, without a file.
 
-    bos and eos come from tokenizer_config.json, else from config.json (of several eos ids, the first); pad likewise, else
-    eos, else 0. Text that looks like a control token stays text. ValueError naming the file that is missing or unreadable,
-    or a control token that the vocabulary lacks or that text could forge.
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("é="), tokenizer.decode([1, 198, 172, 64, 2]), tokenizer.decode([198, 999, -1])
+    ([198, 172, 64], 'é=', '�')
+    """
+
+    def __init__(self) -> None:
+        self.pad_id: int = 0
+        self.bos_id: int | None = 1
+        self.eos_id: int | None = 2
+        self.stop_ids: tuple[int, ...] = (2,)
+        self.adds_bos = True
+        self.vocab_size = 3 + 256
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the bytes, no control token added; ValueError where half of a surrogate pair stands alone."""
+        _check_text(text)
+        return [3 + byte for byte in text.encode()]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text, U+FFFD for bytes that are not UTF-8; control tokens and ids outside the vocabulary are skipped."""
+        return bytes(i - 3 for i in map(int, ids) if 3 <= i < self.vocab_size).decode(errors="replace")
+
+
+class HFTokenizer:
+    """The tokenizer of a Hugging Face folder: tokenizer.json, and the control tokens that its other files name.
+
+    bos, eos and pad come from tokenizer_config.json, else special_tokens_map.json, else config.json, else
+    generation_config.json (of several eos ids, the first); pad else is eos, else 0. ``"bos_token": null`` in
+    tokenizer_config.json means that there is none, whatever config.json says. ``stop_ids`` are the eos of all four files.
+
+    ``adds_bos`` is what the post-processor of tokenizer.json does to a text, as in transformers 5. Where the file has none, it
+    is ``add_bos_token`` of tokenizer_config.json; and where that is missing too, SentencePiece vocabularies (Unigram, or BPE
+    with byte fallback) begin with their BOS, and others do not.
+
+    Text that looks like a control token stays text; so do all tokens that tokenizer.json marks special.
+
+    Raises:
+      ValueError: naming the file that is missing, too large or unreadable, a control token that the vocabulary lacks or
+        that text could forge, or a post-processor that begins a text with anything but the BOS.
 
     >>> HFTokenizer("nowhere")
     Traceback (most recent call last):
@@ -60,51 +103,141 @@ class HFTokenizer:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
+        data = read_bytes(path, TOKENIZER_BYTES)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         self._tokenizer.encode_special_tokens = True  # "</s>" in text is four characters, not the end
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None) is not None:  # chance has no place in an encoding
+            self._tokenizer.model.dropout = None
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id = self._control_id(folder, "bos")
-        self.eos_id = self._control_id(folder, "eos")
-        pad_id = self._control_id(folder, "pad")
-        self.pad_id: int = next((i for i in (pad_id, self.eos_id) if i is not None), 0)
+        if self.vocab_size > MAX_ID:
+            raise ValueError(f"{path}: its token ids go up to {self.vocab_size - 1}, beyond any vocabulary")
+        self._named = {
+            name: read_json(self.folder / f"{name}.json")
+            for name in ("tokenizer_config", "special_tokens_map", "config", "generation_config")
+        }
+        bos, eos, pad = map(self._control_ids, ("bos", "eos", "pad"))
+        self.bos_id: int | None = bos[0] if bos else None
+        self.eos_id: int | None = eos[0] if eos else None
+        self.pad_id: int = (pad or eos or [0])[0]
+        self.stop_ids: tuple[int, ...] = tuple(eos)
+        self.adds_bos = self._adds_bos(path)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, no control token added; ValueError where half of a surrogate pair stands alone."""
         _check_text(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def parse(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character spans of a text in which the special tokens are meant, as in a chat template; none is added."""
+        _check_text(text)
+        self._tokenizer.encode_special_tokens = False
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return found.ids, found.offsets
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text, U+FFFD for bytes that are not UTF-8; control tokens and ids outside the vocabulary are skipped."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
-    def _control_id(self, folder: Path, kind: str) -> int | None:
-        token = _read_json(folder / "tokenizer_config.json").get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found: Any = _read_json(folder / "config.json").get(f"{kind}_token_id")
-        found = found[0] if isinstance(found, list) and found else found
+    def token(self, kind: str) -> str | None:
+        """The text of the "bos", "eos", "pad" or "unk" token as tokenizer_config.json or special_tokens_map.json name it."""
+        for name in ("tokenizer_config", "special_tokens_map"):
+            if f"{kind}_token" not in self._named[name]:
+                continue
+            token = self._named[name][f"{kind}_token"]
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is None and kind != "bos":  # for the BOS, null says in so many words that there is none
+                continue
+            if token is not None and (not isinstance(token, str) or any("\ud800" <= c <= "\udfff" for c in token)):
+                raise ValueError(f"{self.folder / name}.json: the {kind} token {token!r} is not a text")
+            return token
+        return None
+
+    def _control_ids(self, kind: str) -> list[int]:
+        """Ids named for one purpose, the one to use first, each made special and beyond the reach of text."""
+        token = self.token(kind)
+        found = []
         if token is not None:
-            found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
-        elif found is None:
-            return None
-        elif type(found) is int and 0 <= found < self.vocab_size:
-            token = self._tokenizer.id_to_token(found)
+            found.append(self._checked(token, self._tokenizer.token_to_id(token), kind))
+        unused = kind == "bos" and "bos_token" in self._named["tokenizer_config"]
+        for name in () if unused or (found and kind != "eos") else ("config", "generation_config"):
+            ids: Any = self._named[name].get(f"{kind}_token_id")
+            for i in ids if isinstance(ids, list) else [ids]:
+                if i is None or (kind == "pad" and i == -1):  # -1: none, in the oldest Llama folders
+                    continue
+                known = type(i) is int and 0 <= i < self.vocab_size
+                found.append(self._checked(self._tokenizer.id_to_token(i) if known else None, i, kind))
+        return list(dict.fromkeys(found))
+
+    def _checked(self, token: str | None, found: Any, kind: str) -> int:
         if token is None or found is None:
-            raise ValueError(f"{folder}: the {kind} token {token or found!r} is not in tokenizer.json's vocabulary")
+            name = found if token is None else token
+            raise ValueError(f"{self.folder}: the {kind} token {name!r} is not in tokenizer.json's vocabulary")
         # Only tokens marked special are kept out of what is encoded and decoded; some files do not mark theirs.
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
         if found in self.encode(token):
-            raise ValueError(f"{folder}: the text {token!r} is encoded as the {kind} token, so text could forge it")
+            raise ValueError(
+                f"{self.folder}: the text {token!r} is encoded as the {kind} token, so text could forge it"
+            )
         return found
+
+    def _adds_bos(self, path: Path) -> bool:
+        flag = self._named["tokenizer_config"].get("add_bos_token")
+        if not isinstance(flag, bool | None):
+            raise ValueError(f"{self.folder}/tokenizer_config.json: add_bos_token is {flag!r}, not true or false")
+        if self._tokenizer.post_processor is None:
+            model = self._tokenizer.model
+            pieces = isinstance(model, tokenizers.models.Unigram) or getattr(model, "byte_fallback", False)
+            return self.bos_id is not None and (pieces if flag is None else flag)
+        plain, whole = self.encode("x"), self._tokenizer.encode("x", add_special_tokens=True).ids
+        starts = range(len(whole) - len(plain) + 1)
+        prefix = next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), whole)
+        if prefix not in ([], [self.bos_id]):
+            raise ValueError(
+                f"{path}: its post-processor begins a text with the ids {prefix}, but the BOS is {self.bos_id}"
+            )
+        return bool(prefix)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A regular file of at most ``most`` bytes; ValueError naming it otherwise."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path}: larger than {most} bytes")
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small file, {} where there is none; ValueError naming the file for anything else."""
+    if not path.exists():
+        return {}
+    try:
+        entries = json.loads(read_bytes(path, JSON_BYTES))
+    except RecursionError as error:
+        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
+    except ValueError as error:
+        named = str(error).startswith(str(path))
+        raise error if named else ValueError(f"{path}: JSON that cannot be read: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: its JSON is not an object")
+    return entries
 
 
 def _check_text(text: str) -> None:
@@ -112,16 +245,3 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"text holds half of a surrogate pair at character {error.start}: not valid Unicode") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return entries

@@ -1,0 +1,207 @@
+"""The splits of a dataset on disk: JSONL and Parquet files, and datasets that tensorflow-datasets has prepared.
+
+Nothing here touches the network or loads TensorFlow.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_jax.tasks.rows import count_rows, read_rows
+
+Make = Callable[[dict[str, Any]], Any]
+"""What becomes of a row; raises ValueError for one that it refuses."""
+
+_FILE = re.compile(r"(?P<split>.+?)(-\d{5}-of-(?P<shards>\d{5}))?\.(?P<kind>jsonl|ndjson|parquet)")
+_TFDS_NAME = re.compile(r"[a-zA-Z]\w*(/[\w.,=+-]+)?(:[\d.*]+)?", re.ASCII)
+
+
+class Split(NamedTuple):
+    """Rows of a dataset in a fixed order: ``read(make, start, stop)`` lists what ``make`` makes of each."""
+
+    num_rows: int
+    read: Callable[[Make, int, int], list[Any]]
+
+
+def open_splits(
+    source: str | os.PathLike[str], fields: tuple[str, ...], data_dir: str | os.PathLike[str] | None = None
+) -> dict[str, Split]:
+    """The splits of a source, by name.
+
+    Args:
+      source: a .jsonl, .ndjson or .parquet file, whose only split is called train; a folder of them, each named for its
+        split, such as test.jsonl or train-00000-of-00002.parquet; a folder that tensorflow-datasets has prepared; or the name
+        of such a dataset, such as ``ag_news_subset`` or ``glue/cola:2.0.0``.
+      fields: the columns to read, where they can be read alone.
+      data_dir: where tensorflow-datasets keeps what it has prepared; None: its own place.
+
+    Raises:
+      ValueError: there is no such source, or it cannot be read; says what to do.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "test.jsonl").write_bytes(b"{}\\n{}")
+    ...     {name: split.num_rows for name, split in open_splits(folder, ()).items()}
+    {'test': 2}
+    """
+    path = Path(source)
+    if path.is_file():
+        if not (match := _FILE.fullmatch(path.name)):
+            raise ValueError(f"{path}: is neither .jsonl, .ndjson nor .parquet")
+        return {"train": _file(path, match["kind"], fields)}
+    if (path / "dataset_info.json").is_file():
+        return _prepared(path)
+    if path.is_dir():
+        return _folder(path, fields)
+    if _FILE.fullmatch(path.name) or not _TFDS_NAME.fullmatch(os.fspath(source)):
+        raise ValueError(f"{path}: no such file or folder")
+    return _prepared(_find_prepared(os.fspath(source), data_dir))
+
+
+def read_split(splits: dict[str, Split], spec: str, make: Make) -> list[Any]:
+    """What ``make`` makes of every row of a split, or of slices of splits as tensorflow-datasets writes them.
+
+    Args:
+      splits: by name.
+      spec: ``train``, ``train[:10%]``, ``test[7:9]``, ``train[:-500]``, ``train+test``, ``all``.
+      make: function of a row.
+
+    Raises:
+      ValueError: for a split that is not there, a slice beyond its end, no rows, or a row that is broken or refused.
+
+    >>> digits = Split(10, lambda make, start, stop: [make({"digit": i}) for i in range(start, stop)])
+    >>> [row["digit"] for row in read_split({"train": digits}, "train[8:]+train[:20%]", dict)]
+    [8, 9, 0, 1]
+    """
+    pieces = [(spec, 0, splits[spec].num_rows)] if spec in splits else _slices(splits, spec)
+    made = [row for name, start, stop in pieces for row in splits[name].read(make, start, stop)]
+    if not made:
+        raise ValueError(f"split {spec!r} has no rows")
+    return made
+
+
+def _slices(splits: dict[str, Split], spec: str) -> list[tuple[str, int, int]]:
+    import tensorflow_datasets as tfds
+
+    sizes = {name: tfds.core.SplitInfo(name, [split.num_rows], 0) for name, split in splits.items()}
+    try:
+        found = tfds.core.ReadInstruction.from_spec(spec).to_absolute(sizes)
+    except (ValueError, NotImplementedError) as error:
+        there = ", ".join(f"{name} ({split.num_rows} rows)" for name, split in splits.items())
+        raise ValueError(f"split {spec!r}: {' '.join(str(error).split())} There are: {there}") from None
+    ends = [splits[x.splitname].num_rows if x.to is None else x.to for x in found]
+    return [(x.splitname, x.from_ or 0, max(x.from_ or 0, stop)) for x, stop in zip(found, ends, strict=True)]
+
+
+def _file(path: Path, kind: str, fields: tuple[str, ...]) -> Split:
+    return _parquet(path, fields) if kind == "parquet" else Split(count_rows(path), partial(read_rows, path))
+
+
+def _folder(folder: Path, fields: tuple[str, ...]) -> dict[str, Split]:
+    found: dict[str, list[re.Match[str]]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _FILE.fullmatch(path.name):
+            found.setdefault(match["split"], []).append(match)
+    if not found:
+        raise ValueError(f"{folder}: holds no .jsonl, .ndjson or .parquet file, nor a prepared dataset")
+    for name, matches in found.items():
+        files, kind = [match.string for match in matches], matches[0]["kind"]
+        parts = [f"{name}-{i:05}-of-{len(files):05}.{kind}" for i in range(len(files))]
+        if files != [f"{name}.{kind}"] and files != parts:
+            raise ValueError(
+                f"{folder}: split {name!r} wants one file, or all parts of one; there are: {', '.join(files)}"
+            )
+    return {
+        name: _joined([_file(folder / match.string, match["kind"], fields) for match in matches])
+        for name, matches in found.items()
+    }
+
+
+def _joined(parts: list[Split]) -> Split:
+    def read(make: Make, start: int, stop: int) -> list[Any]:
+        made, first = [], 0
+        for part in parts:
+            made += part.read(make, min(max(start - first, 0), part.num_rows), min(max(stop - first, 0), part.num_rows))
+            first += part.num_rows
+        return made
+
+    return parts[0] if len(parts) == 1 else Split(sum(part.num_rows for part in parts), read)
+
+
+def _parquet(path: Path, fields: tuple[str, ...]) -> Split:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
+
+    def read(make: Make, start: int, stop: int) -> list[Any]:
+        names = file.schema_arrow.names
+        if wrong := [field for field in fields if names.count(field) != 1]:
+            raise ValueError(f"{path}: wants one column {wrong[0]!r}; there are {names[:20]}")
+        try:
+            table = file.read(columns=list(dict.fromkeys(fields))).slice(start, stop - start)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
+        columns = {name: table.column(name) for name in table.column_names}
+
+        def row(i: int) -> Any:
+            return make({name: column[i].as_py() for name, column in columns.items()})
+
+        return [_named(f"{path}[{start + i}]", row, i) for i in range(table.num_rows)]
+
+    return Split(file.metadata.num_rows, read)
+
+
+def _find_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    try:
+        return builder_from_files(name, data_dir=data_dir and os.path.expanduser(data_dir)).data_dir
+    except Exception as error:  # whatever its builder's code may raise
+        raise ValueError(
+            f"{name}: neither a file nor a folder, and tensorflow-datasets finds no such prepared dataset in "
+            f"{data_dir or 'its data_dir (~/tensorflow_datasets)'}: {' '.join(str(error).split())[:300]}\n"
+            "Where there is network, prepare it by the following (some need tensorflow for that), and set data_dir:\n"
+            f"import tensorflow_datasets as tfds; tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        ) from None
+
+
+def _prepared(folder: str | Path) -> dict[str, Split]:
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # the metadata may hold anything
+        raise ValueError(f"{folder}: cannot be read as a prepared dataset: {error}") from None
+    kind = builder.info.file_format.value if builder.info.file_format else "no known format"
+    # TensorFlow alone reads tfrecord, and tensorflow-datasets loses rows when it writes parquet.
+    if kind != "array_record":
+        raise ValueError(f"{folder}: is stored as {kind}; prepare it again with file_format='array_record'")
+
+    def read(split: str, make: Make, start: int, stop: int) -> list[Any]:
+        info, where = builder.info.splits[split], f"{folder}, {split}"
+        stored = len(_named(where, ArrayRecordDataSource, [os.fspath(file) for file in info.filepaths]))
+        if stored != info.num_examples:
+            raise ValueError(f"{where}: has {stored} rows, not {info.num_examples}; prepare it again")
+        rows = _named(where, builder.as_data_source, split)
+        return [_named(f"{where}[{i}]", lambda i: make(rows[i]), i) for i in range(start, stop)]
+
+    return {
+        str(name): Split(split.num_examples, partial(read, str(name))) for name, split in builder.info.splits.items()
+    }
+
+
+def _named(where: str, make: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return make(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except (RuntimeError, OSError, IndexError) as error:  # what array_record raises for damaged and missing files
+        raise ValueError(f"{where}: cannot be read: {error}; prepare it again") from None
