@@ -1,9 +1,11 @@
 """Runs a config: python launch.py --config=configs/small.py [--workdir=runs/small] [--config.objective.beta=0.5 …]
 
 A run started again with the same config and run directory resumes, or shows its result if it is finished.
+--mode=evaluate measures a checkpoint of the run directory; --mode=estimate says what memory each device needs.
 Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,23 +20,43 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; its keys are flags: --config.objective.beta=0.5"
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/NAME of the config file by default.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "estimate"], "train or resume; measure a checkpoint; or bytes per device."
+)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "latest", "With --mode=evaluate: latest, reference, or the number of an iteration."
+)
+_NAME = flags.DEFINE_string("name", None, "With --mode=evaluate: folder in the run directory's evaluations/.")
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "With --mode=estimate: CPU devices that stand for as many accelerators.", lower_bound=1
+)
 
 
 def main(arguments: list[str]) -> None:
-    """Trains the config of the command line."""
+    """Does with the config of the command line what --mode says."""
     if len(arguments) > 1:
         stop(f"not understood: {' '.join(arguments[1:])} (flags start with --)", EXIT_USAGE)
     name, _, regime = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = _WORKDIR.value or Path("runs") / "_".join([Path(name).stem, *([regime] if regime else [])])
     prepare_streams()
+    if _DEVICES.value is not None:
+        if _MODE.value != "estimate":
+            stop("--devices is for --mode=estimate", EXIT_USAGE)
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value)}
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
     from grpo_jax.config import ConfigError
-    from grpo_jax.train import train
+    from grpo_jax.train import estimate, evaluate, train
     from grpo_jax.train.errors import Preempted, RunError
 
     try:
-        train(_CONFIG.value, workdir)
+        match _MODE.value:
+            case "train":
+                train(_CONFIG.value, workdir)
+            case "evaluate":
+                evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value, name=_NAME.value)
+            case "estimate":
+                estimate(_CONFIG.value)
     except ConfigError as error:
         stop(str(error), EXIT_USAGE)
     except Preempted as error:

@@ -24,13 +24,45 @@ def get_config() -> ConfigDict:
                         str
                     ),  # JSONL file of {"prompt", "constraint"} rows; unset: the built-in openings
                 },
+                "countdown": {
+                    "num_examples": 1000,  # different puzzles
+                    "num_numbers": 4,  # given in each
+                    "max_number": 25,  # largest given number
+                    "max_total": 100,  # largest number to make
+                    "seed": 0,  # of the puzzles
+                    "prompt": placeholder(str),  # text with {numbers} and {total}; unset: asks for <answer>…</answer>
+                },
+                "gsm8k": {
+                    "path": placeholder(str),  # folder with the official train.jsonl and test.jsonl; unset: downloaded
+                    "split": "train",  # train | test | a slice, train[:10%]
+                    "prompt": placeholder(
+                        str
+                    ),  # text with {question}; unset: asks for the answer as the verifier wants it
+                    "verifier": "number_hash",  # number_hash | number_boxed | number_tag | number_last | math_verify | …
+                    "data_dir": placeholder(str),  # where prepared data are kept; unset: ~/tensorflow_datasets
+                },
+                "dataset": {
+                    "source": placeholder(str),  # .jsonl or .parquet file, folder of them, or name of a TFDS dataset
+                    "split": "train",  # as TFDS writes splits: test[:10%]
+                    "prompt": placeholder(str),  # text with fields of a row: "{question}\nAnswer:"
+                    "target": placeholder(str),  # likewise, for the verifier: "{answer}"
+                    "verifier": placeholder(str),  # a key of grpo_jax.tasks.VERIFIERS, or module:function
+                    "data_dir": placeholder(str),  # as above
+                },
+                "reasoning_gym": {  # needs the package of that name
+                    "name": placeholder(str),  # of an audited task
+                    "num_examples": 1000,
+                    "seed": 0,
+                },
             },
             "model": {
                 "path": placeholder(
                     str
-                ),  # Hugging Face folder (Llama architecture); unset: a random decoder of the sizes below
+                ),  # Hugging Face folder (Llama, Mistral, Qwen, Gemma); unset: a random decoder of the sizes below
                 "stop_ids": (),  # token ids that end a completion; empty: the tokenizer's EOS
                 "dtype": "float32",  # of matrix products: float32 or bfloat16; parameters are always float32
+                "remat": False,  # compute a layer again in the backward pass instead of keeping its activations
+                "tokenizer": "characters",  # of a random decoder: characters (of the task) or bytes
                 "num_layers": 2,
                 "d_model": 64,
                 "num_heads": 4,
@@ -40,7 +72,11 @@ def get_config() -> ConfigDict:
             },
             "data": {
                 "prompts_per_iteration": 100,  # P
-                "max_prompt": 64,  # tokens; a longer prompt is an error, never cut
+                "max_prompt": 64,  # tokens of a prompt, chat template included; never cut
+                "too_long": "error",  # longer prompts: error | drop (and count)
+                "chat": False,  # put prompts into the chat template of the model's folder
+                "system": placeholder(str),  # system prompt, with chat
+                "enable_thinking": placeholder(bool),  # for templates that ask, with chat (Qwen3)
             },
             "warm_start": {  # supervised steps on the task's demonstrations; the result is frozen as the reference policy
                 "max_steps": 2000,  # 0: none, the model is the reference as it is
@@ -105,12 +141,14 @@ def get_config() -> ConfigDict:
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },
             "evaluate": {
+                "prompts": placeholder(int),  # that probes measure, chosen by the seed; unset: all
                 "interval": 10,  # iterations between probes of the success probability
                 "samples": 32,  # per prompt, at those probes
                 "final_samples": 1024,  # per prompt, for p_ref before and for the success probability after training
                 "batch_samples": 64,  # per prompt, drawn at a time
                 "confidence": 0.95,  # of every interval
                 "examples": 8,  # prompts whose completions are shown before and after
+                "kept_samples": 16,  # completions per prompt kept as text by --mode=evaluate, besides the greedy one
             },
             "verifier": {  # worker processes, for a task that verifies on the host
                 "num_workers": 1,

@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.data import make_task
 from grpo_jax.models.decoder import DTYPES, DecoderConfig
 from grpo_jax.objective import Objective, named_objective
-from grpo_jax.tasks import Task, make_task
+from grpo_jax.tasks import Task
 
 _SCHEDULES = ("cosine", "linear", "constant")
+_TOKENIZERS = ("characters", "bytes")
 
 
 class ConfigError(ValueError):
@@ -42,15 +44,16 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
             if not config[group][name] > 0:
                 found.append(f"{key}={config[group][name]} must be positive")
 
-    at_least(
-        0, "seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay", "evaluate.examples"
-    )
+    at_least(0, "seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay")
+    at_least(0, "evaluate.examples", "evaluate.kept_samples")
     at_least(2, "rollout.group_size")
     at_least(1, "rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval")
     at_least(
         1, "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples"
     )
-    at_least(1, "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches")
+    at_least(
+        1, "evaluate.prompts", "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches"
+    )
     at_least(1, "train.microbatches", "train.chunk_size", "train.max_skipped", "checkpoint.interval", "checkpoint.keep")
     at_least(1, "verifier.num_workers", "mesh.fsdp", "mesh.tensor")
     positive("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm")
@@ -67,6 +70,8 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
     for key, value, choices in (
         ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
         ("model.dtype", config.model.dtype, DTYPES),
+        ("model.tokenizer", config.model.tokenizer, _TOKENIZERS),
+        ("data.too_long", config.data.too_long, ("error", "drop")),
     ):
         if value not in choices:
             found.append(f"{key}={value!r} is not one of {', '.join(choices)}")
@@ -76,7 +81,7 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
     if not all(type(i) is int for i in config.model.stop_ids):
         found.append(f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)")
     if config.model.path is None:
-        sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids")}
+        sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids", "tokenizer")}
         _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **sizes))
     objective = _attempt(found, "objective", lambda: named_objective(**_description(config)))
     if objective is not None:
@@ -145,7 +150,7 @@ def _weight_conflicts(config: Any, objective: Objective) -> list[str]:
 def _attempt(found: list[str], group: str, make: Any) -> Any:
     try:
         return make()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         found.append(f"{group}: {error}")
         return None
 
@@ -188,6 +193,11 @@ def _task_conflicts(config: Any, task: Task) -> list[str]:
             f"data.prompts_per_iteration={config.data.prompts_per_iteration} exceeds the {rows} prompts of task {task.name!r}: "
             "an iteration would hold a prompt twice"
         )
+    if config.data.chat and config.model.path is None:
+        found.append("data.chat=True needs a model folder with a chat template: set model.path")
+    for key in ("system", "enable_thinking"):
+        if config.data[key] is not None and not config.data.chat:
+            found.append(f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True")
     if config.model.path is None:
         if task.demonstrations is None:
             found.append(

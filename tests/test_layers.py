@@ -16,21 +16,37 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "objective": (set(), {"jax"}),
     "theory": (set(), {"jax"}),
-    "tasks": (set(), set()),
+    "tasks": (set(), {"math_verify", "re2", "sympy"}),  # inside the functions that need them
     "rollout": ({"objective"}, {"jax"}),
     "models": ({"rollout"}, {"jax", "flax", "numpy", "safetensors", "ml_dtypes"}),
-    "data": ({"rollout", "tasks"}, {"jax", "numpy", "tokenizers"}),
-    "report": ({"objective", "theory"}, {"jax", "numpy", "matplotlib", "tensorboardX", "rich"}),
+    "data": (
+        {"rollout", "tasks"},
+        {
+            "jax",
+            "numpy",
+            "tokenizers",
+            "jinja2",
+            "grain",
+            "tensorflow_datasets",
+            "array_record",
+            "pyarrow",
+            "reasoning_gym",
+        },
+    ),
+    "report": ({"objective", "theory"}, {"jax", "numpy", "scipy", "matplotlib", "tensorboardX", "rich"}),
     "train": (
         {"objective", "theory", "tasks", "rollout", "models", "data", "report", "config"},
         {"jax", "numpy", "optax", "orbax", "absl", "rich"},
     ),
-    "config": ({"objective", "tasks", "models"}, set()),
+    "config": ({"objective", "tasks", "models", "data"}, set()),
     "environment": (set(), set()),
     "": ({"objective", "theory"}, set()),
 }
 # The theory's command line derives Ω from the trainer's own description of an objective, and draws if it can.
-COMMAND_LINES = {"theory/__main__.py": ({"environment", "objective"}, {"matplotlib"})}
+COMMAND_LINES = {
+    "theory/__main__.py": ({"environment", "objective"}, {"matplotlib"}),
+    "report/__main__.py": ({"environment"}, {"rich"}),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -70,6 +86,15 @@ def loaded_by(statement: str) -> set[str]:
 
 
 HEAVY = {
+    "array_record",
+    "grain",
+    "jinja2",
+    "math_verify",
+    "pyarrow",
+    "re2",
+    "reasoning_gym",
+    "sympy",
+    "tensorflow_datasets",
     "flax",
     "optax",
     "orbax",

@@ -5,33 +5,53 @@ heads, H head dim.
 """
 
 import functools
+import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-Block = tuple[Array, Array, Array]  # keys and values [C, K, S, H]; visible [C, L or 1, S] bool
+Block = tuple[Array, Array, Array]  # keys and values [C, K, S, H]; visible [C, B // C or 1, L or 1, S] bool
 
 
-def attend(query: Array, blocks: list[Block]) -> Array:
-    """softmax(q·k / √H) v over the visible keys of all blocks together.
+class RopeScaling(NamedTuple):
+    """Slower rotations, for more positions than a model was first trained on.
+
+    With a factor alone, every frequency is divided by it ("linear"). With the other three ("llama3"), a pair that turns
+    ``high`` times or more in ``length`` positions keeps its frequency, one that turns ``low`` times or less has it
+    divided, and between them the frequency is interpolated linearly in the number of turns.
+    """
+
+    factor: float
+    low: float | None = None
+    high: float | None = None
+    length: int | None = None
+
+
+def attend(query: Array, blocks: list[Block], *, width: int | None = None, softcap: float | None = None) -> Array:
+    """softmax(q·k / √width) v over the visible keys of all blocks together.
 
     Row b sees row b // (B // C) of a block of C rows, and query head n the key head n // (N // K): neither keys nor
     values are repeated in memory. Scores, softmax and sums are float32; a query that sees nothing gets zeros.
 
     Args:
       query: [B, L, N, H].
-      blocks: keys and values [C, K, S, H] of the query's type, visible [C, L or 1, S].
+      blocks: keys and values [C, K, S, H] of the query's type, visible [C, B // C or 1, L or 1, S].
+      width: None for H.
+      softcap: scores x become softcap · tanh(x / softcap).
 
     Returns:
       [B, L, N·H] float32.
 
-    Source: arXiv 1706.03762 eq. 1 and arXiv 2305.13245; the sum over blocks is that of arXiv 2205.14135 §3.1.
+    Source: arXiv 1706.03762 eq. 1 and arXiv 2305.13245; the sum over blocks is that of arXiv 2205.14135 §3.1; the cap
+    is that of arXiv 2408.00118 §2.
 
     >>> value = jnp.array([[[[1.0], [3.0], [100.0]]]])
-    >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros_like(value), value, jnp.array([[[True, True, False]]]))])[:, 0, 0]
+    >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros_like(value), value, jnp.array([[[[True, True, False]]]]))])[:, 0, 0]
     Array([2., 2.], dtype=float32)
     """
-    parts = [_attend_block(query, *block) for block in blocks]
+    scale = (query.shape[-1] if width is None else width) ** -0.5
+    parts = [_attend_block(query, *block, scale, softcap) for block in blocks]
     top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])
     total, attended = jnp.zeros_like(top), jnp.zeros(query.shape, jnp.float32)
     for block_top, block_total, block_attended in parts:
@@ -42,15 +62,36 @@ def attend(query: Array, blocks: list[Block]) -> Array:
     return attended.reshape(*attended.shape[:2], -1)
 
 
-def rotations(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def capped(x: Array, cap: float) -> Array:
+    """cap · tanh(x / cap).
+
+    >>> capped(jnp.array([-1e9, 0.0, 1e9]), 30.0)
+    Array([-30.,   0.,  30.], dtype=float32)
+    """
+    return cap * jnp.tanh(x / cap)
+
+
+def within(positions: Array, key_positions: Array, window: Array) -> Array:
+    """Which keys lie fewer than ``window`` positions before a query: [C, B // C, L, S] bool, of [B, L] and [C, S].
+
+    >>> within(jnp.array([[3], [9]]), jnp.array([[0, 1, 2, 3]]), jnp.int32(3))[0, :, 0].tolist()
+    [[False, True, True, True], [False, False, False, False]]
+    """
+    grouped = positions.reshape(key_positions.shape[0], -1, positions.shape[1])
+    return grouped[:, :, :, None] - key_positions[:, None, None, :] < window
+
+
+def rotations(positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Array, Array]:
     """cos and sin of position · θ^(-2i / H), [B, L, 1, H / 2] float32, for positions [B, L].
 
-    Source: arXiv 2104.09864 eq. 15.
+    Source: arXiv 2104.09864 eq. 15; `RopeScaling` is arXiv 2306.15595 eq. 4, and transformers' "llama3".
 
     >>> rotations(jnp.array([[0, 3]]), 2, 10000.0)[1][0, :, 0, 0]
     Array([0.     , 0.14112], dtype=float32)
     """
     frequencies = float(theta) ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -66,13 +107,26 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def _attend_block(query: Array, key: Array, value: Array, visible: Array) -> tuple[Array, Array, Array]:
+def _scaled(frequencies: Array, scaling: RopeScaling) -> Array:
+    factor, low, high, length = scaling
+    if low is None or high is None or length is None:
+        return frequencies / factor
+    turns = length / (2 * math.pi) * frequencies
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def _attend_block(
+    query: Array, key: Array, value: Array, visible: Array, scale: float, softcap: float | None
+) -> tuple[Array, Array, Array]:
     """The highest score, the sum of exp(score - highest), both [B, L, N], and the values so weighted [B, L, N, H]."""
     rows, length, heads, width = query.shape
     shared, kv_heads = key.shape[:2]
     query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("cgikrh,ckjh->ckgrij", query, key, preferred_element_type=jnp.float32) * width**-0.5
-    visible = visible[:, None, None, None]
+    scores = jnp.einsum("cgikrh,ckjh->ckgrij", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = capped(scores, softcap)
+    visible = visible[:, None, :, None]
     # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient.
     top = lax.stop_gradient(jnp.max(jnp.where(visible, scores, -1e30), axis=-1, keepdims=True))
     weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - top, 0.0)), 0.0)

@@ -1,18 +1,15 @@
-"""One decoder-only transformer of the Llama family: RMSNorm first, rotary positions, grouped-query attention, SwiGLU.
+"""One decoder-only transformer for all families: RMSNorm first, rotary positions, grouped-query attention, gated layers.
 
 Flax Linen rather than NNX: ``apply`` is already a pure function of a plain nested dict, costs no Python per token, and
 a scan over stacked layers with a carried cache reads in a few lines. Parameters are float32 and stacked over layers;
-matrices are [in, out].
+matrices are [in, out]. What differs between layers (a window, the rotation) is data that is scanned with them.
 
 Dimension key: B rows, L tokens of this call, P prefix rows, S cache slots, V vocabulary, D model width, N query heads,
-K key/value heads, H head dim. Slots (where a key is stored) and positions (what the rotation sees) are independent.
+K key/value heads, H head dim. Slots (where a key is stored) and positions (what rotations and windows see) are independent.
 """
 
 import functools
 import itertools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -20,59 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from grpo_jax.models.attention import Block, attend, rotate, rotations
+from grpo_jax.models.architecture import DTYPES as DTYPES
+from grpo_jax.models.architecture import DecoderConfig
+from grpo_jax.models.attention import capped, rotations
+from grpo_jax.models.layer import Cache, Layer, matmul, rms_norm
 from grpo_jax.rollout.policy import Policy
 
 Params = dict[str, Any]
-Cache = dict[str, Array]  # {"k", "v": [B, layers, K, S, H], "mask": [B, S] bool}
-SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The numbers of a decoder; refuses impossible ones.
-
-    ``max_length`` is the widest array of tokens or slots accepted. ``dtype`` is the type of the matrix products,
-    float32 or bfloat16; they accumulate in float32, and norms, softmax and logits are float32. ``remat`` recomputes a
-    layer in the backward pass instead of storing its activations (only without a cache). Raises ValueError naming every
-    number that cannot be.
-
-    >>> DecoderConfig(32, 1, 8, num_heads=3, num_kv_heads=2, head_dim=4, d_ff=16, max_length=64)
-    Traceback (most recent call last):
-    ...
-    ValueError: num_heads=3 is not a multiple of num_kv_heads=2
-    """
-
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    max_length: int
-    rope_theta: float = 10000.0
-    norm_epsilon: float = 1e-5
-    tied: bool = True
-    dtype: str = "float32"
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        def wrong(names: tuple[str, ...], kind: str, fits: Callable[[Any], bool]) -> list[str]:
-            return [f"{name}={getattr(self, name)!r} is not {kind}" for name in names if not fits(getattr(self, name))]
-
-        faults = wrong(SIZES, "a positive integer", lambda x: type(x) is int and x > 0)
-        if not faults and self.num_heads % self.num_kv_heads:
-            faults.append(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if not faults and self.head_dim % 2:
-            faults.append(f"head_dim={self.head_dim} is odd; the rotation needs pairs")
-        positive = ("rope_theta", "norm_epsilon")
-        faults += wrong(positive, "a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
-        faults += wrong(("tied", "remat"), "True or False", lambda x: type(x) is bool)
-        faults += wrong(("dtype",), " or ".join(DTYPES), lambda x: x in DTYPES)
-        if faults:
-            raise ValueError("; ".join(faults))
+EVERYWHERE = 2**31 - 1  # the window of a layer that has none
 
 
 def make_policy(config: DecoderConfig) -> Policy:
@@ -84,6 +36,7 @@ def make_policy(config: DecoderConfig) -> Policy:
     True slots up to start + i; where ``start`` is a Python int, only slots below start + L are read. ``prefix`` is a
     cache of P rows from an earlier call: row b also sees every True slot of prefix row b // (B // P), which is shared,
     not repeated, and never written. Masked tokens may hold anything; a token that sees nothing gets finite values.
+    Windows count positions, not slots.
 
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
     Parameters already in ``config.dtype`` are not cast again: cast once before a long decode.
@@ -128,25 +81,26 @@ def make_policy(config: DecoderConfig) -> Policy:
         return outputs
 
     def unembed(params: Params, hidden: Array) -> Array:
-        if config.tied:
-            return _matmul(hidden, params["embedding"].T, dtype)
-        return _matmul(hidden, params["unembedding"], dtype)
+        logits = matmul(hidden, params["embedding"].T if config.tied else params["unembedding"], dtype)
+        return logits if config.logit_softcap is None else capped(logits, config.logit_softcap)
 
     def init_cache(batch: int, length: int) -> Cache:
         if length > config.max_length:
             raise ValueError(f"a cache of {length} slots is longer than the model's max_length={config.max_length}")
         shape = (batch, config.num_layers, config.num_kv_heads, length, config.head_dim)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "mask": jnp.zeros((batch, length), bool)}
+        cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "mask": jnp.zeros((batch, length), bool)}
+        return cache if config.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
 
     return Policy(forward, unembed, init_cache)
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Random float32 parameters: variance 1 / fan-in, over 2·layers where a block writes to the residual; norms 1.
+    """Random float32 parameters: variance 1 / fan-in, over 2·layers where a block writes to the residual.
 
-    The embedding has variance 1 / D, so that tied logits start with unit variance. One draw serves all matrices: each
-    separate random array would cost a fraction of a second of compilation. ``key`` is a typed key; returns a plain
-    nested dict. Source: the residual scaling is GPT-2's; statistics checked in tests/models/test_decoder.py.
+    Norms multiply by 1, and biases are 0. The embedding has variance 1 / D, so that tied logits start with unit
+    variance. One draw serves all matrices: each separate random array would cost a fraction of a second of compilation.
+    ``key`` is a typed key; returns a plain nested dict. Source: the residual scaling is GPT-2's; statistics checked in
+    tests/models/test_decoder.py.
 
     >>> config = DecoderConfig(32, 3, 8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=16, max_length=64)
     >>> init_params(config, jax.random.key(0))["layers"]["gate"].shape
@@ -164,7 +118,9 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
             fan_in = leaf.shape[-1] if name == "embedding" else leaf.shape[-2] if leaf.ndim > 1 else 1
             variance = 1 / fan_in / (2 * config.num_layers if name in ("output", "down") else 1)
             values = flat[end - leaf.size : end].reshape(leaf.shape) * variance**0.5
-            params.append(jnp.ones_like(values) if name.endswith("norm") else values)
+            if name.endswith(("norm", "bias")):
+                values = jnp.full_like(values, 0.0 if config.offset_norm or name.endswith("bias") else 1.0)
+            params.append(values)
         return jax.tree.unflatten(tree, params)
 
     return draw(key)
@@ -203,98 +159,60 @@ class Decoder(nn.Module):
             self.param("unembedding", nn.initializers.zeros, (c.d_model, c.vocab_size), jnp.float32)
         # Ids at masked places may be anything; "clip" keeps their embeddings finite, where the default would give NaN.
         hidden = jnp.take(embedding, tokens, axis=0, mode="clip").astype(c.dtype)
+        if c.scale_embedding:
+            hidden = hidden * jnp.asarray(c.d_model**0.5, hidden.dtype)
 
-        queries = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        queries, key_positions = jnp.arange(tokens.shape[1], dtype=jnp.int32), [positions]
         if cache is not None:
             cache = {**cache, "mask": lax.dynamic_update_slice(cache["mask"], mask, (0, start))}
-            mask = cache["mask"][:, : start + len(queries)] if isinstance(start, int) else cache["mask"]
-            queries = queries + start
+            slots = start + len(queries) if isinstance(start, int) else cache["mask"].shape[1]
+            mask, queries = cache["mask"][:, :slots], queries + start
+            if c.window is not None:
+                cache["positions"] = lax.dynamic_update_slice(cache["positions"], positions, (0, start))
+                key_positions = [cache["positions"][:, :slots]]
+        if prefix is not None and c.window is not None:
+            key_positions.append(prefix["positions"])
         causal = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None]
 
         # The cache is carried, not scanned over: XLA then updates it in place instead of restacking it for every token.
         layer = nn.remat(Layer, prevent_cse=False) if c.remat and cache is None else Layer
-        axes = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)
+        axes = (0, *(nn.broadcast,) * 5)
         scan = nn.scan(
             layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
         )
         (hidden, cache), _ = scan(c, name="layers")(
             (hidden, cache),
-            jnp.arange(c.num_layers, dtype=jnp.int32),
-            rotations(positions, c.head_dim, c.rope_theta),
+            _by_layer(c),
+            _rotations(c, positions),
             causal[None] & mask[:, None, :],
+            None if c.window is None else (positions, *key_positions),
             start,
             prefix,
         )
-        scale = self.param("final_norm", nn.initializers.ones, (c.d_model,), jnp.float32)
-        return _rms_norm(hidden, scale, c.norm_epsilon), cache
+        return rms_norm(hidden, self.param("final_norm", nn.initializers.ones, (c.d_model,), jnp.float32), c), cache
 
 
-class Layer(nn.Module):
-    """One attention block and one feed-forward block, each added to the residual; the body of the scan over layers."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        carry: tuple[Array, Cache | None],
-        layer: Array,
-        cos_sin: tuple[Array, Array],
-        visible: Array,
-        start: int | Array,
-        prefix: Cache | None,
-    ) -> tuple[tuple[Array, Cache | None], None]:
-        c = self.config
-        hidden, cache = carry
-
-        def project(name: str, x: Array, width: int) -> Array:
-            matrix = self.param(name, nn.initializers.zeros, (x.shape[-1], width), jnp.float32)
-            return _matmul(x, matrix, hidden.dtype)
-
-        def heads(name: str, x: Array, count: int) -> Array:
-            return project(name, x, count * c.head_dim).reshape(*x.shape[:2], count, c.head_dim)
-
-        def norm(name: str, x: Array) -> Array:
-            return _rms_norm(x, self.param(name, nn.initializers.ones, (c.d_model,), jnp.float32), c.norm_epsilon)
-
-        x = norm("attention_norm", hidden)
-        query = rotate(heads("query", x, c.num_heads), cos_sin).astype(hidden.dtype)
-        key = rotate(heads("key", x, c.num_kv_heads), cos_sin).astype(hidden.dtype).swapaxes(1, 2)
-        value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).swapaxes(1, 2)
-        if cache is not None:
-            new = {"k": key, "v": value}
-            at = (0, layer, 0, start, 0)
-            cache |= {name: lax.dynamic_update_slice(cache[name], new[name][:, None], at) for name in new}
-            key, value = (_layer_slots(cache[name], layer, visible.shape[-1]) for name in ("k", "v"))
-        blocks: list[Block] = [(key, value, visible)]
-        if prefix is not None:
-            seen = prefix["mask"][:, None, :]
-            shared_key, shared_value = (_layer_slots(prefix[name], layer, seen.shape[-1]) for name in ("k", "v"))
-            blocks.append((shared_key, shared_value, seen))
-        hidden = hidden + project("output", attend(query, blocks), c.d_model).astype(hidden.dtype)
-
-        x = norm("mlp_norm", hidden)
-        gated = jax.nn.silu(project("gate", x, c.d_ff)) * project("up", x, c.d_ff)
-        return (hidden + project("down", gated, c.d_model).astype(hidden.dtype), cache), None
+def _by_layer(config: DecoderConfig) -> dict[str, Array]:
+    """What differs between layers, each [layers]: their index, and what the config makes them differ in."""
+    c = config
+    layers = range(c.num_layers)
+    differing: dict[str, list[int]] = {}
+    if c.window is not None:
+        window = min(c.window, EVERYWHERE)
+        differing["window"] = [window if i in c.local_layers else EVERYWHERE for i in layers]
+    if c.local_rope_theta is not None or c.unrotated_layers:
+        differing["rotation"] = [2 if i in c.unrotated_layers else 1 if i in c.local_layers else 0 for i in layers]
+    index = {"index": jnp.arange(c.num_layers, dtype=jnp.int32)}
+    return index | {name: jnp.array(values, jnp.int32) for name, values in differing.items()}
 
 
-def _layer_slots(stacked: Array, layer: Array, slots: int) -> Array:
-    """[B, layers, K, S, H] -> [B, K, slots, H]: the first ``slots`` slots of one layer."""
-    rows, _, heads, _, width = stacked.shape
-    return lax.dynamic_slice(stacked, (0, layer, 0, 0, 0), (rows, 1, heads, slots, width))[:, 0]
-
-
-def _matmul(x: Array, matrix: Array, dtype: jnp.dtype) -> Array:
-    """[..., d] · [d, f] -> [..., f]: a product of ``dtype`` inputs accumulated in float32.
-
-    Rows and tokens are one axis here: XLA's CPU backend takes 2.5 times as long for the gradient of a contraction over two.
-    """
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = jnp.matmul(rows, matrix.astype(dtype), preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:-1], matrix.shape[-1])
-
-
-def _rms_norm(x: Array, scale: Array, epsilon: float) -> Array:
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * jnp.expand_dims(scale.astype(jnp.float32), (0, 1))).astype(x.dtype)
+def _rotations(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
+    """cos and sin [B, L, 1, H / 2], or, where layers differ, the kinds that ``_by_layer`` counts, [kinds, B, L, 1, H / 2]."""
+    c = config
+    everywhere = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+    if c.local_rope_theta is None and not c.unrotated_layers:
+        return everywhere
+    local = everywhere if c.local_rope_theta is None else rotations(positions, c.head_dim, c.local_rope_theta)
+    none = rotations(jnp.zeros_like(positions), c.head_dim, c.rope_theta)
+    cos, sin = (jnp.stack(kinds) for kinds in zip(everywhere, local, none, strict=True))
+    return cos, sin

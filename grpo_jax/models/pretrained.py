@@ -1,13 +1,18 @@
-"""Hugging Face checkpoint folders in and out: config.json and safetensors, Llama architecture.
+"""Hugging Face checkpoint folders in and out: config.json and safetensors, read and written as a stream.
 
 A folder is untrusted: nothing in it is executed, every name, shape and type is compared with what config.json implies before
 memory is allocated, and a setting that the decoder does not have is refused rather than ignored.
 """
 
 import json
+import math
 import os
+import re
+import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +20,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from jax.sharding import Sharding
 
 from grpo_jax.models.decoder import DecoderConfig, Params, make_policy, param_shapes
-from grpo_jax.models.families import config_entries, read_config, tensor_targets
-from grpo_jax.models.stored import Stored, listed, stored_tensors
+from grpo_jax.models.families import config_entries, read_config
+from grpo_jax.models.stored import CHUNK, INDEX, SINGLE, Stored, listed, stored_tensors
+from grpo_jax.models.tensors import Target, tensor_targets
 from grpo_jax.rollout.policy import Policy
+
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # by older transformers; never read
+SHARD = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
+STAGING = ".saving-"  # names of the folders in which a save prepares its files begin so
 
 
 def load_pretrained(
-    folder: str | os.PathLike[str], *, dtype: str = "float32", remat: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    remat: bool = False,
+    shardings: Callable[[Any], Any] | None = None,
 ) -> tuple[Policy, Params]:
     """Reads a Hugging Face folder: (policy, float32 parameters).
 
     Needs config.json and model.safetensors, or model.safetensors.index.json and its shards; float16 and bfloat16 weights
-    become float32. ``dtype`` and ``remat`` are `DecoderConfig`'s. Raises ValueError naming the file and what is wrong with
-    it: another architecture, a setting that the decoder does not have, a missing, unexpected, duplicate or misshapen tensor,
-    a damaged file, a weight that is not finite, a file outside the folder, or weights only as a pickle. Source: the formats
-    of huggingface.co/docs/safetensors and of transformers' LlamaConfig.
+    become float32. ``dtype`` and ``remat`` are `DecoderConfig`'s. ``shardings`` is a function from the tree of the
+    parameters' ``jax.ShapeDtypeStruct`` to a tree of shardings; without it they lie on the default device. Each process
+    reads what its devices hold, one device's share of one array at a time: beside the arrays, the host never holds more.
+
+    Raises ValueError naming the file and what is wrong with it: another architecture, a setting that the decoder does not
+    have, a missing, unexpected, duplicate or misshapen tensor, a damaged file, a weight that is not finite, a file outside
+    the folder, more than the memory there is, or weights only as a pickle. Source: the formats of
+    huggingface.co/docs/safetensors and of transformers' config.json.
 
     >>> from grpo_jax.models import init_params
     >>> config = DecoderConfig(32, 2, 8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=16, max_length=64)
@@ -44,34 +62,128 @@ def load_pretrained(
     True
     """
     folder = Path(folder)
-    config = replace(read_config(folder), dtype=dtype, remat=remat)
-    stored = stored_tensors(folder)
-    _check_tensors(folder, config, stored)
-    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), param_shapes(config))
-    for target in tensor_targets(config):
-        target.view(arrays)[...] = stored[target.name].read().T
-    return make_policy(config), jax.tree.map(jnp.asarray, arrays)
+    stated = read_config(folder)
+    config = replace(stated, dtype=dtype, remat=remat)
+    with ExitStack() as files:
+        stored = stored_tensors(folder, files)
+        if read_config(folder) != stated:
+            raise ValueError(f"{folder}: another model was saved here just now; load it again")
+        _check_tensors(folder, config, stored)
+        shapes = param_shapes(config)
+        default = jnp.zeros(()).sharding
+        placed = jax.tree.map(lambda _: default, shapes) if shardings is None else shardings(shapes)
+        _check_room(folder, shapes, placed)
+        targets: dict[tuple[str, ...], list[Target]] = {}
+        for target in tensor_targets(config):
+            targets.setdefault(target.path, []).append(target)
+
+        def read(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
+            parts = [(target, stored[target.name]) for target in targets[tuple(step.key for step in path)]]
+            return _read_leaf(leaf.shape, sharding, parts, committed=shardings is not None)
+
+        params = jax.tree_util.tree_map_with_path(read, shapes, placed)
+    return make_policy(config), params
 
 
-def save_pretrained(folder: str | os.PathLike[str], config: DecoderConfig, params: Params) -> None:
-    """Writes config.json and model.safetensors (float32) so that ``load_pretrained`` reads back exactly these parameters.
+def check_pretrained(folder: str | os.PathLike[str]) -> None:
+    """Raises what `load_pretrained` would, as far as config.json and the headers of the weights tell: in milliseconds."""
+    folder = Path(folder)
+    with ExitStack() as files:
+        _check_tensors(folder, read_config(folder), stored_tensors(folder, files))
 
-    Each file is written under a temporary name, then renamed. Raises ValueError where the parameters do not fit the config
-    or are not finite. Tokenizer files are the caller's to copy. Example: see ``load_pretrained``.
+
+def save_pretrained(
+    folder: str | os.PathLike[str], config: DecoderConfig, params: Params, *, max_shard_bytes: int = 5 << 30
+) -> None:
+    """Writes config.json and float32 weights so that ``load_pretrained`` reads back exactly these parameters.
+
+    Weights of more than ``max_shard_bytes`` become several files with an index. The host holds one tensor at a time.
+    Whoever reads meanwhile, or after a crash at any point, finds the old model or the new one; only where the old model is
+    of another config, the folder has no config.json for a moment. Files of the model that was there before are removed.
+
+    Raises ValueError where the parameters do not fit the config or are not finite: the folder is then as it was. Tokenizer
+    files are the caller's to copy. Example: see ``load_pretrained``.
     """
     expected = jax.tree.map(lambda leaf: leaf.shape, param_shapes(config))
     given = jax.tree.map(lambda leaf: leaf.shape, params)
     if given != expected:
         raise ValueError(f"parameters of shapes {given} do not fit the config, which implies {expected}")
-    arrays = jax.tree.map(lambda leaf: np.asarray(leaf, dtype=np.float32), params)
-    tensors = {target.name: np.ascontiguousarray(target.view(arrays).T) for target in tensor_targets(config)}
-    broken = [name for name, values in tensors.items() if not np.isfinite(values).all()]
-    if broken:
-        raise ValueError(f"not saved to {folder}: values that are not finite in {listed(broken)}")
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
+    entries = config_entries(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / "config.json", lambda path: path.write_text(json.dumps(config_entries(config), indent=2) + "\n"))
+    parts = _divide(list(tensor_targets(config)), max_shard_bytes)
+    names = _unused_names(folder, len(parts)) if len(parts) > 1 else [SINGLE]
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staged:
+        for name, part in zip(names, parts, strict=True):
+            _write_tensors(Path(staged, name), folder, part, params)
+        _write_json(Path(staged, "config.json"), entries)
+        where = {target.name: name for name, part in zip(names, parts, strict=True) for target in part}
+        total = sum(map(_size, tensor_targets(config)))
+        _write_json(Path(staged, INDEX), {"metadata": {"total_size": total}, "weight_map": where})
+
+        if not _holds(folder, config):  # a config must never stand beside the other's weights
+            (folder / "config.json").unlink(missing_ok=True)
+        for name in names:  # shards under names that no index mentions; or the one file, which is then what is read
+            os.replace(Path(staged, name), folder / name)
+        if len(parts) > 1:
+            _sync(folder)
+            os.replace(Path(staged, INDEX), folder / INDEX)
+            (folder / SINGLE).unlink(missing_ok=True)  # which was read instead of the index
+        os.replace(Path(staged, "config.json"), folder / "config.json")
+        _sync(folder)
+        if len(parts) == 1:
+            (folder / INDEX).unlink(missing_ok=True)
+        for path in list(folder.iterdir()):
+            if SHARD.fullmatch(path.name) and path.name not in names:
+                path.unlink()
+            elif path.name.startswith(STAGING) and path != Path(staged):  # of a save that was killed
+                shutil.rmtree(path)
+
+
+def _read_leaf(
+    shape: tuple[int, ...], sharding: Sharding, parts: list[tuple[Target, Stored]], *, committed: bool
+) -> jax.Array:
+    """One array from its tensors, share by share; a share that several devices hold is read once."""
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device if committed else None)
+    shares: list[jax.Array] = []
+    for bounds, devices in holders.items():
+        values = _read_share(bounds, parts)
+        shares += jax.block_until_ready([jax.device_put(values, device) for device in devices])
+        del values  # before the next is allocated
+    return jax.make_array_from_single_device_arrays(shape, sharding, shares) if committed else shares[0]
+
+
+def _read_share(bounds: tuple[tuple[int, int], ...], parts: list[tuple[Target, Stored]]) -> np.ndarray:
+    share = _empty(tuple(stop - start for start, stop in bounds))
+    starts = tuple(start for start, _ in bounds)
+    for target, stored in parts:
+        block, start = share, starts
+        if target.layer is not None:
+            if not bounds[0][0] <= target.layer < bounds[0][1]:
+                continue
+            block, start = share[target.layer - bounds[0][0]], starts[1:]
+        turned = _is_turned(target)
+        stored.read(block.T if turned else block, start[::-1] if turned else start)
+    return share
+
+
+def _is_turned(target: Target) -> bool:
+    """Our matrices are [in, out], the file's [out, in]; the embedding is [V, D] in both."""
+    return target.path != ("embedding",)
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 memory off the boundaries of 64 bytes: the CPU device would share it, and what is shared cannot be donated."""
+    size = math.prod(shape)
+    memory = np.empty(size + 16, np.float32)
+    skip = (32 - memory.ctypes.data) % 64 // 4
+    return memory[skip : skip + size].reshape(shape)
 
 
 def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, Stored]) -> None:
@@ -81,7 +193,12 @@ def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, Stored
     faults = []
     if missing := [name for name in expected if name not in stored]:
         faults.append(f"missing {listed(missing)}")
-    if unexpected := [name for name in stored if name not in expected]:
+    unexpected = [name for name in stored if name not in expected and not COMPUTED.fullmatch(name)]
+    if config.tied and "lm_head.weight" in unexpected and not missing:  # a copy of the embedding says nothing new
+        if not stored["lm_head.weight"].equals(stored["model.embed_tokens.weight"]):
+            faults.append("lm_head.weight is not the embedding, though tie_word_embeddings says so")
+        unexpected.remove("lm_head.weight")
+    if unexpected:
         faults.append(f"unexpected {listed(unexpected)}")
     misshapen = [
         f"{name} of shape {list(stored[name].shape)} where config.json implies {list(shape)}"
@@ -94,16 +211,96 @@ def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, Stored
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under another name, brings it to the disk, and renames it: a reader sees the old file or the new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
+def _check_room(folder: Path, shapes: Any, shardings: Any) -> None:
+    """Refuses what cannot fit before any of it is allocated: config.json and a file of zeros may agree on any size."""
+    needed: Counter[Any] = Counter()
+    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        for device in sharding.addressable_devices:
+            needed[device] += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    host = sum(size for device, size in needed.items() if device.platform == "cpu")
+    limits = [(host, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    limits += [(size, (device.memory_stats() or {}).get("bytes_limit", math.inf)) for device, size in needed.items()]
+    for size, limit in limits:
+        if size > limit:
+            raise ValueError(
+                f"{folder}: its weights need {size / 1e9:.1f} GB as float32 where there are {limit / 1e9:.1f} GB: "
+                "take a smaller model, or spread it over more devices"
+            )
+
+
+def _size(target: Target) -> int:
+    return 4 * math.prod(target.shape)
+
+
+def _divide(targets: list[Target], most: int) -> list[list[Target]]:
+    """Tensors in files of at most ``most`` bytes; one that is larger has a file of its own."""
+    parts: list[list[Target]] = []
+    room = 0
+    for target in targets:
+        if not parts or _size(target) > room:
+            parts.append([])
+            room = most
+        parts[-1].append(target)
+        room -= _size(target)
+    return parts
+
+
+def _unused_names(folder: Path, count: int) -> list[str]:
+    """Names of shards; other ones where the folder has files of these, which may be the model that is still read."""
+    attempt = 1
+    while True:
+        stem = "model" if attempt == 1 else f"model-{attempt}"
+        names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if not any(os.path.lexists(folder / name) for name in names):
+            return names
+        attempt += 1
+
+
+def _holds(folder: Path, config: DecoderConfig) -> bool:
     try:
-        write(Path(name))
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        return replace(read_config(folder), dtype=config.dtype, remat=config.remat) == config
+    except ValueError:
+        return False
+
+
+def _write_tensors(path: Path, folder: Path, targets: list[Target], params: Params) -> None:
+    """A safetensors file, a tensor at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for target in targets:
+        header[target.name] = {"dtype": "F32", "shape": target.shape, "data_offsets": [end, end + _size(target)]}
+        end += _size(target)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for target in targets:
+            leaf: Any = params
+            for step in target.path:
+                leaf = leaf[step]
+            values = np.asarray(leaf if target.layer is None else leaf[target.layer])
+            values = values.T if _is_turned(target) else values
+            rows = max(1, CHUNK // (_size(target) // len(values)))
+            for first in range(0, len(values), rows):
+                block = np.ascontiguousarray(values[first : first + rows], "<f4")
+                if not np.isfinite(block).all():
+                    raise ValueError(f"not saved to {folder}: values that are not finite in {target.name}")
+                file.write(block.data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, entries: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(entries, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

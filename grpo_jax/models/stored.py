@@ -6,17 +6,22 @@ cost; every size is compared with the file's before it is believed.
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 JSON_LIMIT = 2 << 20  # bytes of one JSON text; the header of a 400-billion-parameter Llama has 0.2 MB
+FILES_LIMIT = 500  # files of weights, all open at once; a 400-billion-parameter Llama has 191
+CHUNK = 1 << 20  # bytes read at a time
 CONVERT = (
     "Convert the weights where you trust them: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True)"
@@ -28,49 +33,83 @@ class Stored(NamedTuple):
 
     Attributes:
       name: of the tensor; never used as a path.
-      file: where it lies.
+      file: where it lies, open, so that a folder which is saved to meanwhile is still read as it was.
       dtype: float32, float16 or bfloat16.
       shape: as in the file, [out, in] for a matrix.
       offset: bytes from the start of the file.
     """
 
     name: str
-    file: Path
+    file: IO[bytes]
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int
 
-    def read(self) -> np.ndarray:
-        """The values as float32; ValueError where one is not finite."""
-        values = np.asarray(np.memmap(self.file, self.dtype, "r", self.offset, self.shape), dtype=np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{self.file}: {listed([self.name])} holds values that are not finite")
-        return values
+    def read(self, into: np.ndarray, start: tuple[int, ...]) -> None:
+        """Fills ``into`` (float32, any strides) with the block of the tensor that begins at ``start``, and reads no more.
+
+        Plain reads rather than a memory map: its pages would count as memory in use, and a file that is cut short would
+        kill the process. Raises ValueError for that, and for a value that is not finite.
+        """
+        if into.ndim == 1:
+            into, start = into[None], (0, *start)
+        count, width, stride = *into.shape, self.shape[-1]
+        step = max(1, CHUNK // (width * self.dtype.itemsize))
+        for row in range(0, count, step):
+            rows = range(row, min(row + step, count))
+            begins = [(start[0] + i) * stride + start[1] for i in rows]
+            if width == stride:
+                data = self._pread(begins[0], len(rows) * width)
+            else:
+                data = b"".join([self._pread(begin, width) for begin in begins])
+            values = np.frombuffer(data, self.dtype).astype(np.float32).reshape(len(rows), width)
+            if not np.isfinite(values).all():
+                raise ValueError(f"{self.file.name}: {listed([self.name])} holds values that are not finite")
+            into[rows.start : rows.stop] = values
+
+    def equals(self, other: "Stored") -> bool:
+        """Whether the other tensor has the same type, shape and bytes."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        size, step = math.prod(self.shape), CHUNK // self.dtype.itemsize
+        spans = ((begin, min(step, size - begin)) for begin in range(0, size, step))
+        return all(self._pread(*span) == other._pread(*span) for span in spans)
+
+    def _pread(self, begin: int, count: int) -> bytes:
+        size = count * self.dtype.itemsize
+        data = os.pread(self.file.fileno(), size, self.offset + begin * self.dtype.itemsize)
+        if len(data) != size:
+            raise ValueError(f"{self.file.name}: cut short while {listed([self.name])} was read")
+        return data
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path, files: ExitStack) -> dict[str, Stored]:
     """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, by name.
 
-    Raises ValueError naming the file that is missing, damaged, outside the folder, or not what the index says.
+    Their files are open until ``files`` is closed. Raises ValueError naming the file that is missing, damaged, outside the
+    folder, or not what the index says.
 
-    >>> stored_tensors(Path("nowhere"))
+    >>> stored_tensors(Path("nowhere"), ExitStack())
     Traceback (most recent call last):
     ...
     ValueError: nowhere: neither model.safetensors nor model.safetensors.index.json is there
     """
-    if (folder / "model.safetensors").exists():
-        return _read_header(plain_file(folder, "model.safetensors"))
-    if not (folder / "model.safetensors.index.json").exists():
+    if (folder / SINGLE).exists():
+        return _read_header(plain_file(folder, SINGLE), files)
+    if not (folder / INDEX).exists():
         foreign = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         hint = f"; {listed(sorted(foreign))} can run code when opened. {CONVERT}" if foreign else ""
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{hint}")
-    index = plain_file(folder, "model.safetensors.index.json")
+        raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
+    index = plain_file(folder, INDEX)
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index}: weight_map is not a map of tensor names to file names")
+    shards = sorted(set(where.values()))
+    if len(shards) > FILES_LIMIT:
+        raise ValueError(f"{index}: {len(shards)} files of weights are more than {FILES_LIMIT}")
     stored: dict[str, Stored] = {}
-    for path in [plain_file(folder, shard) for shard in sorted(set(where.values()))]:
-        tensors = _read_header(path)
+    for path in [plain_file(folder, shard) for shard in shards]:
+        tensors = _read_header(path, files)
         if strangers := [name for name in tensors if where.get(name) != path.name]:
             raise ValueError(f"{path}: {listed(strangers)} not listed for this file in {index.name}")
         stored |= tensors
@@ -80,6 +119,9 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 def plain_file(folder: Path, name: str) -> Path:
     """A regular file directly inside the folder; ValueError for anything else, before it is opened.
 
+    Links are not followed out of the folder, with one exception: a snapshot in Hugging Face's cache,
+    models--ORG--NAME/snapshots/REVISION, consists of links to the files in the blobs folder of the same model.
+
     >>> plain_file(Path("folder"), "../secret")
     Traceback (most recent call last):
     ...
@@ -88,9 +130,14 @@ def plain_file(folder: Path, name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9._+-]{1,200}", name) or name in (".", ".."):
         raise ValueError(f"{folder}: {name[:200]!r} is not the plain name of a file in this folder")
     path = folder / name
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; nothing is downloaded, so name the folder of a model that is here")
     if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    if path.resolve().parent != folder.resolve():
+        cache = folder / "snapshots"
+        hint = f"; name one of the folders in {cache}" if cache.is_dir() else ""
+        raise ValueError(f"{path}: no such file{hint}")
+    inside, real = folder.resolve(), path.resolve()
+    if real.parent != inside and not _is_blob(inside, real):
         raise ValueError(f"{path}: a link to outside the folder is not followed; copy the folder with its contents")
     if not path.is_file():
         raise ValueError(f"{path}: not a regular file")
@@ -102,9 +149,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Example: see ``grpo_jax.models.load_pretrained``.
     """
-    if path.stat().st_size > JSON_LIMIT:
+    with path.open("rb") as file:
+        text = file.read(JSON_LIMIT + 1)
+    if len(text) > JSON_LIMIT:
         raise ValueError(f"{path}: more than {JSON_LIMIT} bytes of JSON")
-    return _parse_json(path, path.read_bytes())
+    return _parse_json(path, text)
 
 
 def listed(names: list[str], shown: int = 5) -> str:
@@ -117,14 +166,25 @@ def listed(names: list[str], shown: int = 5) -> str:
     return ", ".join(ascii(name)[1:-1][:200] for name in names[:shown]) + more
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def _is_blob(snapshot: Path, target: Path) -> bool:
+    """Both are resolved, so that neither a link called blobs nor one on the way there leads elsewhere."""
+    model = snapshot.parent.parent
+    named = model.name.startswith("models--") and snapshot.parent.name == "snapshots"
+    return named and target.parent == model / "blobs" and bool(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name))
+
+
+def _read_header(path: Path, files: ExitStack) -> dict[str, Stored]:
     """The tensors of a safetensors file: 8 bytes of length, a JSON header of that length, then the data without gaps."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, JSON_LIMIT):
-            raise ValueError(f"{path}: not a safetensors file, or cut short (a renamed pickle? {CONVERT})")
-        header = _parse_json(path, file.read(length))
+    file = files.enter_context(path.open("rb", buffering=0))
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(os.pread(file.fileno(), 8, 0), "little")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"{path}: not a safetensors file, or cut short (a renamed pickle? {CONVERT})")
+    if length > JSON_LIMIT:
+        raise ValueError(
+            f"{path}: a header of {length} bytes is more than {JSON_LIMIT}; not a model's safetensors file"
+        )
+    header = _parse_json(path, os.pread(file.fileno(), length, 8))
     header.pop("__metadata__", None)
     start = end = 8 + length
     stored = {}
@@ -137,7 +197,7 @@ def _read_header(path: Path) -> dict[str, Stored]:
             whole = len(shape) <= 2 and all(type(n) is int and n >= 0 for n in (*shape, *offsets))
             if not whole or offsets != (end - start, end - start + math.prod(shape) * dtype.itemsize):
                 raise ValueError(f"{path}: the place of {listed([name])} does not fit its shape or its neighbours")
-            stored[name] = Stored(name, path, dtype, shape, end)
+            stored[name] = Stored(name, file, dtype, shape, end)
             end = start + offsets[1]
     except (TypeError, KeyError, IndexError, AttributeError):
         raise ValueError(f"{path}: the header has an entry without dtype, shape and data_offsets") from None

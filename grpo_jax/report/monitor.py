@@ -1,6 +1,5 @@
 """The prediction beside the measurement: what the objective should do to the measured p_ref, and whether it did."""
 
-import json
 import math
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import theory
-from grpo_jax.objective import Objective, beta_effective
+from grpo_jax.objective import Objective
 
 
 def group_weights(objective: Objective, group_size: int) -> theory.Group | None:
@@ -72,50 +71,6 @@ def exact_iterates(
         visits = np.arange(num_iterations + 1) * visited
         orbit = theory.iterate(p_ref, math.ceil(visits[-1]), beta=total, weights=weights, alpha=held / total)
         return np.interp(visits, np.arange(len(orbit)), np.asarray(orbit.mean(-1)))
-
-
-def header(
-    config: Any, objective: Objective, *, devices: str, num_params: int, num_prompts: int, task: str
-) -> list[tuple[str, str]]:
-    """What a run says of itself before it starts: (label, text) lines."""
-    group_size = config.rollout.group_size
-    # What the objective does not set has no say in it.
-    choices = {k: v for k in objective.__dataclass_fields__ if (v := getattr(objective, k)) is not None}
-
-    def weight(label: str, beta: float) -> tuple[str, str]:
-        effective = beta_effective(beta, objective=objective, group_size=group_size)
-        return label, f"{beta:g} (effective, with population statistics: {effective:.4g})"
-
-    lines = [
-        ("devices", devices),
-        ("model", f"{config.model.path or 'random decoder'}, {num_params:,} parameters, {config.model.dtype}"),
-        ("task", f"{task}, {num_prompts} prompts, G = {group_size}, T = {config.rollout.max_completion}"),
-        ("objective", f"{config.objective.name} {json.dumps(choices)}"),
-        ("fixed point", objective.fixed_point),
-    ]
-    if objective.holds_to_reference:
-        lines.append(weight("β", config.objective.beta))
-    if objective.holds_to_previous:
-        lines.append(weight("β_mirror", config.objective.beta_mirror))
-    if config.objective.entropy_bonus:
-        bonus = f"{config.objective.entropy_bonus:g}: moves the end away from the fixed point, so no p* is predicted"
-        lines.append(("entropy bonus", bonus))
-    return lines
-
-
-def outlook(before: dict[str, Any], forecast: theory.Prediction | None, *, confidence: float) -> list[tuple[str, str]]:
-    """What is known before the first iteration: the measured p_ref, and where the objective should take it."""
-
-    def text(mean: float, low: float, high: float) -> str:
-        return f"{mean:.4f}   {confidence:.0%} [{low:.4f}, {high:.4f}]"
-
-    lines = [("measured p_ref", text(*mean_with_interval(np.array(before["successes"]), before["trials"], confidence)))]
-    if forecast is not None:
-        lines += [
-            ("predicted p*", text(forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)),
-            ("predicted KL, nats", f"{forecast.mean_kl:.4f}"),
-        ]
-    return lines
 
 
 def probe_row(iteration: int, counts: dict[str, Any], confidence: float) -> dict[str, Any]:

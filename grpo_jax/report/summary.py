@@ -53,13 +53,13 @@ def report(result: dict[str, Any], header: list[tuple[str, str]], examples: dict
     parts += [f"| {name} | {value} |" for name, value in table(result)]
     parts += ["", "![success probability over iterations, and prompt by prompt](figure.png)", "", "## Samples", ""]
     for before, after in zip(examples["before"], examples["after"], strict=True):
-        parts += [f"### `{_inline(before['prompt'])}` → `{_inline(before['target'])}`", ""]
+        parts += [f"### `{inline(before['prompt'])}` → `{inline(before['target'])}`", ""]
         for name, part in (("before", before), ("after", after)):
-            parts += [f"- {name}, {'✓' if c['reward'] else '✗'} `{_inline(c['text'])}`" for c in part["completions"]]
+            parts += [f"- {name}, {'✓' if c['reward'] else '✗'} `{inline(c['text'])}`" for c in part["completions"]]
         parts.append("")
     return "\n".join(parts)
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """Model output as one line of Markdown code: control characters escaped, so that nothing in it acts."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text).replace("`", "ˋ")

@@ -62,7 +62,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self._restore(step, like)
+                found = self.restore(step, like)
             except Exception as error:  # whatever is wrong with it, the older step may be good
                 damaged[step] = _first_line(error)
                 continue
@@ -81,7 +81,8 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, meta) of one step; raises where it is missing or damaged, and leaves it where it is."""
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
         with _quiet():
             restored = self._manager.restore(step, args=arguments)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.program import Program, put_prompts
 
 
 class Probe(NamedTuple):
-    """Counts of one measurement over all Q prompts.
+    """Counts of one measurement over the Q probed prompts.
 
     Attributes:
       successes: [Q] int64.  trials: of each prompt.
@@ -32,6 +33,26 @@ class Probe(NamedTuple):
     examples: list[dict[str, Any]]
 
 
+class Completion(NamedTuple):
+    """One completion, judged.
+
+    Attributes:
+      text: without the stop token.
+      verdict: of the verifier on the host.
+      reward: what training gives it: that of the verifier on the device where there is one, else the verdict's.
+      tokens: its length, stop token included.
+      truncated: it never stopped.
+      log_ratio: log π/π_ref in nats; None without a reference.
+    """
+
+    text: str
+    verdict: Verdict
+    reward: float
+    tokens: int
+    truncated: bool
+    log_ratio: float | None
+
+
 def probe(
     program: Program,
     pool: VerifierPool | None,
@@ -45,7 +66,7 @@ def probe(
     examples: int = 0,
     greedy: bool = False,
 ) -> Probe:
-    """Draws ``samples`` completions of every prompt and counts successes.
+    """Draws ``samples`` completions of every probed prompt and counts successes.
 
     Sample j of a prompt has the same key whatever the batches are.
 
@@ -58,28 +79,79 @@ def probe(
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
     """
-    rows = len(program.task.examples)
-    shown = np.linspace(0, rows - 1, min(examples, rows)).astype(int)
+    rows = len(program.probed)
+    shown = program.probed[np.linspace(0, rows - 1, min(examples, rows)).astype(int)]
     group_size = min(samples, batch_samples)
     successes, sums = np.zeros(rows, np.int64), np.zeros(3)
     verdicts: Counter[str] = Counter()
     kept: list[dict[str, Any]] = []
-    for block in np.split(np.arange(rows), range(batch_prompts, rows, batch_prompts)):
+    for places in np.split(np.arange(rows), range(batch_prompts, rows, batch_prompts)):
+        block = program.probed[places]
         prompts, answers, answer_mask = put_prompts(program, block)
         for first in range(0, samples, group_size):
-            rollout = program.draw(
+            rollout = program.functions.draw(
                 params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
             )
-            log_ratio = program.sequence_kl(params, ref_params, prompts, rollout)
+            log_ratio = program.functions.sequence_kl(params, ref_params, prompts, rollout)
             rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
             verdicts.update(counts)
-            successes[block] += rewards.sum(-1).astype(np.int64)
+            successes[places] += rewards.sum(-1).astype(np.int64)
             lengths, truncated = rollout.mask.sum(-1), rollout.truncated
             sums += [np.asarray(x, np.float64).sum() for x in (log_ratio, lengths, truncated)]
             if first == 0 and examples:
                 kept += _texts(program, rollout, rewards, block, shown)
     kl, length, truncated_share = (sums / (rows * samples)).tolist()
     return Probe(successes, samples, kl, length, truncated_share, dict(verdicts), kept)
+
+
+def draw_completions(
+    program: Program,
+    pool: VerifierPool,
+    params: Any,
+    ref_params: Any | None,
+    key: jax.Array,
+    block: np.ndarray,
+    *,
+    samples: int,
+    batch_samples: int,
+    batch_prompts: int,
+    greedy: bool = False,
+) -> list[list[Completion]]:
+    """``samples`` completions of each prompt of a block, each with text and verdict; the same samples as `probe` counts.
+
+    Args:
+      program: of the run.
+      pool: of the verifier on the host; one on the device says which completions are right, but not what is wrong with others.
+      params, ref_params: policy and reference; without a reference there is no log-ratio.
+      key: of this measurement.
+      block: rows of the dataset, at most ``batch_prompts``: a smaller block is filled up with rows drawn for nothing, so that
+        one compiled program serves them all.
+      samples: per prompt.
+      batch_samples, batch_prompts: samples per prompt, and prompts, drawn at a time.
+      greedy: take the most probable tokens; use with samples=1.
+
+    Returns:
+      One list of completions per row of the block.
+    """
+    found: list[list[Completion]] = [[] for _ in block]
+    prompts, answers, answer_mask = put_prompts(program, np.resize(block, batch_prompts))
+    functions, group_size = program.functions, min(samples, batch_samples)
+    targets = [program.task.examples[i].target for i in block.tolist() for _ in range(group_size)]
+    for first in range(0, samples, group_size):
+        rollout = functions.draw(
+            params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
+        )
+        ratios = None if ref_params is None else functions.sequence_kl(params, ref_params, prompts, rollout)
+        graded = None if functions.grade is None else functions.grade(rollout, answers, answer_mask)
+        kept, log_ratios, grades = jax.tree.map(lambda x: np.asarray(x)[: len(block)], (rollout, ratios, graded))
+        lengths, truncated = (x.reshape(-1).tolist() for x in (kept.mask.sum(-1), kept.truncated))
+        texts = decode(program, kept)
+        for row, (text, verdict) in enumerate(zip(texts, pool.verify(texts, targets, truncated), strict=True)):
+            at = divmod(row, group_size)
+            reward = verdict.reward if grades is None else float(grades[at])
+            ratio = None if log_ratios is None else float(log_ratios[at])
+            found[at[0]].append(Completion(text, verdict, reward, lengths[row], truncated[row], ratio))
+    return found
 
 
 def judge(
@@ -92,8 +164,8 @@ def judge(
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Rewards [P, G] float32 of a rollout and the counts of verdicts: on the device, or in the worker processes."""
     if pool is None:
-        assert program.grade is not None
-        return np.asarray(program.grade(rollout, answers, answer_mask), np.float32), {}
+        assert program.functions.grade is not None
+        return np.asarray(program.functions.grade(rollout, answers, answer_mask), np.float32), {}
     texts = decode(program, rollout)
     group_size = rollout.mask.shape[1]
     targets = [program.task.examples[i].target for i in np.asarray(prompts.index) for _ in range(group_size)]

@@ -20,10 +20,12 @@ from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import Diverged
 from grpo_jax.train.evaluation import judge
 from grpo_jax.train.iteration import role_key
+from grpo_jax.train.memory import binary, check_memory, held_memory
 from grpo_jax.train.program import make_program, put_prompts
 from grpo_jax.train.reference import make_reference
 from grpo_jax.train.run import Run, check_preempted, measure, measure_in_full, show, sigterm_as_flag
 from grpo_jax.train.run_directory import RESULT, open_run_directory, read_json, write_json, write_text
+from grpo_jax.train.sharding import sharded_shapes
 from grpo_jax.train.step import TrainState
 
 
@@ -53,32 +55,44 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             show(console, report.table(result))
             return result
         program = make_program(config, task, objective)
+        dropped = len(task.examples) - len(program.task.examples)
         options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
-        pool = stack.enter_context(nullcontext(None) if program.iterate else VerifierPool(task.verify, **options))
+        pool = stack.enter_context(
+            nullcontext(None) if program.functions.grade else VerifierPool(task.verify, **options)
+        )
         signals = stack.enter_context(sigterm_as_flag())
         run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
-        return _phases(run)
+        return _phases(run, dropped)
 
 
-def _phases(run: Run) -> dict[str, Any]:
+def _phases(run: Run, dropped: int) -> dict[str, Any]:
     begun = time.monotonic()
     config, program, console = run.config, run.program, run.console
     header = report.header(
         config,
         program.objective,
         devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
-        num_params=program.num_params,
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(program.shapes)),
         num_prompts=len(program.task.examples),
         task=program.task.name,
     )
+    if dropped:
+        header.append(("dropped", f"{dropped:,} prompts of more than data.max_prompt={config.data.max_prompt} tokens"))
+    held = sum(held_memory(config, program.shapes, program.mesh).values())
+    header.append(
+        ("memory", f"{binary(held)} per device for parameters, optimizer and reference; --mode=estimate: the rest")
+    )
     show(console, header)
+    check_memory(held)
 
     ref_params, before = make_reference(run)
     shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
     successes, trials = np.array(before["successes"]), before["trials"]
     known = not config.objective.entropy_bonus  # which the theory leaves out
     forecast = report.forecast(successes, trials, confidence=config.evaluate.confidence, **shape) if known else None
-    outlook = report.outlook(before, forecast, confidence=config.evaluate.confidence)
+    outlook = report.outlook(
+        before, forecast, confidence=config.evaluate.confidence, group_size=config.rollout.group_size
+    )
     show(console, outlook)
 
     state = iterate(run, ref_params, before, forecast)
@@ -89,7 +103,7 @@ def _phases(run: Run) -> dict[str, Any]:
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
     iterates = None
     if known:
-        visited = config.data.prompts_per_iteration / len(successes)
+        visited = config.data.prompts_per_iteration / len(program.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
         iterates = report.exact_iterates(successes / trials, config.train.iterations, **weights, **shape)
     report.draw_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
@@ -120,9 +134,13 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
     """
     c, program = run.config, run.program
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
-    state, done = program.start(ref_params), 0
-    found = checkpoints.restore_latest(state)
-    if found is not None:
+    done = 0
+    found = checkpoints.restore_latest(
+        sharded_shapes(jax.eval_shape(program.functions.start, ref_params), program.mesh)
+    )
+    if found is None:
+        state = program.functions.start(ref_params)
+    else:
         _, state, meta = found
         done = meta["data_position"]
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
@@ -169,14 +187,16 @@ def one_iteration(run: Run, state: TrainState, ref_params: Any, n: int) -> tuple
     prompts, answers, answer_mask = put_prompts(program, index)
     beta = jnp.float32(c.objective.beta)
     verdicts: dict[str, int] = {}
-    if program.iterate is not None:
+    if program.functions.iterate is not None:
         number = jnp.int32(n)
-        state, metrics = program.iterate(state, ref_params, prompts, answers, answer_mask, run.base_key, number, beta)
+        state, metrics = program.functions.iterate(
+            state, ref_params, prompts, answers, answer_mask, run.base_key, number, beta
+        )
     else:
-        rollout = program.sample(state.params, prompts, role_key(run.base_key, "rollout", n))
+        rollout = program.functions.sample(state.params, prompts, role_key(run.base_key, "rollout", n))
         rewards, verdicts = judge(program, run.pool, prompts, rollout, answers, answer_mask)
         key = role_key(run.base_key, "minibatches", n)
-        state, metrics = program.improve(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta)
+        state, metrics = program.functions.improve(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta)
     return state, {name: float(x) for name, x in metrics.items()} | {f"verdict/{k}": v for k, v in verdicts.items()}
 
 

@@ -18,10 +18,10 @@ def make_reference(run: Run) -> tuple[Any, dict[str, Any]]:
     """
     checkpoints = Checkpoints(run.directory / "reference", keep=None)
     try:
-        found = checkpoints.restore_latest(run.program.params)
+        found = checkpoints.restore_latest(run.program.shapes)
         if found is None:
             report.MetricsLog(run.directory, after=None).close()
-            params = run.program.params if run.config.warm_start.max_steps == 0 else warm_start(run)
+            params = run.program.initial_params() if run.config.warm_start.max_steps == 0 else warm_start(run)
             checkpoints.save(0, params, {})
         else:
             params = found[1]
@@ -40,12 +40,12 @@ def warm_start(run: Run) -> Any:
       WarmStartFailed: it does not within the steps allowed.
     """
     c, program = run.config.warm_start, run.program
-    state, rows = program.warm_start(program.params), len(program.task.examples)
+    state, rows = program.functions.warm_start(program.initial_params()), len(program.task.examples)
     success = 0.0
     with report.progress(run.console, "warm start", total=c.max_steps) as line:
         for step in range(1, c.max_steps + 1):
             index = prompt_order(run.config.seed, step - 1, num_prompts=rows, batch=min(c.batch, rows))
-            state, metrics = program.warm_start_step(state, *put_prompts(program, index))
+            state, metrics = program.functions.warm_start_step(state, *put_prompts(program, index))
             if step % c.interval == 0 or step == c.max_steps:
                 check_preempted(run)
                 sizes = {"samples": c.samples, "batch_samples": c.samples}

@@ -52,6 +52,15 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def sharded_shapes(tree: Any, mesh: Mesh) -> Any:
+    """The same shapes and types with the sharding of each leaf, ``jax.ShapeDtypeStruct``: arrays that take no memory."""
+
+    def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree, parameter_shardings(tree, mesh))
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Rows (prompts, and with them their groups) spread over the data and fsdp axes."""
     return NamedSharding(mesh, ROWS)

@@ -1,4 +1,4 @@
-"""The decoder against a plain NumPy float64 Llama written here; its cache, prefix and padding against its full forward."""
+"""The decoder against a plain NumPy float64 one written here; its cache, prefix and padding against its full forward."""
 
 from dataclasses import replace
 
@@ -8,26 +8,51 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, make_policy
+from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.decoder import param_shapes
 
 CONFIG = DecoderConfig(37, 3, 24, num_heads=6, num_kv_heads=2, head_dim=8, d_ff=40, max_length=64, rope_theta=500.0)
+EVERYTHING = replace(
+    CONFIG,
+    rope_scaling=RopeScaling(4.0, low=1.0, high=4.0, length=32),
+    window=3,
+    local_layers=(0, 2),
+    local_rope_theta=20.0,
+    unrotated_layers=(1,),
+    attention_bias=True,
+    qk_norm=True,
+    offset_norm=True,
+    post_norms=True,
+    activation="gelu_tanh",
+    scale_embedding=True,
+    score_width=5,
+    attention_softcap=1.5,
+    logit_softcap=2.0,
+)
 VARIANTS = {
     "grouped": CONFIG,
     "untied": replace(CONFIG, tied=False),
     "one key head": replace(CONFIG, num_kv_heads=1),
     "as many key heads": replace(CONFIG, num_kv_heads=6, norm_epsilon=0.1),
+    "everything": EVERYTHING,
+    "scaled, all rotated": replace(EVERYTHING, unrotated_layers=(), local_rope_theta=None, attention_softcap=None),
+    "linear scaling": replace(CONFIG, rope_scaling=RopeScaling(4.0), unrotated_layers=(0,)),
+    "window": replace(CONFIG, window=4, local_layers=(0, 1, 2)),
 }
+MODELS = {"plain": CONFIG, "everything": EVERYTHING}
+both = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
 def random_params(config, seed=0):
-    """Norm scales too, so that leaving one out is seen."""
+    """Norms and biases too, so that leaving one out is seen."""
     params = init_params(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
 
-    def noise(x):
-        return x * jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+    def noise(path, x):
+        factor = jnp.asarray(rng.uniform(0.5, 1.5, x.shape), jnp.float32)
+        return x + factor - 1 if path[-1].key.endswith(("norm", "bias")) else x * factor
 
-    return jax.tree.map(noise, params)
+    return jax.tree_util.tree_map_with_path(noise, params)
 
 
 def random_tokens(config, rows, length, seed=0):
@@ -37,42 +62,72 @@ def random_tokens(config, rows, length, seed=0):
 
 def numpy_logits(config, params, tokens):
     """One sequence, token by token and head by head, in float64 with explicit loops and complex rotations."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    width = config.head_dim
+    c, p, width = config, jax.tree.map(lambda x: np.asarray(x, np.float64), params), config.head_dim
 
     def norm(x, scale):
-        return x / np.sqrt(np.sum(x * x) / len(x) + config.norm_epsilon) * scale
+        return x / np.sqrt(np.sum(x * x) / len(x) + c.norm_epsilon) * (scale + 1 if c.offset_norm else scale)
 
-    def turn(x, position):
+    def cap(x, limit):
+        return x if limit is None else limit * np.tanh(x / limit)
+
+    def frequency(n, pair):
+        local = n in c.local_layers and c.local_rope_theta is not None
+        plain = (c.local_rope_theta if local else c.rope_theta) ** (-2.0 * pair / width)
+        if n in c.unrotated_layers:
+            return 0.0
+        if c.rope_scaling is None or local:
+            return plain
+        factor, low, high, length = c.rope_scaling
+        if low is None:
+            return plain / factor
+        turns = length * plain / (2 * np.pi)
+        if turns > high or turns < low:
+            return plain if turns > high else plain / factor
+        smooth = (turns - low) / (high - low)
+        return (1 - smooth) * plain / factor + smooth * plain
+
+    def turn(x, position, n):
         half = width // 2
         pairs = x[:half] + 1j * x[half:]
-        pairs = pairs * np.exp(1j * position * config.rope_theta ** (-2.0 * np.arange(half) / width))
+        pairs = pairs * np.exp(1j * position * np.array([frequency(n, pair) for pair in range(half)]))
         return np.concatenate([pairs.real, pairs.imag])
 
-    stream = [p["embedding"][t].copy() for t in tokens]
-    for n in range(config.num_layers):
+    def activation(x):
+        if c.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    stream = [p["embedding"][t] * (np.sqrt(c.d_model) if c.scale_embedding else 1.0) for t in tokens]
+    for n in range(c.num_layers):
         w = {name: value[n] for name, value in p["layers"].items()}
+
+        def heads(name, x, w=w):
+            x = (x @ w[name] + w.get(f"{name}_bias", 0.0)).reshape(-1, width)
+            return [norm(h, w[f"{name}_norm"]) for h in x] if f"{name}_norm" in w else x
+
         normed = [norm(x, w["attention_norm"]) for x in stream]
-        keys = [[turn(h, i) for h in (x @ w["key"]).reshape(-1, width)] for i, x in enumerate(normed)]
-        values = [(x @ w["value"]).reshape(-1, width) for x in normed]
+        keys = [[turn(h, i, n) for h in heads("key", x)] for i, x in enumerate(normed)]
+        values = [heads("value", x) for x in normed]
         for i, x in enumerate(normed):
             out = []
-            for head, q in enumerate((x @ w["query"]).reshape(-1, width)):
-                kv = head * config.num_kv_heads // config.num_heads
-                scores = np.array([turn(q, i) @ keys[j][kv] / np.sqrt(width) for j in range(i + 1)])
-                weights = np.exp(scores) / np.exp(scores).sum()
-                out.append(sum(weights[j] * values[j][kv] for j in range(i + 1)))
-            stream[i] = stream[i] + np.concatenate(out) @ w["output"]
+            seen = range(max(0, i + 1 - c.window) if n in c.local_layers else 0, i + 1)
+            for head, q in enumerate(heads("query", x)):
+                kv = head * c.num_kv_heads // c.num_heads
+                scores = np.array([turn(q, i, n) @ keys[j][kv] / np.sqrt(c.score_width or width) for j in seen])
+                weights = np.exp(cap(scores, c.attention_softcap))
+                out.append(sum(weight * values[j][kv] for weight, j in zip(weights / weights.sum(), seen, strict=True)))
+            new = np.concatenate(out) @ w["output"]
+            stream[i] = stream[i] + (norm(new, w["attention_post_norm"]) if c.post_norms else new)
         for i, x in enumerate(stream):
             y = norm(x, w["mlp_norm"])
-            gate = y @ w["gate"]
-            stream[i] = x + (gate / (1 + np.exp(-gate)) * (y @ w["up"])) @ w["down"]
-    unembedding = p["embedding"].T if config.tied else p["unembedding"]
-    return np.stack([norm(x, p["final_norm"]) @ unembedding for x in stream])
+            new = (activation(y @ w["gate"]) * (y @ w["up"])) @ w["down"]
+            stream[i] = x + (norm(new, w["mlp_post_norm"]) if c.post_norms else new)
+    unembedding = p["embedding"].T if c.tied else p["unembedding"]
+    return np.stack([cap(norm(x, p["final_norm"]) @ unembedding, c.logit_softcap) for x in stream])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_logits_equal_the_numpy_llama(name):
+def test_logits_equal_the_numpy_decoder(name):
     config = VARIANTS[name]
     policy, params = make_policy(config), random_params(config)
     tokens, positions = random_tokens(config, 2, 9)
@@ -80,13 +135,14 @@ def test_logits_equal_the_numpy_llama(name):
     logits = policy.unembed(params, hidden)
     assert cache is None and logits.dtype == jnp.float32
     for row in range(2):
-        np.testing.assert_allclose(logits[row], numpy_logits(config, params, tokens[row]), atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(logits[row], numpy_logits(config, params, tokens[row]), atol=3e-5, rtol=3e-5)
 
 
+@both
 @pytest.mark.parametrize(("chunks", "traced"), [([7], False), ([4, 1, 2], False), ([3, 4], True), ([1] * 7, True)])
-def test_cached_chunks_equal_the_full_forward(chunks, traced):
-    policy, params = make_policy(CONFIG), random_params(CONFIG)
-    tokens, positions = random_tokens(CONFIG, 3, 7)
+def test_cached_chunks_equal_the_full_forward(chunks, traced, config):
+    policy, params = make_policy(config), random_params(config)
+    tokens, positions = random_tokens(config, 3, 7)
     mask = jnp.array([[True] * 7, [False] * 2 + [True] * 5, [True, True, False, True, True, True, True]])
     expected, _ = jax.jit(policy.forward)(params, tokens, positions, mask)
     forward = jax.jit(policy.forward, static_argnums=() if traced else 5)
@@ -101,14 +157,15 @@ def test_cached_chunks_equal_the_full_forward(chunks, traced):
     np.testing.assert_array_equal(cache["mask"], np.pad(mask, ((0, 0), (0, 5))))
 
 
+@both
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("how", ["at once", "token by token"])
-def test_a_shared_prefix_equals_the_joined_sequences(side, how):
+def test_a_shared_prefix_equals_the_joined_sequences(side, how, config):
     """Three prompts of different lengths, two completions each: what each row gets alone, unpadded, in NumPy."""
-    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    policy, params = make_policy(config), random_params(config)
     group, width, length, lengths = 2, 5, 4, [5, 2, 3]
-    prompts, _ = random_tokens(CONFIG, 3, width, seed=1)
-    completions, steps = random_tokens(CONFIG, 3 * group, length, seed=2)
+    prompts, _ = random_tokens(config, 3, width, seed=1)
+    completions, steps = random_tokens(config, 3 * group, length, seed=2)
     real = np.arange(width)[None] < np.array(lengths)[:, None]
     mask = jnp.asarray(real if side == "right" else real[:, ::-1])
     positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), 1) - 1, 0)
@@ -129,7 +186,20 @@ def test_a_shared_prefix_equals_the_joined_sequences(side, how):
     logits = policy.unembed(params, hidden)
     for row in range(3 * group):
         joined = np.concatenate([prompts[row // group][mask[row // group]], completions[row]])
-        np.testing.assert_allclose(logits[row], numpy_logits(CONFIG, params, joined)[-length:], atol=3e-5, rtol=3e-5)
+        np.testing.assert_allclose(logits[row], numpy_logits(config, params, joined)[-length:], atol=5e-5, rtol=5e-5)
+
+
+def test_windows_count_positions_not_slots():
+    """Two real tokens with padding between them: three slots apart, one position apart, and the window is 2."""
+    config = replace(CONFIG, window=2, local_layers=(0, 1, 2))
+    policy, params = make_policy(config), random_params(config)
+    tokens, mask = jnp.array([[5, 9, 9, 6]]), jnp.array([[True, False, False, True]])
+    apart, _ = policy.forward(params, tokens, jnp.array([[0, 0, 0, 1]]), mask)
+    logits = policy.unembed(params, apart[:, 3])[0]
+    np.testing.assert_allclose(logits, numpy_logits(config, params, [5, 6])[1], atol=3e-5)
+    far, _ = policy.forward(params, tokens, jnp.array([[0, 0, 0, 2]]), mask)
+    alone, _ = policy.forward(params, tokens[:, 3:], jnp.array([[2]]), mask[:, 3:])
+    np.testing.assert_allclose(far[:, 3], alone[:, 0], atol=1e-5)
 
 
 def test_a_prefix_is_not_repeated_for_its_group():
@@ -148,10 +218,11 @@ def test_a_prefix_is_not_repeated_for_its_group():
     assert memory.temp_size_in_bytes < repeated / 2, (memory.temp_size_in_bytes, repeated)
 
 
-def test_padding_side_and_padded_content_do_not_matter():
-    policy, params = make_policy(CONFIG), random_params(CONFIG)
+@both
+def test_padding_side_and_padded_content_do_not_matter(config):
+    policy, params = make_policy(config), random_params(config)
     forward = jax.jit(policy.forward)
-    tokens, positions = random_tokens(CONFIG, 2, 6)
+    tokens, positions = random_tokens(config, 2, 6)
     real = jnp.ones_like(tokens, bool)
     alone, _ = forward(params, tokens, positions, real)
     for left, right in ((3, 0), (0, 3), (2, 1)):
@@ -168,9 +239,10 @@ def test_padding_side_and_padded_content_do_not_matter():
         np.testing.assert_allclose(outputs[0][:, left : left + 6], alone, atol=2e-5)
 
 
-def test_gradients_through_rows_without_tokens_are_finite_and_right():
-    policy, params = make_policy(CONFIG), random_params(CONFIG)
-    tokens, positions = random_tokens(CONFIG, 2, 5)
+@both
+def test_gradients_through_rows_without_tokens_are_finite_and_right(config):
+    policy, params = make_policy(config), random_params(config)
+    tokens, positions = random_tokens(config, 2, 5)
     mask = jnp.array([[False, False, True, True, True], [False] * 5])
 
     def loss(params):
@@ -187,9 +259,10 @@ def test_gradients_through_rows_without_tokens_are_finite_and_right():
     np.testing.assert_allclose((ends[0] - ends[1]) / 4e-3, slope, rtol=2e-2)
 
 
-def test_gradients_flow_through_a_prefix_as_through_the_joined_sequence():
-    policy, params = make_policy(CONFIG), random_params(CONFIG)
-    tokens, positions = random_tokens(CONFIG, 2, 8)
+@both
+def test_gradients_flow_through_a_prefix_as_through_the_joined_sequence(config):
+    policy, params = make_policy(config), random_params(config)
+    tokens, positions = random_tokens(config, 2, 8)
     mask = jnp.ones_like(tokens, bool)
 
     def joined(params):
@@ -207,10 +280,11 @@ def test_gradients_flow_through_a_prefix_as_through_the_joined_sequence():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), *gradients)
 
 
-def test_remat_changes_no_value_and_recomputes():
-    plain, remat = make_policy(CONFIG), make_policy(replace(CONFIG, remat=True))
-    params = random_params(CONFIG)
-    tokens, positions = random_tokens(CONFIG, 2, 6)
+@both
+def test_remat_changes_no_value_and_recomputes(config):
+    plain, remat = make_policy(config), make_policy(replace(config, remat=True))
+    params = random_params(config)
+    tokens, positions = random_tokens(config, 2, 6)
 
     def loss(policy):
         return lambda params: jnp.sin(policy.forward(params, tokens, positions, tokens >= 0)[0]).sum()
@@ -218,7 +292,8 @@ def test_remat_changes_no_value_and_recomputes():
     values = [jax.jit(jax.value_and_grad(loss(policy)))(params) for policy in (plain, remat)]
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), values[0][1], values[1][1])
-    count = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)).count("logistic") for policy in (plain, remat)]
+    name = {"silu": "logistic", "gelu_tanh": "tanh"}[config.activation]
+    count = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)).count(name) for policy in (plain, remat)]
     assert count[1] > count[0], "the backward pass of remat must compute the activation again"
 
 
@@ -253,6 +328,13 @@ def test_initial_weights_have_their_scales_and_depend_on_the_key():
     for name in ("embedding", "unembedding"):
         np.testing.assert_allclose(jnp.std(params[name]), 64**-0.5, rtol=0.03)
     np.testing.assert_array_equal(layers["mlp_norm"], 1.0)
+    more = init_params(replace(config, attention_bias=True, qk_norm=True), jax.random.key(0))["layers"]
+    np.testing.assert_array_equal(more["key_bias"], np.zeros((4, 32)))
+    np.testing.assert_array_equal(more["query_norm"], np.ones((4, 16)))
+    offset = init_params(EVERYTHING, jax.random.key(0))
+    for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm", "query_norm", "key_norm"):
+        np.testing.assert_array_equal(offset["layers"][name], 0.0)
+    np.testing.assert_array_equal(offset["final_norm"], 0.0)
     correlation = np.corrcoef(layers["gate"].ravel(), layers["up"].ravel())[0, 1]
     assert abs(correlation) < 0.02, "two matrices share their draws"
     other = init_params(config, jax.random.key(1))
@@ -274,6 +356,22 @@ def test_initial_weights_have_their_scales_and_depend_on_the_key():
         ({"norm_epsilon": -1.0}, "norm_epsilon=-1.0 is not a positive number"),
         ({"tied": "false"}, "tied='false' is not True or False"),
         ({"dtype": "int8"}, "dtype='int8' is not float32 or bfloat16"),
+        ({"rope_theta": 10**400}, "rope_theta=1000.* is not a positive number"),
+        ({"window": 4}, r"window=4 with local_layers=\(\); neither is without the other"),
+        ({"local_layers": (0,)}, r"window=None with local_layers=\(0,\)"),
+        ({"window": 0, "local_layers": (0,)}, "window=0 is not a positive integer or None"),
+        ({"window": 4, "local_layers": [0]}, r"local_layers=\[0\] is not a tuple of layers, ascending"),
+        ({"window": 4, "local_layers": (1, 1)}, "local_layers=.* is not a tuple of layers, ascending"),
+        ({"unrotated_layers": (3,)}, r"unrotated_layers=\(3,\) is not a tuple of layers"),
+        ({"local_rope_theta": 9.0}, "local_rope_theta=9.0 without local_layers"),
+        ({"rope_scaling": (8.0, None, None, None)}, "rope_scaling=.* is not a RopeScaling that can be"),
+        ({"rope_scaling": RopeScaling(8.0, low=1.0)}, "rope_scaling=.* is not a RopeScaling that can be"),
+        ({"rope_scaling": RopeScaling(8.0, 4.0, 1.0, 64)}, "rope_scaling=.* is not a RopeScaling that can be"),
+        ({"qk_norm": 1}, "qk_norm=1 is not True or False"),
+        ({"activation": "relu"}, "activation='relu' is not silu or gelu_tanh"),
+        ({"score_width": 2.5}, "score_width=2.5 is not a positive integer or None"),
+        ({"logit_softcap": 0}, "logit_softcap=0 is not a positive number or None"),
+        ({"family": None}, "family=None is not a name"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):

@@ -1,0 +1,281 @@
+"""The mode that measures: one checkpoint on the task that the config names now, prompt by prompt, and nothing is trained.
+
+An evaluation has a directory of its own inside that of the run: blocks/ while it goes on, one file per block of prompts, so
+that a start after a kill continues behind the last; then prompts.jsonl, samples.jsonl, samples.txt, figure.png, report.md
+and, last of all, result.json. Every random number is addressed by (seed, checkpoint, prompt, sample), so that all of them are
+the same however often it was killed.
+"""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from grpo_jax import report
+from grpo_jax.config import flat, validate
+from grpo_jax.tasks import Task
+from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.checkpoints import digests
+from grpo_jax.train.errors import RunDirectoryError
+from grpo_jax.train.evaluation import Completion, draw_completions
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.program import make_program
+from grpo_jax.train.run import Run, check_preempted, show, sigterm_as_flag
+from grpo_jax.train.run_directory import (
+    EVALUATIONS,
+    RESULT,
+    lock_directory,
+    open_run_directory,
+    read_json,
+    write_json,
+    write_text,
+)
+from grpo_jax.train.subject import Subject, check_alphabet, find_subject, stored_config
+
+BLOCKS = "blocks"
+
+# What may differ when an evaluation is started again: it changes no number.
+CHANGEABLE = ("verifier.num_workers", "evaluate.interval", "evaluate.samples", "evaluate.examples")
+
+
+def evaluate(
+    config: Any,
+    workdir: str | Path,
+    console: Console | None = None,
+    *,
+    checkpoint: str = "latest",
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Measures, resumes, or shows the finished measurement of a checkpoint of the run in a run directory.
+
+    Measured on every prompt (or the ``evaluate.prompts`` chosen): ``evaluate.final_samples`` completions at the config's
+    temperature, and the greedy one. Where the config's task is the run's, they are those that the run itself measured. Text is
+    judged by the verifier on the host, so that every verdict is counted; a reward is what training would give.
+
+    Args:
+      config: as for `train`; it may differ from the run's in task, evaluate, data, rollout, verifier and mesh.
+      workdir: the run directory. Where it holds no run, the config's own initial model is measured.
+      console: where progress is shown; the terminal by default.
+      checkpoint: "latest", "reference", or the number of an iteration that was saved.
+      name: of the directory inside ``workdir``/evaluations; by default made of checkpoint, task and split.
+
+    Returns:
+      The content of result.json: see `report.summarise`. prompts.jsonl has a row per prompt, which
+      ``python -m grpo_jax.theory plan --from`` reads; samples.jsonl and samples.txt the first ``evaluate.kept_samples``
+      completions of each, and the greedy one.
+
+    Raises:
+      ConfigError, RunDirectoryError, CheckpointError, Preempted, ValueError: each message says what to do.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise RunDirectoryError(f"--name={name[:100]!r} must be letters, digits and . _ + - only: it names one folder")
+    task, objective = validate(config, num_devices=jax.device_count())
+    workdir = Path(workdir).expanduser().resolve()
+    with ExitStack() as stack:
+        with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
+            stored = stored_config(workdir, config)
+            program = make_program(config, task, objective)
+            check_alphabet(config, program, stored)
+            subject = find_subject(config, program, workdir, checkpoint, has_run=stored is not None)
+        identity = _identity(config, program.task, subject)
+        place = workdir / EVALUATIONS / (name or _name(subject, identity, stored))
+        options: dict[str, Any] = {"changeable": CHANGEABLE, "flag": "--name=NAME"}
+        directory = stack.enter_context(open_run_directory(place, identity, **options))
+        if (directory / RESULT).exists():
+            shutil.rmtree(directory / BLOCKS, ignore_errors=True)  # left where the last step was killed
+            result = read_json(directory / RESULT)
+            console.print(f"{directory} holds a finished evaluation:", markup=False, highlight=False)
+            show(console, report.evaluation_table(result))
+            return result
+        settings = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
+        pool = stack.enter_context(VerifierPool(program.task.verify, **settings))
+        signals = stack.enter_context(sigterm_as_flag())
+        run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
+        return _phases(run, subject, dropped=len(task.examples) - len(program.task.examples))
+
+
+def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
+    begun = time.monotonic()
+    header = _header(run, subject, dropped)
+    show(run.console, header)
+    rows, samples = _measure(run, subject)
+
+    c, directory = run.config, run.directory
+    result = report.summarise(rows, confidence=c.evaluate.confidence, group_size=c.rollout.group_size) | {
+        "checkpoint": subject.name,
+        "model": c.model.path or "random decoder",
+        "task": run.program.task.name,
+        "split": _task_options(c).get("split"),
+        "dropped": dropped,
+        "seed": c.seed,
+        "temperature": c.rollout.temperature,
+        "max_completion": c.rollout.max_completion,
+    }
+    shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
+    for file, lines in (("prompts.jsonl", rows), ("samples.jsonl", samples)):
+        write_text(directory / file, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(directory / "samples.txt", report.samples_text(rows, samples))
+    report.draw_evaluation(directory / "figure.png", rows, result)
+    write_text(directory / "report.md", report.evaluation_page(result, header, shown, samples))
+    write_json(directory / RESULT, result)
+    shutil.rmtree(directory / BLOCKS)
+    show(run.console, report.evaluation_table(result))
+    files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
+    run.console.print(
+        f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}", markup=False, highlight=False
+    )
+    return result
+
+
+def _measure(run: Run, subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of the prompts, rows of the samples kept): read from the blocks on disk, after computing those that are missing."""
+    program, folder = run.program, run.directory / BLOCKS
+    rows, batch = len(program.probed), run.config.data.prompts_per_iteration
+    paths = [folder / f"{number:06}.json" for number in range(math.ceil(rows / batch))]
+    blocks = [_read_block(path) for path in paths if path.exists()]
+    done = sum(len(block["prompts"]) for block in blocks)
+    if blocks:
+        run.console.print(f"resuming after {done:,} of {rows:,} prompts", highlight=False)
+    counts = Counter({k: sum(row[k] for b in blocks for row in b["prompts"]) for k in ("successes", "trials")})
+    with report.progress(run.console, "prompts", total=rows, done=done) as line:
+        for number, path in enumerate(paths):
+            if path.exists():
+                continue
+            check_preempted(run)
+            block = _measure_block(run, subject, program.probed[number * batch : (number + 1) * batch])
+            folder.mkdir(exist_ok=True)
+            write_text(path, json.dumps(block))
+            done += len(block["prompts"])
+            counts.update({k: sum(row[k] for row in block["prompts"]) for k in ("successes", "trials")})
+            line.update(done, f"success {counts['successes'] / counts['trials']:.3f}")
+    blocks = [_read_block(path) for path in paths]  # what an unbroken evaluation and a resumed one both read
+    return [row for b in blocks for row in b["prompts"]], [row for b in blocks for row in b["samples"]]
+
+
+def _measure_block(run: Run, subject: Subject, block: np.ndarray) -> dict[str, Any]:
+    c, key = run.config, role_key(run.base_key, "probe", subject.iteration)
+    assert run.pool is not None
+    draw = partial(draw_completions, run.program, run.pool, subject.params, batch_prompts=c.data.prompts_per_iteration)
+    sampled = draw(
+        subject.ref_params, key, block, samples=c.evaluate.final_samples, batch_samples=c.evaluate.batch_samples
+    )
+    greedy = draw(None, key, block, samples=1, batch_samples=1, greedy=True)
+    task, kept = run.program.task, c.evaluate.kept_samples
+    prompts, samples = [], []
+    for index, drawn, (best,) in zip(block.tolist(), sampled, greedy, strict=True):
+        prompts.append(_row(task, index, drawn, best))
+        samples.append(_sample(task, index, 0, best, greedy=True))
+        samples += [_sample(task, index, j, completion) for j, completion in enumerate(drawn[:kept])]
+    return {"prompts": prompts, "samples": samples}
+
+
+def _row(task: Task, index: int, drawn: Sequence[Completion], best: Completion) -> dict[str, Any]:
+    """One prompt's line of prompts.jsonl."""
+    ratios = [x.log_ratio for x in drawn if x.log_ratio is not None]
+    majority = common = None
+    if task.answer is not None:
+        answers, rewards = [_answer(task, x.text) for x in drawn], [x.reward for x in drawn]
+        majority = {str(k): report.majority_at_k(answers, rewards, k) for k in report.powers_of_two(len(drawn))}
+        common = Counter(a[:100] for a in answers if a is not None).most_common(3)
+    return {
+        "index": index,
+        "prompt": task.examples[index].prompt,
+        "target": task.examples[index].target,
+        "successes": sum(x.reward > 0 for x in drawn),
+        "trials": len(drawn),
+        "greedy": best.reward > 0,
+        "greedy_verdict": best.verdict,
+        "verdicts": dict(sorted(Counter(x.verdict for x in drawn).items())),
+        "tokens": sum(x.tokens for x in drawn),
+        "truncated": sum(x.truncated for x in drawn),
+        "disagreements": sum(x.reward != x.verdict.reward for x in [*drawn, best]),
+        "kl": sum(ratios) / len(ratios) if ratios else None,
+        "majority": majority,
+        "answers": common,
+    }
+
+
+def _sample(task: Task, index: int, number: int, x: Completion, *, greedy: bool = False) -> dict[str, Any]:
+    """One completion's line of samples.jsonl."""
+    row = {"index": index, "sample": number, "greedy": greedy, "text": x.text, "verdict": x.verdict, "reward": x.reward}
+    return row | {
+        "tokens": x.tokens,
+        "truncated": x.truncated,
+        "answer": _answer(task, x.text) if task.answer else None,
+    }
+
+
+def _answer(task: Task, text: str) -> str | None:
+    assert task.answer is not None
+    try:
+        return task.answer(text)
+    except Exception:  # as a verifier's crash is a verdict and ends nothing, so here: no answer, no vote
+        return None
+
+
+def _read_block(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}): delete it, and it will be measured again") from None
+
+
+def _identity(config: Any, task: Task, subject: Subject) -> dict[str, Any]:
+    """What decides the numbers of an evaluation, as {dotted key: JSON value}; kept as its config.json."""
+    groups = ("model", "data", "rollout", "evaluate", "verifier", "mesh", "seed")
+    bound = {key: value for key, value in flat(config).items() if key.split(".")[0] in groups}
+    bound |= {"task.name": config.task.name} | {f"task.{k}": v for k, v in sorted(_task_options(config).items())}
+    examples = json.dumps([list(example) for example in task.examples])
+    return bound | {
+        "task.examples": hashlib.sha256(examples.encode()).hexdigest(),
+        "checkpoint.name": subject.name,
+        "checkpoint.parameters": hashlib.sha256(json.dumps(digests(subject.params)).encode()).hexdigest(),
+    }
+
+
+def _name(subject: Subject, identity: dict[str, Any], stored: dict[str, Any] | None) -> str:
+    """checkpoint-task-split, and whatever else of the task is not the run's."""
+    task, parts = identity["task.name"], []
+    for key, value in identity.items():
+        option = key.removeprefix("task.")
+        if option in (key, "name", "examples") or value is None:
+            continue
+        same = stored is None or stored.get(f"task.{task}.{option}") == json.loads(json.dumps(value))
+        if option == "split" or not same:
+            parts.append(str(value) if option == "split" else f"{option}-{value}")
+    return re.sub(r"[^\w.+-]+", "_", "-".join([subject.name, task, *parts]))[:100]
+
+
+def _task_options(config: Any) -> dict[str, Any]:
+    group = config.task.get(config.task.name, {})
+    return flat(group) if hasattr(group, "items") else {}
+
+
+def _header(run: Run, subject: Subject, dropped: int) -> list[tuple[str, str]]:
+    c, program = run.config, run.program
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(program.shapes))
+    prompts = f"{len(program.probed):,} of {len(program.task.examples):,} prompts"
+    left_out = f"; {dropped:,} more are too long for data.max_prompt and left out" if dropped else ""
+    split = _task_options(c).get("split")
+    drawn = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}, and the greedy one"
+    return [
+        ("devices", f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}"),
+        ("model", f"{c.model.path or 'random decoder'}, {num_params:,} parameters, {c.model.dtype}"),
+        ("checkpoint", subject.name),
+        ("task", f"{program.task.name}{f', {split}' if split else ''}: {prompts}{left_out}"),
+        ("samples", f"{drawn}, at most T = {c.rollout.max_completion} tokens"),
+    ]

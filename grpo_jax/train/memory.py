@@ -1,0 +1,142 @@
+"""What a run needs of each device's memory, known before anything is allocated: its programs are compiled for shapes alone."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from grpo_jax.config import validate
+from grpo_jax.models import make_policy, param_shapes
+from grpo_jax.objective import Objective
+from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.tasks import Task
+from grpo_jax.train.errors import RunError
+from grpo_jax.train.program import make_decoder, make_functions, make_optimizer
+from grpo_jax.train.run import show
+from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, sharded_shapes
+from grpo_jax.train.step import init_state
+
+
+class Memory(NamedTuple):
+    """Bytes per device.
+
+    Attributes:
+      held: of what stays for the whole run, by name: parameters, optimizer, reference.
+      working: of what a program adds while it runs, by name; only one runs at a time.
+    """
+
+    held: dict[str, int]
+    working: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """All that is held, and the most that a program adds."""
+        return sum(self.held.values()) + max(self.working.values(), default=0)
+
+
+def estimate(config: Any, console: Console | None = None) -> Memory:
+    """Prints what a run of this config would hold and need on each device, without weights or a run directory.
+
+    Raises ConfigError for a config that cannot run.
+    """
+    console = console or Console()
+    task, objective = validate(config, num_devices=jax.device_count())
+    names = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
+    console.print(f"compiling for {names}; nothing is allocated", markup=False, highlight=False)
+    memory = estimate_memory(config, task, objective)
+    show(console, memory_table(memory))
+    return memory
+
+
+def held_memory(config: Any, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Bytes per device of parameters, optimizer state and reference, from shapes with shardings."""
+    state = jax.eval_shape(lambda params: init_state(params, make_optimizer(config)), shapes)
+    parameters = per_device(shapes)
+    optimizer = per_device(sharded_shapes(state, mesh)) - parameters
+    return {"parameters": parameters, "optimizer": optimizer, "reference": parameters}
+
+
+def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
+    """What XLA says each program of a validated config needs, on the devices of this process.
+
+    Prompts count as data.max_prompt tokens. The programs are those of this backend: on CPU devices that stand for others
+    (``--devices``), buffers are those of XLA's CPU compiler, near those of an accelerator but not the same.
+    """
+    mesh = make_mesh(**config.mesh)
+    decoder = make_decoder(config, task)
+    shapes = sharded_shapes(param_shapes(decoder), mesh)
+    functions = make_functions(
+        config, objective, make_policy(decoder), shapes, mesh, stop_ids=(0,), pad_id=0, verify_tokens=None
+    )
+
+    rows, whole = row_sharding(mesh), replicated(mesh)
+    prompts_number, width, length = (
+        config.data.prompts_per_iteration,
+        config.data.max_prompt,
+        config.rollout.max_completion,
+    )
+
+    def array(*shape: int, dtype: Any = jnp.int32, sharding: Any = rows) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    prompts = PromptBatch(array(prompts_number, width), array(prompts_number, width, dtype=bool), array(prompts_number))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def rollout(group_size: int) -> Rollout:
+        shape = (prompts_number, group_size, length)
+        return Rollout(
+            array(*shape), array(*shape, dtype=bool), array(*shape, dtype=jnp.float32), array(*shape[:2], dtype=bool)
+        )
+
+    state = sharded_shapes(jax.eval_shape(functions.start, shapes), mesh)
+    group_size = config.rollout.group_size
+    rewards, beta = array(prompts_number, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
+    probed = min(config.evaluate.batch_samples, config.evaluate.samples)
+    programs = {
+        "rollout": functions.sample.lower(shapes, prompts, key),
+        "update": functions.improve.lower(state, shapes, prompts, rollout(group_size), rewards, key, beta),
+        "probe, sampling": functions.draw.lower(
+            shapes, prompts, key, group_size=probed, greedy=False, first_sample=array(sharding=whole)
+        ),
+        "probe, KL": functions.sequence_kl.lower(shapes, shapes, prompts, rollout(probed)),
+    }
+    return Memory(held_memory(config, shapes, mesh), {name: _working(lowered) for name, lowered in programs.items()})
+
+
+def check_memory(held: int) -> None:
+    """RunError where a device that tells its size is smaller than what a run holds all the time."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and held > limit:
+        raise RunError(
+            f"parameters, optimizer and reference need {binary(held)} per device, which has {binary(limit)}: "
+            "spread them with --config.mesh.fsdp=N over more devices, or take a smaller model"
+        )
+
+
+def per_device(tree: Any) -> int:
+    """Bytes of one device's share of a tree of ``ShapeDtypeStruct`` with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def memory_table(memory: Memory) -> list[tuple[str, str]]:
+    """(what, bytes) lines."""
+    lines = [(name, binary(size)) for name, size in memory.held.items()]
+    lines += [(f"{name} adds", binary(size)) for name, size in memory.working.items()]
+    return [*lines, ("peak per device", binary(memory.peak))]
+
+
+def binary(size: int) -> str:
+    """Bytes in a unit that people read.
+
+    >>> binary(1536), binary(5 << 30)
+    ('1.5 KiB', '5.0 GiB')
+    """
+    power = min(max(size.bit_length() - 1, 0) // 10, 4)
+    return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def _working(lowered: Any) -> int:
+    found = lowered.compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
