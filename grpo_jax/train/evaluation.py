@@ -92,7 +92,10 @@ def probe(
             rollout = program.functions.draw(
                 params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
             )
-            log_ratio = program.functions.sequence_kl(params, ref_params, prompts, rollout)
+            # π = π_ref has no KL, and need not be asked for it.
+            log_ratio = (
+                0.0 if params is ref_params else program.functions.sequence_kl(params, ref_params, prompts, rollout)
+            )
             rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
             verdicts.update(counts)
             successes[places] += rewards.sum(-1).astype(np.int64)

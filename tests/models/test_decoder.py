@@ -291,7 +291,7 @@ def test_remat_changes_no_value_and_recomputes(config):
 
     values = [jax.jit(jax.value_and_grad(loss(policy)))(params) for policy in (plain, remat)]
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), values[0][1], values[1][1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), values[0][1], values[1][1])
     name = {"silu": "logistic", "gelu_tanh": "tanh"}[config.activation]
     count = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)).count(name) for policy in (plain, remat)]
     assert count[1] > count[0], "the backward pass of remat must compute the activation again"
