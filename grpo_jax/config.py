@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import make_task
-from grpo_jax.models.decoder import DTYPES, DecoderConfig
+from grpo_jax.models.architecture import DTYPES, DecoderConfig
 from grpo_jax.objective import Objective, named_objective
 from grpo_jax.tasks import Task
 

@@ -231,6 +231,34 @@ def test_no_config_and_help(tmp_path):
     assert "--workdir" in helped.stdout + helped.stderr
 
 
+def test_evaluation_of_the_last_checkpoint_is_the_final_measurement(unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    before = outcome(workdir)
+    done = launch(workdir, "--mode=evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "pass@8" in done.stdout
+    assert "verdicts" in done.stdout
+    (place,) = (workdir / "evaluations").iterdir()
+    rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
+    found = [row["successes"] / row["trials"] for row in rows]
+    assert found == before[2]["prompts"]["p_final"]
+    assert outcome(workdir) == before
+    plan = [sys.executable, "-m", "grpo_jax.theory", "plan", f"--from={place / 'prompts.jsonl'}", "--beta=1"]
+    planned = subprocess.run(plan, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+
+
+def test_memory_is_estimated_without_a_run(tmp_path):
+    done = launch(tmp_path / "run", "--mode=estimate", "--devices=2")
+    assert done.returncode == 0, done.stderr
+    assert "peak per device" in done.stdout
+    assert "2 × cpu" in done.stdout
+    assert not (tmp_path / "run").exists()
+    wrong = launch(tmp_path / "run", "--devices=2")
+    assert (wrong.returncode, "--mode=estimate" in wrong.stderr) == (2, True)
+
+
 def test_another_config_in_the_same_directory_is_refused(unbroken):
     before = outcome(unbroken[0])
     failed = launch(unbroken[0], seed=5)

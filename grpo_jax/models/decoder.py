@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from grpo_jax.models.architecture import DTYPES as DTYPES
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import capped, rotations
 from grpo_jax.models.layer import Cache, Layer, matmul, rms_norm

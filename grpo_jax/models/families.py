@@ -10,8 +10,6 @@ from typing import Any
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.stored import plain_file, read_json
-from grpo_jax.models.tensors import Target as Target
-from grpo_jax.models.tensors import tensor_targets as tensor_targets
 
 Entries = dict[str, Any]
 

@@ -1,12 +1,9 @@
 """What the tensors of a Hugging Face folder are called, and where they belong in the parameters."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from grpo_jax.models.architecture import DecoderConfig
-from grpo_jax.models.decoder import Params
 
 # Parameter of a layer: name in the file; with what some families add or call otherwise.
 LAYER_NAMES = {
@@ -36,13 +33,6 @@ class Target(NamedTuple):
     shape: tuple[int, ...]
     path: tuple[str, ...]
     layer: int | None = None
-
-    def view(self, params: Params) -> np.ndarray:
-        leaf: Any = params
-        for step in self.path:
-            leaf = leaf[step]
-        # torch keeps the embedding as we do, [V, D]; the caller transposes everything.
-        return leaf.T if self.path == ("embedding",) else leaf if self.layer is None else leaf[self.layer]
 
 
 def tensor_targets(config: DecoderConfig) -> Iterator[Target]:

@@ -15,6 +15,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(^|/)unembedding$", PartitionSpec("fsdp", "tensor")),
     (r"/(query|key|value|gate|up)$", PartitionSpec(None, "fsdp", "tensor")),
     (r"/(output|down)$", PartitionSpec(None, "tensor", "fsdp")),
+    (r"/(query|key|value)_bias$", PartitionSpec(None, "tensor")),
     (r"", PartitionSpec()),
 )
 
