@@ -15,7 +15,8 @@ import safetensors.numpy
 from grpo_jax.models import init_params, load_pretrained, make_policy, read_config, save_pretrained
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.decoder import param_shapes
-from grpo_jax.models.families import FAMILIES, config_entries, tensor_targets
+from grpo_jax.models.families import FAMILIES, config_entries
+from grpo_jax.models.tensors import tensor_targets
 from grpo_jax.rollout import PromptBatch, sample_groups, score_groups
 from tests.models import make_golden_families
 from tests.models.make_golden_families import GOLDEN, make_weight
