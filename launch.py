@@ -24,7 +24,7 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "estimate"], "train or resume; measure a checkpoint; or bytes per device."
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "latest", "With --mode=evaluate: latest, reference, or the number of an iteration."
+    "checkpoint", None, "With --mode=evaluate: latest (default), reference, or the number of an iteration."
 )
 _NAME = flags.DEFINE_string("name", None, "With --mode=evaluate: folder in the run directory's evaluations/.")
 _DEVICES = flags.DEFINE_integer(
@@ -39,9 +39,10 @@ def main(arguments: list[str]) -> None:
     name, _, regime = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     workdir = _WORKDIR.value or Path("runs") / "_".join([Path(name).stem, *([regime] if regime else [])])
     prepare_streams()
+    for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate")):
+        if flag.value is not None and _MODE.value != mode:
+            stop(f"--{flag.name} is for --mode={mode}", EXIT_USAGE)
     if _DEVICES.value is not None:
-        if _MODE.value != "estimate":
-            stop("--devices is for --mode=estimate", EXIT_USAGE)
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value)}
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
@@ -54,7 +55,7 @@ def main(arguments: list[str]) -> None:
             case "train":
                 train(_CONFIG.value, workdir)
             case "evaluate":
-                evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value, name=_NAME.value)
+                evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value or "latest", name=_NAME.value)
             case "estimate":
                 estimate(_CONFIG.value)
     except ConfigError as error:
@@ -72,12 +73,18 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(arguments)
     except (flags.Error, OSError) as error:
-        stop(str(error), EXIT_USAGE)
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        stop("\n".join(lines[:: len(lines) - 1] if "Traceback" in str(error) else lines), EXIT_USAGE)
     except AttributeError as error:  # an unknown --config.key; ml_collections says which key it may have meant
         stop(f"unknown config key: {error}", EXIT_USAGE)
     except (TypeError, ValueError, KeyError) as error:
         stop(f"bad config value: {error}", EXIT_USAGE)
-    if _CONFIG.value is None:
+    try:
+        missing = _CONFIG.value is None or not _CONFIG.value.keys()
+    except Exception as error:  # the file's own, whatever it is, or that there is none
+        file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+        stop(str(error) if Path(file).is_file() else f"--config={file}: no such file from {Path.cwd()}", EXIT_USAGE)
+    if missing:
         stop("say which config to run: --config=configs/small.py (--help lists all flags)", EXIT_USAGE)
     return rest
 

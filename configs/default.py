@@ -20,9 +20,7 @@ def get_config() -> ConfigDict:
                     "operand_max": 9,  # operands run from 0 to this
                 },
                 "stories": {
-                    "path": placeholder(
-                        str
-                    ),  # JSONL file of {"prompt", "constraint"} rows; unset: the built-in openings
+                    "path": placeholder(str),  # JSONL of {"prompt", "constraint"}; unset: built-in openings
                 },
                 "countdown": {
                     "num_examples": 1000,  # different puzzles
@@ -35,14 +33,12 @@ def get_config() -> ConfigDict:
                 "gsm8k": {
                     "path": placeholder(str),  # folder with the official train.jsonl and test.jsonl; unset: downloaded
                     "split": "train",  # train | test | a slice, train[:10%]
-                    "prompt": placeholder(
-                        str
-                    ),  # text with {question}; unset: asks for the answer as the verifier wants it
+                    "prompt": placeholder(str),  # text with {question}; unset: as the verifier wants it
                     "verifier": "number_hash",  # number_hash | number_boxed | number_tag | number_last | math_verify | …
                     "data_dir": placeholder(str),  # where prepared data are kept; unset: ~/tensorflow_datasets
                 },
                 "dataset": {
-                    "source": placeholder(str),  # .jsonl or .parquet file, folder of them, or name of a TFDS dataset
+                    "source": placeholder(str),  # .jsonl or .parquet file, folder of them, TFDS name
                     "split": "train",  # as TFDS writes splits: test[:10%]
                     "prompt": placeholder(str),  # text with fields of a row: "{question}\nAnswer:"
                     "target": placeholder(str),  # likewise, for the verifier: "{answer}"
@@ -56,9 +52,7 @@ def get_config() -> ConfigDict:
                 },
             },
             "model": {
-                "path": placeholder(
-                    str
-                ),  # Hugging Face folder (Llama, Mistral, Qwen, Gemma); unset: a random decoder of the sizes below
+                "path": placeholder(str),  # Hugging Face folder; unset: a random decoder of the sizes below
                 "stop_ids": (),  # token ids that end a completion; empty: the tokenizer's EOS
                 "dtype": "float32",  # of matrix products: float32 or bfloat16; parameters are always float32
                 "remat": False,  # compute a layer again in the backward pass instead of keeping its activations
@@ -110,12 +104,8 @@ def get_config() -> ConfigDict:
                 "tau_plus": placeholder(float),  # temperature of sapo for successes
                 "tau_minus": placeholder(float),  # and for failures
                 "reduce": placeholder(str),  # sequence_sum | sequence_mean | token_mean | constant
-                "constant_length": placeholder(
-                    int
-                ),  # tokens that reduce=constant divides by: rollout.max_completion, say
-                "kl": placeholder(
-                    str
-                ),  # sequence_reverse | token_reverse | token_reverse_weighted | token_forward | none
+                "constant_length": placeholder(int),  # that reduce=constant divides by, in tokens
+                "kl": placeholder(str),  # sequence_reverse | token_reverse[_weighted] | token_forward | none
                 "anchor": placeholder(str),  # reference | previous | both
                 "correction": placeholder(str),  # weight for the sampler's rounding: token | sequence | none
                 "correction_cap": placeholder(float),  # its largest weight
@@ -135,16 +125,14 @@ def get_config() -> ConfigDict:
                 "inner_epochs": 1,  # passes over a rollout
                 "minibatches": 1,  # updates per pass, on equal parts of the prompts
                 "microbatches": 1,  # parts of a minibatch whose gradients are accumulated: less memory, same result
-                "chunk_size": placeholder(
-                    int
-                ),  # completion positions whose logits exist at a time; unset: some 64 MiB of them
+                "chunk_size": placeholder(int),  # positions whose logits exist at a time; unset: 64 MiB of them
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },
             "evaluate": {
-                "prompts": placeholder(int),  # that probes measure, chosen by the seed; unset: all
+                "prompts": placeholder(int),  # that are measured, chosen by the seed; unset: all
                 "interval": 10,  # iterations between probes of the success probability
                 "samples": 32,  # per prompt, at those probes
-                "final_samples": 1024,  # per prompt, for p_ref before and for the success probability after training
+                "final_samples": 1024,  # per prompt, for p_ref, after training, and with --mode=evaluate
                 "batch_samples": 64,  # per prompt, drawn at a time
                 "confidence": 0.95,  # of every interval
                 "examples": 8,  # prompts whose completions are shown before and after

@@ -17,12 +17,13 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message lists every conflict."""
 
 
-def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
+def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[Task, Objective]:
     """Checks the whole config and returns what it names.
 
     Args:
       config: the resolved `ml_collections.ConfigDict`.
       num_devices: of this run.
+      training: whether iterations follow; a measurement alone may have fewer prompts than they need.
 
     Raises:
       ConfigError: with one line per conflict, naming keys and numbers.
@@ -88,9 +89,11 @@ def validate(config: Any, *, num_devices: int) -> tuple[Task, Objective]:
         found += _weight_conflicts(config, objective)
     task = _attempt(found, "task", lambda: make_task(config.task.name, **_task_options(config)))
     if not found:
-        found += _divisions(config, num_devices)
+        found += _divisions(config, num_devices, training)
     if task is not None:
-        found += _task_conflicts(config, task)
+        found += _model_conflicts(config)
+        if training:
+            found += _training_conflicts(config, task)
     if found or task is None or objective is None:
         raise ConfigError("\n".join(["this config cannot run:", *(f"  - {line}" for line in found)]))
     return task, objective
@@ -152,10 +155,12 @@ def _attempt(found: list[str], group: str, make: Any) -> Any:
         return make()
     except (ValueError, TypeError, OSError, ImportError) as error:
         found.append(f"{group}: {error}")
+    except (Exception, SystemExit) as error:  # a user's own module may fail in any way when it is imported
+        found.append(f"{group}: {type(error).__name__}: {error}")
         return None
 
 
-def _divisions(config: Any, num_devices: int) -> list[str]:
+def _divisions(config: Any, num_devices: int, training: bool) -> list[str]:
     found = []
     prompts, minibatches, microbatches = (
         config.data.prompts_per_iteration,
@@ -169,7 +174,7 @@ def _divisions(config: Any, num_devices: int) -> list[str]:
         found.append(
             f"mesh.data={config.mesh.data} · mesh.fsdp={fsdp} · mesh.tensor={tensor} does not make the {num_devices} device(s)"
         )
-    elif prompts % (minibatches * microbatches * data * fsdp):
+    elif training and prompts % (minibatches * microbatches * data * fsdp):
         found.append(
             f"data.prompts_per_iteration={prompts} is not divisible by train.minibatches={minibatches} · "
             f"train.microbatches={microbatches} · {data * fsdp} devices along mesh.data and mesh.fsdp"
@@ -178,6 +183,8 @@ def _divisions(config: Any, num_devices: int) -> list[str]:
     for key in ("samples", "final_samples"):
         if config.evaluate[key] > most and config.evaluate[key] % most:
             found.append(f"evaluate.{key}={config.evaluate[key]} is not a multiple of evaluate.batch_samples={most}")
+    if not training:
+        return found
     if samples < config.evaluate.samples:
         found.append(f"evaluate.final_samples={samples} is below evaluate.samples={config.evaluate.samples}")
     if samples < 8:
@@ -185,7 +192,19 @@ def _divisions(config: Any, num_devices: int) -> list[str]:
     return found
 
 
-def _task_conflicts(config: Any, task: Task) -> list[str]:
+def _model_conflicts(config: Any) -> list[str]:
+    found = []
+    if config.data.chat and config.model.path is None:
+        found.append("data.chat=True needs a model folder with a chat template: set model.path")
+    for key in ("system", "enable_thinking"):
+        if config.data[key] is not None and not config.data.chat:
+            found.append(f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True")
+    if config.model.path is not None and not Path(config.model.path).is_dir():
+        found.append(f"model.path={config.model.path!r} is not a folder")
+    return found
+
+
+def _training_conflicts(config: Any, task: Task) -> list[str]:
     found = []
     rows = len(task.examples)
     if config.data.prompts_per_iteration > rows:
@@ -193,11 +212,6 @@ def _task_conflicts(config: Any, task: Task) -> list[str]:
             f"data.prompts_per_iteration={config.data.prompts_per_iteration} exceeds the {rows} prompts of task {task.name!r}: "
             "an iteration would hold a prompt twice"
         )
-    if config.data.chat and config.model.path is None:
-        found.append("data.chat=True needs a model folder with a chat template: set model.path")
-    for key in ("system", "enable_thinking"):
-        if config.data[key] is not None and not config.data.chat:
-            found.append(f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True")
     if config.model.path is None:
         if task.demonstrations is None:
             found.append(
@@ -207,11 +221,8 @@ def _task_conflicts(config: Any, task: Task) -> list[str]:
             found.append(
                 "a random model without a warm start never succeeds: set model.path, or warm_start.max_steps > 0"
             )
-    else:
-        if not Path(config.model.path).is_dir():
-            found.append(f"model.path={config.model.path!r} is not a folder")
-        if config.warm_start.max_steps and task.demonstrations is None:
-            found.append(
-                f"warm_start.max_steps={config.warm_start.max_steps}, but task {task.name!r} has no demonstrations: set 0"
-            )
+    elif config.warm_start.max_steps and task.demonstrations is None:
+        found.append(
+            f"warm_start.max_steps={config.warm_start.max_steps}, but task {task.name!r} has no demonstrations: set 0"
+        )
     return found

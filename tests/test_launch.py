@@ -222,6 +222,10 @@ def test_a_mistake_is_one_clear_message_and_no_work(mistake, tmp_path):
 
 
 def test_no_config_and_help(tmp_path):
+    for config, words in (("configs/none.py", "no such file"), ("configs/small.py:none", "interior, amplify")):
+        wrong = [sys.executable, "launch.py", f"--config={config}"]
+        failed = subprocess.run(wrong, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        assert (failed.returncode, words in failed.stderr, "Traceback" in failed.stderr) == (2, True, False)
     bare = subprocess.run([sys.executable, "launch.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert (bare.returncode, "--config=configs/small.py" in bare.stderr) == (2, True)
     helped = subprocess.run(
@@ -265,6 +269,18 @@ def test_another_config_in_the_same_directory_is_refused(unbroken):
     assert failed.returncode == 1
     assert "seed: 0 there, 5 now" in failed.stderr
     assert outcome(unbroken[0]) == before
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_verifier(unbroken, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    (workdir / "result.json").unlink()
+    config = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(config | {"task.examples": "0" * 64}))
+    failed = launch(workdir)
+    assert failed.returncode == 1
+    assert "task.examples" in failed.stderr
+    assert "task.verify" not in failed.stderr
 
 
 def test_weights_that_are_a_pickle_are_refused(tmp_path):

@@ -82,17 +82,23 @@ def read_chat(
       arguments: further variables of the template, ``{"enable_thinking": False}`` say; JSON values.
 
     Raises:
-      ValueError: no template, one that is refused (see `frame_of`), or a system prompt that holds a special token.
+      ValueError: no template, one that is refused (see `frame_of`), a system prompt that holds a special token, or an
+        argument that changes nothing.
     """
     if system is not None and set(tokenizer.parse(system)[0]) & tokenizer.special_ids:
         raise ValueError(f"the system prompt {system[:60]!r} holds the text of a special token")
     named = {f"{kind}_token": tokenizer.token(kind) for kind in ("bos", "eos", "pad", "unk")}
     variables = {name: token for name, token in named.items() if token is not None}
     source, template = _read_template(tokenizer.folder)
+    variables |= dict(arguments or {})
     try:
-        return ChatFormat(tokenizer, frame_of(template, system=system, arguments=variables | dict(arguments or {})))
+        frame = frame_of(template, system=system, arguments=variables)
+        for name in arguments or {}:
+            if not _depends(template, system, variables, name, frame):
+                raise ValueError(f"the chat template does not depend on {name}: leave it unset")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    return ChatFormat(tokenizer, frame)
 
 
 def frame_of(template: str, *, system: str | None = None, arguments: Mapping[str, Any] | None = None) -> Frame:
@@ -106,7 +112,7 @@ def frame_of(template: str, *, system: str | None = None, arguments: Mapping[str
 
     Raises:
       ValueError: a template that is too long, fails, takes more than 2 s of CPU time, 512 MB or 1,000,000 characters, or
-        does anything else with the user's text than to write it once, stripped or not.
+        does anything else with the user's text than to write it once, stripped or not, or leaves out the system prompt.
 
     >>> frame_of("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]{% endfor %}[assistant]")
     Frame(before='[user]', after='[end][assistant]', strips_left=True, strips_right=True)
@@ -131,7 +137,22 @@ def frame_of(template: str, *, system: str | None = None, arguments: Mapping[str
     right = _strips([padding[::-1] for padding in _PADDINGS], [found[1].removesuffix(after) for found in parts])
     if left is None or right is None or short != before + "user" + after:
         raise ValueError("the chat template writes other things around one user's text than around another's")
+    if system is not None and system.strip() not in before and system.strip() not in after:
+        raise ValueError(f"the chat template does not write the system prompt {system[:60]!r}")
     return Frame(before, after, left, right)
+
+
+def _depends(template: str, system: str | None, variables: dict[str, Any], name: str, frame: Frame) -> bool:
+    """Whether a frame would be another without a variable, or with another value: one may be set to what it is by default."""
+    value = variables[name]
+    without = {key: other for key, other in variables.items() if key != name}
+    for others in (without, without | {name: not value if isinstance(value, bool) else f"{value}?"}):
+        try:
+            if frame_of(template, system=system, arguments=others) != frame:
+                return True
+        except ValueError:  # it cannot do without
+            return True
+    return False
 
 
 def _strips(written: Sequence[str], found: Sequence[str]) -> bool | None:

@@ -1,5 +1,6 @@
 """Tasks by name, among them any dataset whose rows hold a prompt and a target."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,12 +21,20 @@ from grpo_jax.tasks import (
     stories,
 )
 
+_SUCH_AS = {  # of the options that have no default
+    "source": "rows.jsonl",
+    "prompt": "{question}",
+    "target": "{answer}",
+    "verifier": "number_last",
+    "name": "gcd",
+}
+
 
 def make_task(name: str, /, **options: Any) -> Task:
     """The task of that name, with its function's own options.
 
-    Raises ValueError for an unknown name or a wrong value, TypeError for an unknown option, and ImportError naming the package
-    that it needs.
+    Raises ValueError for an unknown name, an option that must be set or a wrong value, TypeError for an unknown option, and
+    ImportError naming the package that it needs.
 
     >>> make_task("arithmetic", operand_max=1).examples[-1]
     Example(prompt='1+1=', target='2')
@@ -40,6 +49,10 @@ def make_task(name: str, /, **options: Any) -> Task:
     }
     if name not in tasks:
         raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(tasks)}")
+    parameters = inspect.signature(tasks[name]).parameters.values()
+    if missing := [p.name for p in parameters if p.default is p.empty and p.name not in options]:
+        keys = [f"task.{name}.{option} (such as {_SUCH_AS[option]!r})" for option in missing]
+        raise ValueError(f"{', '.join(keys)} must be set")
     return tasks[name](**options)
 
 
@@ -91,8 +104,9 @@ def read_examples(
     Rows that are alike are kept: the randomness of a rollout is addressed by the index of the row.
 
     Args:
-      source: a .jsonl, .ndjson or .parquet file, whose split is train; a folder of them named for their splits; a folder that
-        tensorflow-datasets has prepared as array_record; or the name of such a dataset, like ``ag_news_subset``.
+      source: a .jsonl, .ndjson or .parquet file, whose rows are the split train, whatever its name; a folder of such files
+        named for their splits, train.jsonl and test.jsonl say; a folder that tensorflow-datasets has prepared as
+        array_record; or the name of such a dataset, like ``ag_news_subset``.
       split: as tensorflow-datasets writes splits: ``train``, ``test[:10%]``, ``train[100:]+test``.
       prompt: text with fields of the row: ``"{question}\\nAnswer:"``. A field is a text or a number; a number of a JSONL file is
         taken as it is spelled there.

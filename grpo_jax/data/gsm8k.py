@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.data.splits import open_splits, read_split
 from grpo_jax.data.templates import parse_template
-from grpo_jax.tasks import Example, Task, find_answer, find_verifier
+from grpo_jax.tasks import Example, Task, find_answer, find_target_check, find_verifier
 
 
 class Official(NamedTuple):
@@ -74,11 +74,13 @@ def gsm8k(
     template, answers = parse_template(prompt), parse_template("{answer}")
     if set(template.fields) != {"question"}:
         raise ValueError(f"prompt={prompt!r} must hold the field {{question}}, and no other")
-    verify, answer = find_verifier(verifier), find_answer(verifier)
+    verify, answer, check = find_verifier(verifier), find_answer(verifier), find_target_check(verifier)
     ending = _FORMATS.get(verifier, _FORMATS["number_hash"])[1]
 
     def make(row: Mapping[str, Any]) -> tuple[Example, str]:
         solution, number = final_answer(answers.render(row))
+        if check:
+            check(number)
         return Example(template.render(row), number), solution + ending.format(number)
 
     folder = prepared(path, data_dir)

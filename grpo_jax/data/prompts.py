@@ -46,8 +46,8 @@ class PromptSet(NamedTuple):
 
     Attributes:
       tokens: [N, S] int32, left-padded.  mask: [N, S] bool.
-      answers: [N, T] int32, right-padded demonstrations, stop token included.  answer_mask: [N, T] bool; all False where the
-        task has no demonstrations.
+      answers: [N, T] int32, the tokens of the demonstrations (not of the targets), right-padded, stop token included.
+      answer_mask: [N, T] bool, True on those tokens; all False where the task has no demonstrations.
     """
 
     tokens: np.ndarray
@@ -82,8 +82,8 @@ def encode_prompts(
       chat: of the model, or None for a model that continues text.
 
     Returns:
-      The task with the examples that were kept, in their order (so ``len`` says how many were dropped), and their `PromptSet`:
-      row i is example i.
+      The task with the examples that were kept, in their order (so ``len`` says how many were dropped, for one limit or the
+      other), and their `PromptSet`: row i is example i.
 
     Raises:
       ValueError: a prompt that the tokenizer cannot encode (half of a surrogate pair, say) or that is empty, whatever

@@ -2,6 +2,7 @@
 
 from grpo_jax.tasks import Example, Task, find_answer, find_target_check, find_verifier
 
+AUDITED_VERSION = "0.1.25"
 AUDITED = {
     "basic_arithmetic": "number_tag",
     "binary_alternation": "number_tag",
@@ -77,7 +78,9 @@ def reasoning_gym(name: str, num_examples: int = 1000, seed: int = 0) -> Task:
     try:
         from reasoning_gym import create_dataset
     except ModuleNotFoundError:
-        raise ImportError("task 'reasoning_gym' needs the package reasoning-gym: pip install reasoning-gym") from None
+        raise ImportError(
+            f"task 'reasoning_gym' needs the package reasoning-gym: pip install reasoning-gym=={AUDITED_VERSION}"
+        ) from None
     verifier, check = AUDITED[name], find_target_check(AUDITED[name])
     examples = []
     for index, item in enumerate(create_dataset(name, size=num_examples, seed=seed)):

@@ -91,7 +91,10 @@ def _slices(splits: dict[str, Split], spec: str) -> list[tuple[str, int, int]]:
         found = tfds.core.ReadInstruction.from_spec(spec).to_absolute(sizes)
     except (ValueError, NotImplementedError) as error:
         there = ", ".join(f"{name} ({split.num_rows} rows)" for name, split in splits.items())
-        raise ValueError(f"split {spec!r}: {' '.join(str(error).split())} There are: {there}") from None
+        alone = (
+            "; the rows of a single file are its split train, whatever its name" if list(splits) == ["train"] else ""
+        )
+        raise ValueError(f"split {spec!r}: {' '.join(str(error).split())} There are: {there}{alone}") from None
     ends = [splits[x.splitname].num_rows if x.to is None else x.to for x in found]
     return [(x.splitname, x.from_ or 0, max(x.from_ or 0, stop)) for x, stop in zip(found, ends, strict=True)]
 
@@ -149,9 +152,18 @@ def _parquet(path: Path, fields: tuple[str, ...]) -> Split:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
         columns = {name: table.column(name) for name in table.column_names}
+        # A number in its own width: 0.1 of 32 bits would become 0.10000000149011612 as a Python float.
+        narrow = {
+            name: c.type.to_pandas_dtype()
+            for name, c in columns.items()
+            if c.type in (pyarrow.float16(), pyarrow.float32())
+        }
+
+        def value(name: str, cell: Any) -> Any:
+            return narrow[name](cell) if name in narrow and cell is not None else cell
 
         def row(i: int) -> Any:
-            return make({name: column[i].as_py() for name, column in columns.items()})
+            return make({name: value(name, column[i].as_py()) for name, column in columns.items()})
 
         return [_named(f"{path}[{start + i}]", row, i) for i in range(table.num_rows)]
 

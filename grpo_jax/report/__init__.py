@@ -10,7 +10,7 @@ from grpo_jax.report.evaluation import draw_evaluation, evaluation_page, evaluat
 from grpo_jax.report.figure import draw_run
 from grpo_jax.report.metrics import MetricsLog, read_rows
 from grpo_jax.report.progress import progress
-from grpo_jax.report.summary import report, table
+from grpo_jax.report.summary import inline, report, table
 
 if TYPE_CHECKING:
     from grpo_jax.report.monitor import (
@@ -50,6 +50,7 @@ __all__ = [
     "forecast",
     "group_weights",
     "header",
+    "inline",
     "majority_at_k",
     "make_result",
     "mean_with_interval",

@@ -15,7 +15,11 @@ PROMPTS, RESULT = "prompts.jsonl", "result.json"
 LARGEST, MOST = 2e7, 4e9  # distinct sums and additions that an exact test may take; beyond, signs are drawn
 DRAWS = 100_000
 CHANGED = 10  # prompts listed
-SETTINGS = ("task", "split", "samples", "temperature", "max_completion")  # that two evaluations should share
+# What two evaluations should share, but for what is compared.
+SETTINGS = (
+    *("task", "split", "verifier", "chat", "system"),
+    *("samples", "temperature", "max_completion", "seed"),
+)
 
 
 class ComparisonError(ValueError):

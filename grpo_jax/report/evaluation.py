@@ -10,6 +10,7 @@ import numpy as np
 from grpo_jax.report.figure import INK, MEASURED, PREDICTED
 from grpo_jax.report.summary import inline
 
+NEVER = "#999999"  # prompts never solved stand apart
 WIDTH = 112  # characters of a line of samples.txt
 SHOWN = 4  # completions of a prompt on the page
 LONGEST = 600  # characters of one of them
@@ -129,11 +130,14 @@ def _draw_prompts(axes: Any, rows: Sequence[dict[str, Any]], result: dict[str, A
     bars = min(trials, 32)
     heights = Counter(0 if row["successes"] == 0 else -(-row["successes"] * bars // trials) for row in rows)
     places = np.arange(bars + 1)
-    colours = [PREDICTED, *[MEASURED] * bars]  # the prompts never solved stand apart
+    colours = [NEVER, *[MEASURED] * bars]
     axes.bar(places / bars, [heights[i] for i in places.tolist()], width=0.85 / bars, color=colours)
     axes.axvline(result["success"]["mean"], color=INK, linestyle=":", linewidth=1.2)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    title = f"mean {result['success']['mean']:.3f}, dotted; {result['never']:,} of {result['prompts']:,} never solved, orange"
+    grey = ", grey" if result["never"] else ""
+    title = (
+        f"mean {result['success']['mean']:.3f}, dotted; {result['never']:,} of {result['prompts']:,} never solved{grey}"
+    )
     axes.set_title(title, fontsize=10)
     axes.set(xlabel=f"successes of {trials:,} samples, share", ylabel="prompts", xlim=(-0.05, 1.05))
 
@@ -163,12 +167,12 @@ def _in_words(result: dict[str, Any]) -> list[str]:
         least = (1 - bound) ** size
         words.append(
             f"not one of {done:,} completions succeeded: the mean success probability of these prompts is below {bound:.2g} "
-            f"({percent}), and even there {least:.1%} or more of the groups are dead"
+            f"({percent}, one-sided), and even there {least:.1%} or more of the groups are dead"
         )
     elif bound < 0.02:
         words.append(
             f"{result['successes']:,} of {done:,} completions succeeded: the mean success probability of these prompts is below "
-            f"{bound:.2g} ({percent})"
+            f"{bound:.2g} ({percent}, one-sided)"
         )
     if result["dead_groups"] > 0.9 and result["success"]["mean"] < 0.5:
         words.append(

@@ -9,6 +9,7 @@ from grpo_jax import theory
 from grpo_jax.objective import Objective, beta_effective
 from grpo_jax.report.monitor import mean_with_interval
 from grpo_jax.report.scores import dead_share, success_bound
+from grpo_jax.report.summary import verdict_counts
 
 
 def header(
@@ -55,6 +56,8 @@ def outlook(
         ("measured p_ref", text(*mean_with_interval(successes, trials, confidence))),
         (f"dead groups at G = {group_size}", f"{dead_share(successes, trials, group_size):.1%} expected; {never}"),
     ]
+    if before["verdicts"]:
+        lines.append(("verdicts", verdict_counts(before["verdicts"])))
     if not successes.any():
         bound = success_bound(0, len(successes) * trials, confidence)
         lines.append(

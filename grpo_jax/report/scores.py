@@ -8,12 +8,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from scipy.special import betaincinv, stdtrit
 
 from grpo_jax import theory
 from grpo_jax.report.monitor import mean_with_interval
 from grpo_jax.report.result import named, pass_at_k
+
+# Below so many successes the pooled counts bound the mean success more closely than the prompts' own intervals do.
+FEW = 10
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -109,15 +113,13 @@ def success_bound(successes: int, trials: int, confidence: float) -> float:
 def dead_share(successes: np.ndarray, trials: int, group_size: int) -> float:
     """The expected share of groups whose rewards are all equal, over prompts with ``successes`` [Q] of ``trials`` each.
 
-    Unbiased, by the identity of pass@k, where there are at least as many trials as a group has members; else that of p̂.
+    Unbiased where there are at least as many trials as a group has members; see `theory.dead_fraction_of_counts`.
 
     >>> dead_share(np.array([0, 1]), 2, 2)
     0.5
     """
-    if group_size > trials:
-        return float(theory.dead_fraction(np.asarray(successes) / trials, group_size).mean())
-    wrong, right = (1 - pass_at_k(c, trials, group_size) for c in (successes, trials - np.asarray(successes)))
-    return float((wrong + right).mean())
+    with jax.enable_x64(True):
+        return float(theory.dead_fraction_of_counts(np.asarray(successes), trials, group_size).mean())
 
 
 def summarise(rows: Sequence[dict[str, Any]], *, confidence: float, group_size: int) -> dict[str, Any]:
@@ -128,6 +130,9 @@ def summarise(rows: Sequence[dict[str, Any]], *, confidence: float, group_size: 
     def over_prompts(values: Iterable[float], k: int) -> dict[str, float]:
         return named(interval_over_prompts(np.array([*values], float), confidence, trials / k))
 
+    mean, low, high = mean_with_interval(successes, trials, confidence)
+    if total < FEW:
+        high = min(high, success_bound(total, done, (1 + confidence) / 2))
     greedy = float(np.mean([row["greedy"] for row in rows]))
     z = float(stdtrit(np.inf, (1 + confidence) / 2))
     verdicts: Counter[str] = sum((Counter(row["verdicts"]) for row in rows), Counter())
@@ -137,7 +142,7 @@ def summarise(rows: Sequence[dict[str, Any]], *, confidence: float, group_size: 
         "confidence": confidence,
         "group_size": group_size,
         "successes": total,
-        "success": named(mean_with_interval(successes, trials, confidence)),
+        "success": named((mean, low, high)),
         "success_bound": success_bound(total, done, confidence),
         "pass": {str(k): over_prompts(pass_at_k(successes, trials, k), k) for k in powers_of_two(trials)},
         "majority": rows[0]["majority"]

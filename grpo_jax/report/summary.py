@@ -11,6 +11,7 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
         return f"{x['mean']:.4f}   {percent} [{x['low']:.4f}, {x['high']:.4f}]"
 
     before, after = result["before"], result["after"]
+    solved = result["p_ref"]["mean"] > 0 or result["p_final"]["mean"] > 0
     lines = [("p_ref", interval(result["p_ref"])), ("final p̂", interval(result["p_final"]))]
     if "p_star" in result:
         difference = result["difference"]
@@ -19,7 +20,9 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "p̂ − p*",
                 f"{difference['mean']:+.4f}   prediction interval ±{difference['half_width']:.4f}: "
-                + ("inside" if difference["inside"] else "OUTSIDE"),
+                + ("inside" if difference["inside"] else "OUTSIDE")
+                if solved
+                else "no test: nothing was solved",
             ),
             (
                 "per prompt, rms p̂ − p*",
@@ -38,9 +41,29 @@ def table(result: dict[str, Any]) -> list[tuple[str, str]]:
     lines.append(("completion length, tokens", f"{before['length']:.1f} before   {after['length']:.1f} after"))
     lines.append(("truncated", f"{before['truncated']:.1%} before   {after['truncated']:.1%} after"))
     if after["verdicts"]:
-        counts = ", ".join(f"{name} {count}" for name, count in sorted(after["verdicts"].items()))
-        lines.append(("verdicts after", counts))
+        lines.append(("verdicts after", verdict_counts(after["verdicts"])))
+    if "p_star" in result and result["difference"]["mean"] < 0 and not result["difference"]["inside"]:
+        lines.append(("in words", _short_of(after["kl"] / max(result["kl_predicted"], 1e-9))))
     return lines
+
+
+def verdict_counts(verdicts: dict[str, int]) -> str:
+    """Counts of verdicts as text.
+
+    >>> verdict_counts({"wrong": 1200, "correct": 3})
+    'correct 3, wrong 1,200'
+    """
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(verdicts.items()))
+
+
+def _short_of(share: float) -> str:
+    spent = f"the run ended below p*, with {share:.0%} of the predicted KL spent"
+    if share > 0.9:
+        return f"{spent}: the gradient dies near p* = 1, or the KL went into something else than success"
+    return (
+        f"{spent}: it has not arrived. More iterations or a larger learning rate may take it further, unless the model cannot "
+        "represent the policy that the theory asks for"
+    )
 
 
 def report(result: dict[str, Any], header: list[tuple[str, str]], examples: dict[str, list[dict[str, Any]]]) -> str:

@@ -2,12 +2,14 @@ r"""Where a completion states its answer: after ``####``, in ``\boxed{}``, or in
 
 One answer counts, however many a completion states, so that stating more does not raise the chance of a reward:
 
-- the last one; but answers with nothing but "and", "or" or punctuation between them are one answer, of several parts.
+- the last one; but answers between which no word of running text stands ("so", "no", not "and", "or", a letter, a digit,
+  punctuation, a LaTeX command) are one answer, of several parts.
 - An answer in a later turn does not count. A turn ends at a control token in text form (``<|im_end|>``), at a line that opens
   with "User:" or "Human:", and, once an answer has begun, at one that opens with "Question:", "Q:" or "Problem:".
 - An answer that a truncated completion finished counts, if no other has begun.
 
-Time and memory are linear in what is read: the last 16,384 characters.
+Time is linear in the text: turns are looked for in all of it, and answers in the last 16,384 characters of the first turn, which
+bounds the memory. What may be joined to an answer before those is ``too_long``.
 """
 
 import re
@@ -17,7 +19,7 @@ from typing import NamedTuple
 from grpo_jax.tasks.task import Verdict
 
 MAX_CHARACTERS = 16 * 1024
-"""Only so much of a completion is read, from its end."""
+"""Of a completion's first turn, answers are looked for in so much, from its end."""
 
 
 class Answer(NamedTuple):
@@ -43,25 +45,27 @@ def last_answer(completion: str, truncated: bool, form: Form) -> tuple[str, ...]
     r"""What stands between the marks of the last answer, after that of the answers joined to it; usually one text.
 
     completion: text before EOS. truncated: no EOS was emitted. Returns ``unparsable`` instead where there is no answer, and
-    ``too_long`` where the cut, or the part that is not read, may hide it.
+    ``too_long`` where the cut, or the part that is not read, may hide it or a part of it.
 
     >>> last_answer("<answer>1</answer> no, <answer>2</answer>", False, TAG)
     ('2',)
     >>> last_answer(r"$\boxed{1}$ or $\boxed{\frac{1}{2}}$.", False, BOXED), last_answer(r"\boxed{1", True, BOXED)
     (('1', '\\frac{1}{2}'), <Verdict.too_long: 'too_long'>)
     """
-    text, complete = completion[-MAX_CHARACTERS:], not truncated
+    text, complete = completion, not truncated
     if turn := _TURN.search(text):
         text, complete = text[: turn.start()], True
     if (first := form.begins.search(text)) and (question := _QUESTION.search(text, first.end())):
         text, complete = text[: question.start()], True
+    unread, text = len(text) > MAX_CHARACTERS, text[-MAX_CHARACTERS:]
     answers, begun = form.find(text, complete)
     if begun or not answers:
-        unread = len(completion) > MAX_CHARACTERS and not answers
-        return Verdict.unparsable if complete and not unread else Verdict.too_long
+        return Verdict.unparsable if complete and not (unread and not answers) else Verdict.too_long
     joined = 1
     while joined < len(answers) and _JOINT.fullmatch(text, answers[-joined - 1].end, answers[-joined].start):
         joined += 1
+    if unread and joined == len(answers) and _JOINT.fullmatch(text, 0, answers[0].start):
+        return Verdict.too_long
     return tuple(answer.body for answer in answers[-joined:])
 
 
@@ -71,7 +75,13 @@ _TURN = re.compile(
     re.MULTILINE,
 )
 _QUESTION = re.compile(r"^[#*> \t]{0,8}(?:Question|Problem|Q)[* \t]{0,8}[0-9]{0,8}[* \t]{0,8}:", re.MULTILINE)
-_JOINT = re.compile(r"(?:[\s$.,;/&|*]++|\\[()\[\]]|\b(?:and|or)\b)*+")
+_JOINT = re.compile(
+    r"""(?: \\[A-Za-z]++                     # a LaTeX command
+    | (?:and|or) (?![^\W\d_])               # no letter after it
+    | [^\W\d_] (?![^\W\d_])                # a letter alone: the name of a variable, or of an item
+    | [\W\d_] )*+""",
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 def _find_hash(text: str, complete: bool) -> tuple[list[Answer], bool]:

@@ -89,7 +89,7 @@ def parse_constraint(constraint: str) -> tuple[Clause, ...]:
         where = f"constraint {constraint[:200]!r}, character {position}"
         if not colon or kind not in _KINDS:
             raise ValueError(f"{where}: unknown kind {kind[:40]!r}; known kinds: {', '.join(_KINDS)}")
-        clauses.append(Clause(kind, _arguments(kind, argument, f"{where}: {kind}:{argument[:40]}")))
+        clauses.append(Clause(kind, _arguments(kind, argument, f"{where}: {repr(part[:60])[1:-1]}")))
         position += len(part) + 1
     return tuple(clauses)
 

@@ -2,11 +2,11 @@ r"""Exact numeric answers: ``#### 42``, ``\boxed{42}``, ``<answer>42</answer>``,
 
 Which answer of a completion counts, says ``answers.py``: the last one of its first turn, if it is finished. What is a number, and
 when two are equal, says ``rational.py``: 1,000.00 is 1000, 3.50 is 7/2, 42 km is 42, 42.0000001 is not, and nothing is equal to a
-text that is no number. Answers joined by "and", "or" or punctuation are refused unless they are equal.
+text that is no number. Answers with no word of running text between them, such as "or", are refused unless they are equal.
 
 ``verify_last`` looks at the last number alone, without marks: it believes any text that ends in the right number, and is there
-for models that know no format. Time and memory are linear in what is read: the last 16,384 characters, and of these answers of
-at most 512.
+for models that know no format. Time is linear in the text; answers are looked for in the last
+16,384 characters of the first turn, and have at most 512.
 """
 
 import re
@@ -152,7 +152,7 @@ def _given(completion: str, truncated: bool, form: Form) -> str | Verdict:
 
 def _find_last(text: str, complete: bool) -> tuple[list[Answer], bool]:
     number = last_number(text) if complete else None
-    return [] if number is None else [Answer(0, len(text), number)], not complete
+    return [] if number is None else [Answer(len(text), len(text), number)], not complete
 
 
 _LAST = Form(re.compile(r"\d"), _find_last)

@@ -2,14 +2,15 @@ r"""Reads one number out of text, exactly: the value in one spelling, or why the
 
     read      42  +42  −42 (U+2212)  1,000  1{,}000  .5  42.  7/2  \frac{7}{2}  \tfrac72  3 1/2  3\frac12  1e5  4.2 \times 10^{3}
     dropped   $…$  \(…\)  \text{…}  **…**  a name ("x =", "Final answer:")  currency  %  a unit ("km/h", "dollars a day")
-    refused   40+2  1=42  41 or 42  3,5  1,00  1.000,5  0,500  3 7/2  1/0  42²  2x  2π  5k  5 million  ４２ (other digits)
+    refused   40+2  1=42  41 or 42  3,5  1,00  1.000,5  0,500  3 7/2  1/0  42²  2x  2π  5k  5 dozen  not: 5  ４２ (other digits)
 
 What an expression would come to is never computed, and digits are only converted once they are known to be few, so no text
 is expensive; every repetition below is possessive or bounded, so that matching is linear in the text.
 
 The unit is not judged: a dataset's rows seldom have one, and 36 of GSM8K's 1,319 test rows ask for a percentage and have
-the bare number, so that 25% must be 25 and not 1/4. What looks like a unit but changes the value is refused, and so is a comma
-that groups no thousands, since 3,5 is 3.5 to some and a list to others.
+the bare number, so that 25% must be 25 and not 1/4. What looks like a unit or a name but changes the value is refused, in all
+the words known here, even where it is a count (3 quarters, 5 pairs); and so is a comma that groups no thousands, since 3,5 is
+3.5 to some and a list to others.
 """
 
 import math
@@ -41,7 +42,7 @@ def read_number(text: str) -> str | Verdict:
     if len(text) > MAX_CHARACTERS or text.count("{") > MAX_BRACES:
         return Verdict.too_long
     match = _NUMBER.fullmatch(_bare(text))
-    if not match or not _is_unit(match["unit"]):
+    if not match or not _is_unit(match["unit"]) or any(map(changes_value, _WORD.findall(match["name"] or ""))):
         return Verdict.unparsable
     return _value(match)
 
@@ -58,6 +59,15 @@ def last_number(text: str) -> str | None:
         if matches := list(_NUMBER_IN_TEXT.finditer(_LAYOUT.sub(_laid_out, line))):
             return matches[-1][0]
     return None
+
+
+def changes_value(word: str) -> bool:
+    """Whether a word beside a number makes it another one: a number word, a multiplier, a part, a negation.
+
+    >>> [word for word in ("thousands", "sixty", "half", "not", "km", "seconds", "times") if changes_value(word)]
+    ['thousands', 'sixty', 'half', 'not']
+    """
+    return bool(_CHANGES.fullmatch(word)) or word == "MM"
 
 
 def _bare(text: str) -> str:
@@ -103,9 +113,10 @@ _CORE = rf"""(?:
         | [ ]?(?:\\times|\\cdot|×|\*)[ ]?10[ ]?\^[ ]?(?: \{{(?P<braced>[-+−]?[0-9]++)\}} | (?P<power>[-+−]?[0-9]++)) )?
     | (?P<infinity>∞|\\infty(?![A-Za-z])) )"""
 _SIGNED = r"(?P<sign>[-+−]?) [ ]*+ (?:(?:US)?\$|[€£¥₹])?+ [ ]*+ (?P<inner>[-+−]?) [ ]*+"
-_SCALE = "hundred|thousand|million|billion|trillion"
+_SCALE = "(?:hundred|thousand|million|billion|trillion|lakh|crore)s?"
 _NUMBER = re.compile(
-    rf"(?:(?:[A-Za-z\\][A-Za-z_\ \\]{{0,40}}+)?+ [=:])?+ [\s*]*+ {_SIGNED} {_CORE} (?P<unit>.*)", re.VERBOSE | re.DOTALL
+    rf"(?:(?P<name>[A-Za-z\\][A-Za-z_\ \\]{{0,40}}+)?+ [=:])?+ [\s*]*+ {_SIGNED} {_CORE} (?P<unit>.*)",
+    re.VERBOSE | re.DOTALL,
 )
 # A number that is not the end of a name or of another number, or else a run of digits that is read as a whole, in vain.
 _NUMBER_IN_TEXT = re.compile(
@@ -116,10 +127,25 @@ _NUMBER_IN_TEXT = re.compile(
 )
 _UNIT = re.compile(r"(?:[\s/·*-]*+(?:[A-Za-zµ]++|[%°$€£¥¢])(?:[ ]?\^[ ]?(?:[23]|\{[23]\})|[²³])?+){0,6}+[\s.]*+")
 _WORD = re.compile("[A-Za-z]+")
-# Words that make another value of a number, or two answers of one; single letters are variables, but for a few units.
-_NO_UNITS = frozenset(
-    f"{_SCALE}|mn|bn|or|and|not|nor|if|else|but|maybe|perhaps|is|was|pi|mod|xor|nan|inf|infinity|squared|cubed|factorial|half"
-    "|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty".split("|")
+_CHANGES = re.compile(
+    r"""(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen
+        |(?:twen|thir|for|four|fif|six|seven|eigh|nine)ty|hundred|thousand|(?:m|b|tr|quadr|quint|sext|sept|oct|non|dec|z)illion
+        |(?:baz|gaz|j)illion|milliard|billiard|googol|myriad|lakh|lac|crore|dozen|half|third|quarter)+ (?:e?s|th|ths|fold|ish)?
+    |(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|twentie|thirtie|fortie|fiftie|sixtie|seventie|eightie|ninetie)ths?
+    |(?:twent|thirt|fort|fift|sixt|sevent|eight|ninet)ies|halves|twice|thrice|(?:doubl|tripl|quadrupl|quintupl|halv)(?:e|ed)
+    |pairs?|couples?|score|scores|gross|grand|mega|giga|tera
+    |k|kk|m[ln]|mio|mln|mi?lls?|mils?|millones|mille|bn|bln|bio|bils?|mrd|tsd|tn|tril?s?|trn|thous?|thsd|hund|doz|dz|cr
+    |permil(?:le|l)?|basis|bps?|pp[mb]
+    |minus|negative|neg|negated|plus|squared|cubed|factorial|power|exponent|itself|inverse|reciprocal
+    |not|no|nor|non|never|none|neither|nope|cannot|(?:is|was|are|were|does|do|did|ca|wo|ai)nt|isn|wasn|aren|ne|neq|than|[gl]eq?|[gl]t
+    |except|excluding|without|unless|instead|wrong|incorrect|false|untrue""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Words that make two answers of a number, or a part of an expression; single letters are variables, but for a few units.
+_NO_UNITS = re.compile(
+    "or|and|if|else|but|maybe|perhaps|possibly|probably|either|otherwise|alternatively|versus|vs|is|was|are|be|equals"
+    "|point|dot|comma|mod|div|xor|nan|inf|infinity|pi|tau|phi|theta|sqrt|root|log|ln|exp|sin|cos|tan",
+    re.IGNORECASE,
 )
 _LETTER_UNITS = frozenset("mghsLlCFNJWV")
 
@@ -134,7 +160,11 @@ def _is_unit(text: str) -> bool:
 
 
 def _is_unit_word(word: str) -> bool:
-    return word in _LETTER_UNITS if len(word) == 1 else word.lower() not in _NO_UNITS
+    return word in _LETTER_UNITS if len(word) == 1 else not _is_no_unit(word)
+
+
+def _is_no_unit(word: str) -> bool:
+    return bool(_NO_UNITS.fullmatch(word)) or changes_value(word)
 
 
 def _value(match: re.Match[str]) -> str | Verdict:

@@ -84,9 +84,9 @@ def verify_json(completion: str, target: str, truncated: bool) -> Verdict:
     JSON as in RFC 8259: no ``NaN``, no comments, no trailing commas; and no key twice, no number beyond a float or of more
     than 400 digits. What is not such JSON, or stands beside it, is ``unparsable``; JSON of another shape is ``wrong``.
 
-    target: empty, for any JSON; or a JSON object with some of these keys of JSON Schema, which mean the same there:
-    ``type``, ``const``, ``enum``, ``properties``, ``required``, ``additionalProperties`` (true or false), ``items``,
-    ``minItems``, ``maxItems``. ``{"const": …}`` asks for one value exactly. Raises ValueError for another target.
+    target: a JSON object with some of these keys of JSON Schema, which mean the same there: ``type``, ``const``, ``enum``,
+    ``properties``, ``required``, ``additionalProperties`` (true or false), ``items``, ``minItems``, ``maxItems``. ``{}`` asks
+    for any JSON, ``{"const": …}`` for one value exactly. Raises ValueError for another target.
 
     >>> shape = '{"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}'
     >>> [str(verify_json(text, shape, False)) for text in ('{"age": 3}', '{"age": "3"}', "{}", "age: 3")]
@@ -182,8 +182,6 @@ def _read(text: str) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _schema(target: str) -> dict[str, Any]:
-    if not target.strip():
-        return {}
     if _depth(target) > MAX_DEPTH:
         raise ValueError(f"the shape is more than {MAX_DEPTH} brackets deep")
     try:
@@ -196,7 +194,7 @@ def _schema(target: str) -> dict[str, Any]:
 
 def _check_schema(schema: Any, where: str) -> None:
     def fail(message: str) -> None:
-        raise ValueError(f"shape{f' at {where}' if where else ''}: {message}")
+        raise ValueError(f"shape{f' at {repr(where[:200])[1:-1]}' if where else ''}: {message}")
 
     if not isinstance(schema, dict):
         fail("wants an object of keys and what they ask for")

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_jax.tasks import numeric
 from grpo_jax.tasks.answers import BOXED, last_answer
-from grpo_jax.tasks.rational import read_number
+from grpo_jax.tasks.rational import changes_value, read_number
 from grpo_jax.tasks.task import Verdict
 
 if importlib.util.find_spec("math_verify"):  # an extra. At import, since a worker has more time for it than for an item
@@ -37,6 +37,10 @@ _TOO_COSTLY = re.compile(
 )
 _UNFINISHED = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|det|gcd|lcm|max|min|sup|inf)(?![A-Za-z])|__|[\"`@]")
 _BRACKET = re.compile(r"\\[{}]|[][{}()]")
+_TEXT = re.compile(r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|bb|cal)|[mhf]box|operatorname\*?)\s*\{([^{}]*+\{?)\}?")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_JOINING = re.compile(r"\s*(?:and|or)\s*")
+_SUBSCRIPT = re.compile(r"[0-9}]_\{?([0-9A-Za-z]*)")
 _NAME = re.compile(r"[A-Za-z\\][A-Za-z\\{}_'() ]*[0-9]?[})]*\s*")
 
 
@@ -45,8 +49,10 @@ def verify(completion: str, target: str, truncated: bool) -> Verdict:
 
     What math-verify adds: formulas are equal if sympy shows it, so that ``2^{10}`` is 1024; sets and lists are equal in any
     order; a decimal equals what it agrees with to 6 digits, unless that is a plain number; ``x = 42`` is 42, but ``1 = 42`` is
-    ``unparsable``, as are sums, integrals and limits left to the reader. Towers of powers and other bombs, and answers of more
-    than 512 characters or 10 open brackets, are ``too_long``. A target that math-verify cannot parse is compared as text.
+    ``unparsable``, as are sums, integrals and limits left to the reader, and ``42\text{ or 41}``, whose text says more than a
+    unit. ``1,2`` is the set ``\{1,2\}``, but ``(1,2)`` is not; ``y=5`` is not ``x=5``, but names of several letters are not
+    compared. Towers of powers and other bombs, and answers of more than 512 characters or 10 open brackets, are ``too_long``. A
+    target that math-verify cannot parse is compared as text.
 
     completion, truncated: as in answers.py. target: LaTeX, perhaps in ``$…$``, or a solution with a ``\boxed{}``. Needs the
     package math-verify. Raises ValueError for the targets that `check_target` refuses.
@@ -57,6 +63,8 @@ def verify(completion: str, target: str, truncated: bool) -> Verdict:
     """
     bodies = last_answer(completion, truncated, BOXED)
     wanted = _wanted(target)
+    if not isinstance(bodies, Verdict) and not _same_kind(_plain(bodies[-1]), wanted):
+        return Verdict.wrong
     if not isinstance(read_number(wanted), Verdict):
         verdict = numeric.verify_boxed(completion, rf"\boxed{{{wanted}}}", truncated)
         if verdict is not Verdict.unparsable:
@@ -142,7 +150,36 @@ def _refusal(body: str, wanted: str) -> Verdict | None:
     left, *rights = re.split(r"(?<![<>!\\])=", body)
     if rights and "=" not in wanted and (len(rights) > 1 or not _NAME.fullmatch(left.strip())):
         return Verdict.unparsable
-    return None
+    return Verdict.unparsable if _hides(body, wanted) else None
+
+
+def _hides(body: str, wanted: str) -> bool:
+    r"""Whether math-verify, which drops text and subscripts from ``42\text{ or 41}`` and ``42_{41}``, would drop what counts."""
+    if _letters(body) == _letters(wanted):
+        return False
+    texts = [text for text in _TEXT.findall(body) if not _JOINING.fullmatch(text)]
+    outside = re.search("[0-9A-Za-z]", _COMMAND.sub("", _TEXT.sub("", body)))
+    words = re.findall("[A-Za-z]{2,}", _COMMAND.sub(" ", body))
+    bases = [_SUBSCRIPT.findall(_tight(text)) for text in (body, wanted)]
+    return bool(
+        (outside and any(re.search(r"[0-9\\{]|\b(?:and|or)\b", text) for text in texts))
+        or (re.search("[0-9]", body) and any(map(changes_value, words)))
+        or (bases[0] and bases[0] != bases[1])
+    )
+
+
+def _same_kind(body: str, wanted: str) -> bool:
+    r"""Not so for y = 5 and x = 5, nor for (1,2) and \{1,2\}, which are one to math-verify."""
+    names = [text.split("=")[0] for text in (_tight(body), _tight(wanted)) if text.count("=") == 1]
+    if len(names) == 2 and names[0] != names[1] and all(len(name) == 1 for name in names):
+        return False
+    brackets = {_tight(text)[:1] + _tight(text)[-1:] for text in (body, wanted)}
+    return brackets not in ({"()", "\\}"}, {"[]", "\\}"})
+
+
+def _letters(text: str) -> str:
+    """Without what sets text in another type, white space, and case."""
+    return re.sub(r"[\s{}]", "", _tight(_TEXT.sub(r"\1", text))).lower()
 
 
 def _depth(body: str) -> int:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from operator import attrgetter
@@ -56,9 +57,10 @@ _EXTRAS = {"regex": ("re2", "google-re2"), "math_verify": ("math_verify", "math-
 def find_verifier(name: str) -> Callable[[str, str, bool], Verdict]:
     """The verifier of that name, or at that import path, fit for worker processes.
 
-    name: a key of ``VERIFIERS``, or ``module:function`` of the user's own, which is imported here. Raises ValueError for an
-    unknown name, a module or function that does not exist, or a function that does not take (completion, target, truncated)
-    or that workers could not import; ImportError naming the package to install; and whatever a user's module raises.
+    name: a key of ``VERIFIERS``, or ``module:function`` of the user's own, which is imported here: from the import path, or
+    from the working directory, which then becomes its last entry, for the workers too. Raises ValueError for an unknown
+    name, a module or function that does not exist, or a function that does not take (completion, target, truncated) or that
+    workers could not import; ImportError naming the package to install; and whatever a user's module raises.
 
     >>> str(find_verifier("exact")("yes", "yes", False))
     'correct'
@@ -74,6 +76,8 @@ constraint, json, regex, math_verify; or module:function, your own
             raise ImportError(f"verifier {name!r} needs the package {package}: pip install {package}")
     if name not in VERIFIERS and ":" not in name:
         raise ValueError(f"unknown verifier {name!r}; known: {', '.join(VERIFIERS)}; or module:function, your own")
+    if name not in VERIFIERS and (here := os.getcwd()) not in map(os.path.abspath, sys.path):
+        sys.path.append(here)  # last: a file that stands there by chance hides no module
     verify = _imported(VERIFIERS.get(name, name))
     if not callable(verify) or inspect.isclass(verify):
         raise ValueError(f"verifier {name!r} is a {type(verify).__name__}, not a function")
@@ -134,10 +138,15 @@ def _imported(path: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # it exists, and lacks something itself
-        raise ValueError(f"verifier {path!r}: there is no module {error.name!r} on the import path") from None
+        places = ", ".join(dict.fromkeys(map(os.path.abspath, sys.path)))
+        raise ValueError(
+            f"verifier {path!r}: there is no module {error.name!r} on the import path or in the working directory; "
+            f"looked in {places}"
+        ) from None
     except (ValueError, TypeError):
         raise ValueError(f"verifier {path!r}: {module!r} is not the name of a module") from None
     try:
         return attrgetter(name)(found)
     except AttributeError:
-        raise ValueError(f"verifier {path!r}: module {module!r} has no function {name!r}") from None
+        where = getattr(found, "__file__", None)
+        raise ValueError(f"verifier {path!r}: module {module!r} has no function {name!r} ({where})") from None

@@ -36,7 +36,7 @@ class VerifierPool:
     An item whose judging passes the deadline is a ``timeout``. It is a ``crash`` if the verifier raised or returned
     something else than a Verdict, or if it ended its worker (exit, abort, out of memory) twice, each time a fresh
     one: a worker that something else killed costs nobody a reward. The other items are unaffected. The first crash is
-    logged with its reason.
+    logged, and its reason is kept in ``first_crash``: printable ASCII, "" while there is none.
 
     Raises ValueError for a verifier that a worker could not import or numbers out of range; RuntimeError if its
     import fails.
@@ -67,7 +67,7 @@ class VerifierPool:
         self._ready = 0
         self._failure: Exception | None = None
         self._closed = False
-        self._crash_logged = False
+        self.first_crash = ""
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_workers)]
         for thread in self._threads:
             thread.start()
@@ -212,10 +212,11 @@ class VerifierPool:
             item.batch.remaining -= 1
             if not item.batch.remaining:
                 self._changed.notify_all()
-            log_it = verdict is Verdict.crash and not self._crash_logged and not self._closed
-            self._crash_logged = self._crash_logged or log_it
-        if log_it:
-            _log.warning("verifier %s: first crash: %s; later ones are counted only", self._verifier, ascii(reason))
+            first = verdict is Verdict.crash and not self.first_crash and not self._closed
+            if first:
+                self.first_crash = ascii(reason)[1:-1]  # it may quote a completion: escape sequences, half surrogates
+        if first:
+            _log.warning("verifier %s: first crash: %s; later ones are counted only", self._verifier, self.first_crash)
 
 
 @dataclass

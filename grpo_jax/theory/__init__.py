@@ -21,7 +21,7 @@ from grpo_jax.theory.forward_kl import (
     forward_kl_orbit_end,
     forward_kl_success_map,
 )
-from grpo_jax.theory.groups import dead_fraction, groups_per_live_group, mean_dead_fraction
+from grpo_jax.theory.groups import dead_fraction, dead_fraction_of_counts, groups_per_live_group, mean_dead_fraction
 from grpo_jax.theory.limits import (
     FixedPoint,
     LimitPoint,
@@ -79,6 +79,7 @@ __all__ = [
     "contrastive_term",
     "cusp",
     "dead_fraction",
+    "dead_fraction_of_counts",
     "explain",
     "fixed_points",
     "flip_limit",

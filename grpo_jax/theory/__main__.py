@@ -31,6 +31,7 @@ from grpo_jax.theory.planning import (
 from grpo_jax.theory.weights import Group
 
 GROUP_SIZE, OBJECTIVE, CONFIDENCE = 8, "GRPO", 0.95  # where no run directory says otherwise
+PROMPTS = "prompts.jsonl"  # of an evaluation
 MOST = 2**53  # counts beyond which floats have gaps
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLES = """examples:
@@ -86,11 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, **shape)
         command.add_argument("--p_ref", help="success probabilities of the reference policy, such as 0.01,0.2,0.5")
         command.add_argument("--beta", help="weights of the KL term, such as 0.3,1,3")
-        command.add_argument("--group_size", help=f"G; default: that of --from's run, else {GROUP_SIZE}")
+        command.add_argument("--group_size", help=f"G; default: that of --from's run or evaluation, else {GROUP_SIZE}")
         command.add_argument("--objective", help=f"{', '.join(NAMED)}; default: that of --from's run, else {OBJECTIVE}")
         if name == "plan":
             command.add_argument("--trials", help="samples per prompt behind --p_ref; without, p_ref is taken as exact")
-            command.add_argument("--from", dest="path", help="a run directory, or a JSONL file of successes and trials")
+            command.add_argument(
+                "--from", dest="path", help="a run directory, an evaluation's, or a JSONL file of successes and trials"
+            )
             command.add_argument("--target", help="instead of --beta: the mean success probability wanted")
             command.add_argument("--confidence", help=f"of the intervals; default: the run's, else {CONFIDENCE}")
             command.add_argument("--figure", help="PNG to write: p* over β (needs matplotlib)")
@@ -157,8 +160,9 @@ def _inputs(options: argparse.Namespace) -> Inputs:
             raise InputError("--trials goes with --p_ref; what --from reads has its own")
         path = Path(options.path)
         if path.is_dir():
+            counts = _counts(path)
             config = _object(path / "config.json")
-            successes, trials = _reference(path / "reference.json")
+            successes, trials = _rows(counts) if counts.name == PROMPTS else _reference(counts)
         else:
             successes, trials = _rows(path)
     try:
@@ -191,6 +195,20 @@ def _objective(name: str | None, config: dict[str, Any]) -> tuple[Objective, str
         end = "1; theory.mirror_steps knows the pace" if objective.anchor == "previous" else "GRPO's at the same β"
         raise InputError(f"{name} holds to the previous policy, which sets the pace of iterations; its p* is {end}")
     return objective, name or OBJECTIVE
+
+
+def _counts(directory: Path) -> Path:
+    """The file with the counts of a run, or of an evaluation."""
+    for name in ("reference.json", PROMPTS):
+        if (directory / name).exists():
+            return directory / name
+    evaluations = [str(path.parent) for path in sorted(directory.glob(f"evaluations/*/{PROMPTS}"))]
+    reason = (
+        f"but evaluations: give --from={' or --from='.join(evaluations)}"
+        if evaluations
+        else "and no finished evaluation (prompts.jsonl)"
+    )
+    raise InputError(f"{directory} holds no measured reference (reference.json), {reason}")
 
 
 def _reference(path: Path) -> tuple[list[int], list[int]]:

@@ -27,6 +27,36 @@ def dead_fraction(p: ArrayLike, group_size: int, *, logits: bool = False) -> jax
     return jnp.exp(group_size * jax.nn.log_sigmoid(logit)) + jnp.exp(group_size * jax.nn.log_sigmoid(-logit))
 
 
+def dead_fraction_of_counts(successes: ArrayLike, trials: ArrayLike, group_size: int) -> jax.Array:
+    """The fraction of dead groups from the counts of a measurement: C(n − c, G)/C(n, G) + C(c, G)/C(n, G).
+
+    Its expectation is p^G + (1 − p)^G; that of `dead_fraction` at c/n is more. With fewer trials than G nothing has, and it is
+    `dead_fraction` at c/n.
+
+    Args:
+      successes, trials: [...] c and n.
+      group_size: G.
+
+    Returns:
+      [...] the fraction.
+
+    Source: derived; the chance that G of the n trials, drawn without replacement, are equal.
+
+    >>> dead_fraction_of_counts([0, 1, 1], [2, 2, 1], 2).tolist()
+    [1.0, 0.0, 1.0]
+    """
+    successes, trials = jnp.broadcast_arrays(as_float(successes), as_float(trials))
+
+    def draw(i: jax.Array, chances: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        left = jnp.maximum(trials - i, 1)
+        right, wrong = (jnp.maximum(count - i, 0) / left for count in (successes, trials - successes))
+        return chances[0] * right, chances[1] * wrong
+
+    start = jnp.ones_like(trials), jnp.ones_like(trials)
+    right, wrong = jax.lax.fori_loop(0, group_size, draw, start)
+    return jnp.where(trials >= group_size, right + wrong, dead_fraction(successes / trials, group_size))
+
+
 def mean_dead_fraction(a: ArrayLike, b: ArrayLike, group_size: int) -> jax.Array:
     """The fraction of dead groups over prompts whose success probabilities are spread as Beta(a, b).
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, success_map
 from grpo_jax.theory.forward_kl import forward_kl_flip_limit, forward_kl_orbit_end, forward_kl_success_map
-from grpo_jax.theory.groups import dead_fraction
+from grpo_jax.theory.groups import dead_fraction, dead_fraction_of_counts
 from grpo_jax.theory.limits import flow_point, forward_kl_fixed_point
 from grpo_jax.theory.mirror import mirror_step_kl, mirror_steps
 from grpo_jax.theory.orbits import orbit_end
@@ -52,7 +52,8 @@ class PlanRow(NamedTuple):
     oscillates: share whose exactly solved iterations end in a cycle or in chaos.
     folds: share whose interval of p_ref straddles a fold, so that p* may lie on either branch.
     kl: KL(π*‖π_ref), mean. kl_budget: mean of the most it can be, ln(1/p_ref); prompts at p_ref = 0 spend nothing.
-    dead_groups_start, dead_groups: fraction of groups whose rewards are all equal, at p_ref and at p*; None without groups.
+    dead_groups_start, dead_groups: fraction of groups whose rewards are all equal, at p_ref (from its counts, where there are
+      any: `dead_fraction_of_counts`) and at p*; None without groups.
     mirror_steps: steps of mirror GRPO at this β to 95 % of a prompt's gain, mean over the prompts that can move.
     mirror_step_kl: KL of its first step, mean over the same; both None where none can move.
     """
@@ -158,7 +159,11 @@ def plan(
         for beta in betas:
             _check(beta, kl)
         blocks = _blocks(successes, trials, confidence)
-        return [_row(blocks, float(beta), weights, group_size, kl) for beta in betas]
+        rows = [_row(blocks, float(beta), weights, group_size, kl) for beta in betas]
+        if trials is None or group_size is None:
+            return rows
+        start = dead_fraction_of_counts(jnp.asarray(successes), jnp.asarray(trials), group_size).mean()
+        return [row._replace(dead_groups_start=float(start)) for row in rows]
 
 
 def beta_for_mean(

@@ -13,6 +13,10 @@ class CheckpointError(RunError):
     """No checkpoint of the run can be trusted, or one could not be written."""
 
 
+class VerifierFailed(RunError):
+    """The verifier judged nothing: every completion crashed it, or ran into its deadline."""
+
+
 class WarmStartFailed(RunError):
     """The supervised warm start did not reach its target."""
 

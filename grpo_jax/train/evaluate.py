@@ -6,7 +6,6 @@ and, last of all, result.json. Every random number is addressed by (seed, checkp
 the same however often it was killed.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -25,15 +24,15 @@ import numpy as np
 from rich.console import Console
 
 from grpo_jax import report
-from grpo_jax.config import flat, validate
-from grpo_jax.tasks import Task
+from grpo_jax.config import validate
+from grpo_jax.tasks import Task, Verdict
+from grpo_jax.tasks.verifiers import import_path
 from grpo_jax.tasks.workers import VerifierPool
-from grpo_jax.train.checkpoints import digests
 from grpo_jax.train.errors import RunDirectoryError
-from grpo_jax.train.evaluation import Completion, draw_completions
 from grpo_jax.train.iteration import role_key
+from grpo_jax.train.probe import Completion, draw_completions
 from grpo_jax.train.program import make_program
-from grpo_jax.train.run import Run, check_preempted, show, sigterm_as_flag
+from grpo_jax.train.run import Run, check_preempted, check_verifier, show, sigterm_as_flag
 from grpo_jax.train.run_directory import (
     EVALUATIONS,
     RESULT,
@@ -43,12 +42,18 @@ from grpo_jax.train.run_directory import (
     write_json,
     write_text,
 )
-from grpo_jax.train.subject import Subject, check_alphabet, find_subject, stored_config
+from grpo_jax.train.subject import (
+    CHANGEABLE,
+    Subject,
+    check_alphabet,
+    find_place,
+    find_subject,
+    identity_of,
+    stored_config,
+    task_options,
+)
 
 BLOCKS = "blocks"
-
-# What may differ when an evaluation is started again: it changes no number.
-CHANGEABLE = ("verifier.num_workers", "evaluate.interval", "evaluate.samples", "evaluate.examples")
 
 
 def evaluate(
@@ -70,7 +75,8 @@ def evaluate(
       workdir: the run directory. Where it holds no run, the config's own initial model is measured.
       console: where progress is shown; the terminal by default.
       checkpoint: "latest", "reference", or the number of an iteration that was saved.
-      name: of the directory inside ``workdir``/evaluations; by default made of checkpoint, task and split.
+      name: of the directory inside ``workdir``/evaluations; by default made of checkpoint, task and split, and of a
+        digest of all settings where another evaluation has that name.
 
     Returns:
       The content of result.json: see `report.summarise`. prompts.jsonl has a row per prompt, which
@@ -83,22 +89,24 @@ def evaluate(
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name):
         raise RunDirectoryError(f"--name={name[:100]!r} must be letters, digits and . _ + - only: it names one folder")
-    task, objective = validate(config, num_devices=jax.device_count())
+    task, objective = validate(config, num_devices=jax.device_count(), training=False)
     workdir = Path(workdir).expanduser().resolve()
     with ExitStack() as stack:
         with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
             stored = stored_config(workdir, config)
-            program = make_program(config, task, objective)
+            program = make_program(config, task, objective, training=False)
             check_alphabet(config, program, stored)
             subject = find_subject(config, program, workdir, checkpoint, has_run=stored is not None)
-        identity = _identity(config, program.task, subject)
-        place = workdir / EVALUATIONS / (name or _name(subject, identity, stored))
+        identity = identity_of(config, program.task, subject)
+        evaluations = workdir / EVALUATIONS
+        place = evaluations / name if name else find_place(evaluations, config, program.task, subject, identity, stored)
         options: dict[str, Any] = {"changeable": CHANGEABLE, "flag": "--name=NAME"}
         directory = stack.enter_context(open_run_directory(place, identity, **options))
         if (directory / RESULT).exists():
             shutil.rmtree(directory / BLOCKS, ignore_errors=True)  # left where the last step was killed
             result = read_json(directory / RESULT)
-            console.print(f"{directory} holds a finished evaluation:", markup=False, highlight=False)
+            said = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
+            console.print(f"{said}:", markup=False, highlight=False)
             show(console, report.evaluation_table(result))
             return result
         settings = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
@@ -119,7 +127,10 @@ def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
         "checkpoint": subject.name,
         "model": c.model.path or "random decoder",
         "task": run.program.task.name,
-        "split": _task_options(c).get("split"),
+        "split": task_options(c).get("split"),
+        "verifier": import_path(run.program.task.verify),
+        "chat": c.data.chat,
+        "system": c.data.system,
         "dropped": dropped,
         "seed": c.seed,
         "temperature": c.rollout.temperature,
@@ -150,17 +161,27 @@ def _measure(run: Run, subject: Subject) -> tuple[list[dict[str, Any]], list[dic
     done = sum(len(block["prompts"]) for block in blocks)
     if blocks:
         run.console.print(f"resuming after {done:,} of {rows:,} prompts", highlight=False)
-    counts = Counter({k: sum(row[k] for b in blocks for row in b["prompts"]) for k in ("successes", "trials")})
+    counts: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+
+    def count(block: dict[str, Any]) -> None:
+        for row in block["prompts"]:
+            counts.update({k: row[k] for k in ("successes", "trials")})
+            verdicts.update(row["verdicts"])
+
+    for block in blocks:
+        count(block)
     with report.progress(run.console, "prompts", total=rows, done=done) as line:
         for number, path in enumerate(paths):
             if path.exists():
                 continue
             check_preempted(run)
             block = _measure_block(run, subject, program.probed[number * batch : (number + 1) * batch])
+            count(block)
+            check_verifier(run, verdicts)
             folder.mkdir(exist_ok=True)
             write_text(path, json.dumps(block))
             done += len(block["prompts"])
-            counts.update({k: sum(row[k] for row in block["prompts"]) for k in ("successes", "trials")})
             line.update(done, f"success {counts['successes'] / counts['trials']:.3f}")
     blocks = [_read_block(path) for path in paths]  # what an unbroken evaluation and a resumed one both read
     return [row for b in blocks for row in b["prompts"]], [row for b in blocks for row in b["samples"]]
@@ -169,7 +190,7 @@ def _measure(run: Run, subject: Subject) -> tuple[list[dict[str, Any]], list[dic
 def _measure_block(run: Run, subject: Subject, block: np.ndarray) -> dict[str, Any]:
     c, key = run.config, role_key(run.base_key, "probe", subject.iteration)
     assert run.pool is not None
-    draw = partial(draw_completions, run.program, run.pool, subject.params, batch_prompts=c.data.prompts_per_iteration)
+    draw = partial(draw_completions, run.program, run.pool, subject.params, batch_prompts=_batch_prompts(run))
     sampled = draw(
         subject.ref_params, key, block, samples=c.evaluate.final_samples, batch_samples=c.evaluate.batch_samples
     )
@@ -183,12 +204,18 @@ def _measure_block(run: Run, subject: Subject, block: np.ndarray) -> dict[str, A
     return {"prompts": prompts, "samples": samples}
 
 
+def _batch_prompts(run: Run) -> int:
+    """Prompts drawn at a time: those of an iteration, or fewer where there are not so many, and as many for every device."""
+    shards = run.program.mesh.shape["data"] * run.program.mesh.shape["fsdp"]
+    return math.ceil(min(run.config.data.prompts_per_iteration, len(run.program.probed)) / shards) * shards
+
+
 def _row(task: Task, index: int, drawn: Sequence[Completion], best: Completion) -> dict[str, Any]:
     """One prompt's line of prompts.jsonl."""
     ratios = [x.log_ratio for x in drawn if x.log_ratio is not None]
     majority = common = None
     if task.answer is not None:
-        answers, rewards = [_answer(task, x.text) for x in drawn], [x.reward for x in drawn]
+        answers, rewards = [_answer(task, x) for x in drawn], [x.reward for x in drawn]
         majority = {str(k): report.majority_at_k(answers, rewards, k) for k in report.powers_of_two(len(drawn))}
         common = Counter(a[:100] for a in answers if a is not None).most_common(3)
     return {
@@ -215,14 +242,16 @@ def _sample(task: Task, index: int, number: int, x: Completion, *, greedy: bool 
     return row | {
         "tokens": x.tokens,
         "truncated": x.truncated,
-        "answer": _answer(task, x.text) if task.answer else None,
+        "answer": _answer(task, x),
     }
 
 
-def _answer(task: Task, text: str) -> str | None:
-    assert task.answer is not None
+def _answer(task: Task, x: Completion) -> str | None:
+    """The answer that a completion votes for: none where the verifier found none, or the completion was cut off."""
+    if task.answer is None or x.verdict not in (Verdict.correct, Verdict.wrong):
+        return None
     try:
-        return task.answer(text)
+        return task.answer(x.text)
     except Exception:  # as a verifier's crash is a verdict and ends nothing, so here: no answer, no vote
         return None
 
@@ -234,43 +263,12 @@ def _read_block(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path} is damaged ({error}): delete it, and it will be measured again") from None
 
 
-def _identity(config: Any, task: Task, subject: Subject) -> dict[str, Any]:
-    """What decides the numbers of an evaluation, as {dotted key: JSON value}; kept as its config.json."""
-    groups = ("model", "data", "rollout", "evaluate", "verifier", "mesh", "seed")
-    bound = {key: value for key, value in flat(config).items() if key.split(".")[0] in groups}
-    bound |= {"task.name": config.task.name} | {f"task.{k}": v for k, v in sorted(_task_options(config).items())}
-    examples = json.dumps([list(example) for example in task.examples])
-    return bound | {
-        "task.examples": hashlib.sha256(examples.encode()).hexdigest(),
-        "checkpoint.name": subject.name,
-        "checkpoint.parameters": hashlib.sha256(json.dumps(digests(subject.params)).encode()).hexdigest(),
-    }
-
-
-def _name(subject: Subject, identity: dict[str, Any], stored: dict[str, Any] | None) -> str:
-    """checkpoint-task-split, and whatever else of the task is not the run's."""
-    task, parts = identity["task.name"], []
-    for key, value in identity.items():
-        option = key.removeprefix("task.")
-        if option in (key, "name", "examples") or value is None:
-            continue
-        same = stored is None or stored.get(f"task.{task}.{option}") == json.loads(json.dumps(value))
-        if option == "split" or not same:
-            parts.append(str(value) if option == "split" else f"{option}-{value}")
-    return re.sub(r"[^\w.+-]+", "_", "-".join([subject.name, task, *parts]))[:100]
-
-
-def _task_options(config: Any) -> dict[str, Any]:
-    group = config.task.get(config.task.name, {})
-    return flat(group) if hasattr(group, "items") else {}
-
-
 def _header(run: Run, subject: Subject, dropped: int) -> list[tuple[str, str]]:
     c, program = run.config, run.program
     num_params = sum(leaf.size for leaf in jax.tree.leaves(program.shapes))
     prompts = f"{len(program.probed):,} of {len(program.task.examples):,} prompts"
     left_out = f"; {dropped:,} more are too long for data.max_prompt and left out" if dropped else ""
-    split = _task_options(c).get("split")
+    split = task_options(c).get("split")
     drawn = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}, and the greedy one"
     return [
         ("devices", f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}"),

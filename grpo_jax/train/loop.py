@@ -15,13 +15,14 @@ from grpo_jax import report, theory
 from grpo_jax.config import flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.report.metrics import METRICS, PERF
+from grpo_jax.tasks.identity import task_digest, verifier_digest
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import Diverged
-from grpo_jax.train.evaluation import judge
 from grpo_jax.train.iteration import role_key
 from grpo_jax.train.memory import binary, check_memory, held_memory
-from grpo_jax.train.program import make_program, put_prompts
+from grpo_jax.train.probe import judge
+from grpo_jax.train.program import make_program, prompt_text, put_prompts
 from grpo_jax.train.reference import make_reference
 from grpo_jax.train.run import Run, check_preempted, measure, measure_in_full, show, sigterm_as_flag
 from grpo_jax.train.run_directory import RESULT, open_run_directory, read_json, write_json, write_text
@@ -48,7 +49,9 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     console = console or Console(width=None if sys.stdout.isatty() else 120)
     task, objective = validate(config, num_devices=jax.device_count())
     with ExitStack() as stack:
-        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config)))
+        # The keys of a config name data and code that may have changed since.
+        identity = {"task.examples": task_digest(task), "task.verify": verifier_digest(task.verify)}
+        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | identity))
         if (directory / RESULT).exists():
             result = read_json(directory / RESULT)
             console.print(f"{directory} holds a finished run:", markup=False, highlight=False)
@@ -76,8 +79,10 @@ def _phases(run: Run, dropped: int) -> dict[str, Any]:
         num_prompts=len(program.task.examples),
         task=program.task.name,
     )
+    if config.model.path is not None:
+        header.append(("first prompt", report.inline(prompt_text(program, 0)[:300])))
     if dropped:
-        header.append(("dropped", f"{dropped:,} prompts of more than data.max_prompt={config.data.max_prompt} tokens"))
+        header.append(("dropped", f"{dropped:,} examples longer than data.max_prompt or rollout.max_completion allow"))
     held = sum(held_memory(config, program.shapes, program.mesh).values())
     header.append(
         ("memory", f"{binary(held)} per device for parameters, optimizer and reference; --mode=estimate: the rest")

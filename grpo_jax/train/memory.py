@@ -78,6 +78,12 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
         config.rollout.max_completion,
     )
 
+    if width + length > decoder.max_length:
+        raise ValueError(
+            f"data.max_prompt={width} and rollout.max_completion={length} tokens are more than the model's "
+            f"{decoder.max_length}"
+        )
+
     def array(*shape: int, dtype: Any = jnp.int32, sharding: Any = rows) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
@@ -93,7 +99,7 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     state = sharded_shapes(jax.eval_shape(functions.start, shapes), mesh)
     group_size = config.rollout.group_size
     rewards, beta = array(prompts_number, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
-    probed = min(config.evaluate.batch_samples, config.evaluate.samples)
+    probed = min(config.evaluate.batch_samples, max(config.evaluate.samples, config.evaluate.final_samples))
     programs = {
         "rollout": functions.sample.lower(shapes, prompts, key),
         "update": functions.improve.lower(state, shapes, prompts, rollout(group_size), rewards, key, beta),

@@ -70,7 +70,7 @@ class Program(NamedTuple):
     """A run's functions and its fixed data.
 
     Attributes:
-      task, objective, tokenizer, prompts, mesh: what the config names.
+      task, objective, tokenizer, chat, prompts, mesh: what the config names; chat is None for prompts as they are.
       probed: rows of the prompts that probes measure.
       shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
       initial_params: () -> the initial parameters, random or pretrained, on the mesh.
@@ -80,6 +80,7 @@ class Program(NamedTuple):
     task: Task
     objective: Objective
     tokenizer: Tokenizer
+    chat: ChatFormat | None
     prompts: PromptSet
     mesh: Mesh
     probed: np.ndarray
@@ -88,8 +89,10 @@ class Program(NamedTuple):
     functions: Functions
 
 
-def make_program(config: Any, task: Task, objective: Objective) -> Program:
+def make_program(config: Any, task: Task, objective: Objective, *, training: bool = True) -> Program:
     """Builds the program of a validated config; parameters are neither drawn nor read yet.
+
+    ``training`` says whether iterations follow, which need enough prompts for one.
 
     Raises:
       ValueError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
@@ -103,6 +106,7 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
     verify_tokens = task.verify_tokens if config.model.path is None and len(stop_ids) == 1 else None
     if config.warm_start.max_steps == 0 and verify_tokens is None:
         task = task._replace(demonstrations=None)  # nothing reads them, so their length is no matter
+    chat = _chat(config, tokenizer)
     task, prompts = encode_prompts(
         task,
         tokenizer,
@@ -110,9 +114,14 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
         max_prompt=c.max_prompt,
         max_completion=config.rollout.max_completion,
         too_long=c.too_long,
-        chat=_chat(config, tokenizer),
+        chat=chat,
     )
-    _check_fit(config, tokenizer, decoder, task, prompts, stop_ids)
+    if training and c.prompts_per_iteration > len(task.examples):
+        raise ValueError(
+            f"data.prompts_per_iteration={c.prompts_per_iteration} exceeds the {len(task.examples)} prompts that "
+            f"data.max_prompt={c.max_prompt} leaves"
+        )
+    _check_fit(config, tokenizer, decoder, prompts, stop_ids)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
 
     def initial_params() -> Any:
@@ -125,6 +134,7 @@ def make_program(config: Any, task: Task, objective: Objective) -> Program:
         task=task,
         objective=objective,
         tokenizer=tokenizer,
+        chat=chat,
         prompts=prompts,
         mesh=mesh,
         probed=_probed(config, len(task.examples)),
@@ -229,6 +239,12 @@ def put_prompts(program: Program, index: np.ndarray) -> tuple[PromptBatch, jax.A
     return jax.device_put(batch, row_sharding(program.mesh) if len(index) % shards == 0 else replicated(program.mesh))
 
 
+def prompt_text(program: Program, row: int) -> str:
+    """The prompt of a row as the model is given it, with its chat template; without the BOS that a tokenizer adds."""
+    text = program.task.examples[row].prompt
+    return text if program.chat is None else program.chat.frame.before + text + program.chat.frame.after
+
+
 def make_decoder(config: Any, task: Task) -> DecoderConfig:
     """The decoder of a config: that of its folder, or one of its sizes with the vocabulary of the task."""
     if config.model.path is not None:
@@ -271,15 +287,9 @@ def _check_fit(
     config: Any,
     tokenizer: Tokenizer,
     decoder: DecoderConfig,
-    task: Task,
     prompts: PromptSet,
     stop_ids: tuple[int, ...],
 ) -> None:
-    if config.data.prompts_per_iteration > len(task.examples):
-        raise ValueError(
-            f"data.prompts_per_iteration={config.data.prompts_per_iteration} exceeds the {len(task.examples)} prompts that "
-            f"data.max_prompt={config.data.max_prompt} leaves"
-        )
     total = prompts.tokens.shape[1] + config.rollout.max_completion
     used = max(*stop_ids, tokenizer.pad_id, int(prompts.tokens.max()), int(prompts.answers.max()))
     if used >= decoder.vocab_size:

@@ -10,10 +10,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
-from grpo_jax.train.errors import Preempted
-from grpo_jax.train.evaluation import Probe, probe
+from grpo_jax.train.errors import Preempted, VerifierFailed
 from grpo_jax.train.iteration import role_key
+from grpo_jax.train.probe import Probe, probe
 from grpo_jax.train.program import Program
 
 
@@ -55,8 +56,18 @@ def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> d
     c = run.config.evaluate
     run.console.print(f"measuring the success probability: {c.final_samples} samples of every prompt", highlight=False)
     found = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples)
+    check_verifier(run, found.verdicts)
     greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
     return found._asdict() | {"successes": found.successes.tolist(), "greedy": float(greedy.successes.mean())}
+
+
+def check_verifier(run: Run, verdicts: dict[str, int]) -> None:
+    """Raises VerifierFailed where no completion was judged: a broken verifier must not pass for a hopeless policy."""
+    failed = {name: count for name, count in verdicts.items() if name in (Verdict.crash, Verdict.timeout)}
+    if run.pool is not None and failed and len(failed) == len(verdicts):
+        counts = ", ".join(f"{name} {count:,}" for name, count in failed.items())
+        reason = f"; the first crash: {run.pool.first_crash}" if run.pool.first_crash else ""
+        raise VerifierFailed(f"the verifier judged none of {sum(failed.values()):,} completions ({counts}){reason}")
 
 
 def show(console: Console, lines: list[tuple[str, str]]) -> None:

@@ -1,5 +1,10 @@
-"""What an evaluation measures: a checkpoint of the run in a run directory, or the config's own initial model."""
+"""What an evaluation measures, a checkpoint of the run in a run directory or the config's own initial model, and where.
 
+What decides its numbers is its identity; an evaluation with another has a directory of its own.
+"""
+
+import hashlib
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -8,7 +13,9 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.config import flat, validate
-from grpo_jax.train.checkpoints import Checkpoints
+from grpo_jax.tasks import Task
+from grpo_jax.tasks.identity import task_digest, verifier_digest
+from grpo_jax.train.checkpoints import Checkpoints, digests
 from grpo_jax.train.errors import CheckpointError, RunDirectoryError
 from grpo_jax.train.program import Program, make_optimizer, make_tokenizer
 from grpo_jax.train.run_directory import CONFIG, check_same, contents, read_json
@@ -20,6 +27,10 @@ OF_THE_MEASUREMENT: tuple[str, ...] = (
     *("task.", "evaluate.", "data.", "rollout.", "verifier.", "mesh.", "checkpoint."),
     *("train.microbatches", "train.chunk_size"),  # memory only
 )
+
+
+# What may differ when an evaluation is started again: it changes no number.
+CHANGEABLE = ("verifier.num_workers", "evaluate.interval", "evaluate.samples", "evaluate.examples")
 
 
 class Subject(NamedTuple):
@@ -98,14 +109,70 @@ def check_alphabet(config: Any, program: Program, stored: dict[str, Any] | None)
     run_config = config.copy_and_resolve_references()
     with run_config.unlocked(), run_config.ignore_type():
         run_config.update_from_flattened_dict({key: stored[key] for key in task_now if key in stored})
-        run_config.data.prompts_per_iteration = stored["data.prompts_per_iteration"]
-    task, _ = validate(run_config, num_devices=jax.device_count())
+    task, _ = validate(run_config, num_devices=jax.device_count(), training=False)
     then = make_tokenizer(run_config, task).alphabet  # type: ignore[attr-defined] # of characters, as the other
     if now != then:
         raise RunDirectoryError(
             f"task.*: the run's model reads and writes the characters {then!r}, and this task's are {now!r}; a random decoder "
             "is evaluated on tasks of the same characters"
         )
+
+
+def identity_of(config: Any, task: Task, subject: Subject) -> dict[str, Any]:
+    """What decides the numbers of an evaluation, as {dotted key: JSON value}; kept as its config.json."""
+    groups = ("model", "data", "rollout", "evaluate", "verifier", "mesh", "seed")
+    bound = {key: value for key, value in flat(config).items() if key.split(".")[0] in groups}
+    bound |= {"task.name": config.task.name} | {f"task.{k}": v for k, v in sorted(task_options(config).items())}
+    return bound | {
+        "task.examples": task_digest(task),
+        "task.verify": verifier_digest(task.verify),
+        "checkpoint.name": subject.name,
+        "checkpoint.parameters": hashlib.sha256(json.dumps(digests(subject.params)).encode()).hexdigest(),
+    }
+
+
+def find_place(
+    evaluations: Path,
+    config: Any,
+    task: Task,
+    subject: Subject,
+    identity: dict[str, Any],
+    stored: dict[str, Any] | None,
+) -> Path:
+    """The directory of an evaluation that was given no name: checkpoint-task-split, and what else is not the run's.
+
+    Where that holds another evaluation, six digits of a digest of all settings are added.
+
+    Args:
+      evaluations: where it is to be.
+      config, task, subject: of the measurement.
+      identity: see `identity_of`.
+      stored: the run's config, or None.
+    """
+    place = evaluations / _name(config, task, subject, stored)
+    try:
+        if place.is_dir() and contents(place) > {CONFIG}:
+            check_same(place, identity, changeable=CHANGEABLE, advice="")
+    except RunDirectoryError:
+        bound = {key: value for key, value in identity.items() if key not in CHANGEABLE}
+        digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        return place.with_name(f"{place.name}-{digest[:6]}")
+    return place
+
+
+def task_options(config: Any) -> dict[str, Any]:
+    """The options of the config's task by name."""
+    group = config.task.get(config.task.name, {})
+    return flat(group) if hasattr(group, "items") else {}
+
+
+def _name(config: Any, task: Task, subject: Subject, stored: dict[str, Any] | None) -> str:
+    parts, said = [], ("name", "source", "data_dir", "prompt", "target")  # by the task's name, or at too great a length
+    for key, value in sorted(task_options(config).items()):
+        same = stored is None or stored.get(f"task.{config.task.name}.{key}") == json.loads(json.dumps(value))
+        if value is not None and (key == "split" or not (same or key in said)):
+            parts.append(str(value) if key == "split" else f"{key}-{value}")
+    return re.sub(r"[^\w.+-]+", "_", "-".join([subject.name, task.name, *parts]))[:93]
 
 
 def _restore(folder: Path, like: Any, number: int | None = None) -> tuple[int, Any] | None:

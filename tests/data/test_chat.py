@@ -217,6 +217,58 @@ def test_where_templates_are_found(folders, tmp_path):
         before("A" + PLAIN)
 
 
+def template_of(folders, tmp_path, template):
+    """A tokenizer in whose folder stands another template."""
+    for entry in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / entry).write_bytes((folders["chatml"] / entry).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return HFTokenizer(tmp_path)
+
+
+def test_a_system_prompt_that_is_not_written_is_refused(folders, tmp_path):
+    users_alone = "{% for m in messages if m.role == 'user' %}{{ m.content }}[end]{% endfor %}"
+    cut = PLAIN.replace("m.content", "(m.content[:4] if m.role == 'system' else m.content)")
+    for template in (users_alone, "Be brief!" + users_alone, cut):
+        with pytest.raises(ValueError, match=r"chat template does not write the system prompt 'Be brief\.'"):
+            frame_of(template, system="Be brief.")
+    with pytest.raises(
+        ValueError, match=r"chat_template\.jinja: the chat template does not write the system prompt 'Be b"
+    ):
+        read_chat(template_of(folders, tmp_path, users_alone), system="Be brief.")
+    assert frame_of(PLAIN.replace("m.content", "m.content | trim"), system=" Be. ").before == "[system]Be.[end][user]"
+    last = "{{ messages[-1].content }}{% if messages[1:] %} ({{ messages[0].content }}){% endif %}"
+    assert frame_of(last, system="Be brief.").after == " (Be brief.)"
+
+
+THINKS_BY_DEFAULT = "{% if think is defined and think is false %}[no thoughts]{% endif %}"
+EFFORT = "{% if effort is defined %}{{ effort }}{% else %}medium{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "refused"),
+    [
+        (PLAIN, {"think": False}, "think"),
+        (PLAIN, {"think": True}, "think"),
+        (PLAIN + THINKS_BY_DEFAULT, {"think": False}, None),
+        (PLAIN + THINKS_BY_DEFAULT, {"think": True}, None),  # what it is by default, said in so many words
+        (PLAIN + THINKS_BY_DEFAULT, {"think": False, "enable_thinking": False}, "enable_thinking"),
+        (PLAIN + EFFORT, {"effort": "medium"}, None),
+        (PLAIN + EFFORT, {"effort": "high"}, None),
+        (PLAIN + "{{ needed + 1 }}", {"needed": 1}, None),  # it cannot do without
+        (PLAIN + "{{ bos_token }}", {"bos_token": "x"}, None),
+    ],
+)
+def test_an_argument_that_changes_nothing_is_refused(folders, tmp_path, template, arguments, refused):
+    tokenizer = template_of(folders, tmp_path, template)
+    if refused is None:
+        assert read_chat(tokenizer, arguments=arguments).frame.before == "[user]"
+    else:
+        with pytest.raises(
+            ValueError, match=rf"\.jinja: the chat template does not depend on {refused}: leave it unset"
+        ):
+            read_chat(tokenizer, arguments=arguments)
+
+
 def test_system_prompts(folders):
     """Refused where the template has no such role, and where one would end its turn."""
     with pytest.raises(ValueError, match="System role not supported"):

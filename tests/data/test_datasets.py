@@ -121,6 +121,14 @@ def test_slices_that_cannot_be(tmp_path: Path, spec: str) -> None:
         read_examples(tmp_path, split=spec, **TEMPLATES)
 
 
+def test_the_name_of_a_single_file_is_no_split(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "test.jsonl", ROWS)
+    assert read_examples(path, split="train", **TEMPLATES) == EXAMPLES
+    with pytest.raises(ValueError, match=r"'test'.* train \(250 rows\); the rows of a single file are its split train"):
+        read_examples(path, split="test", **TEMPLATES)
+    assert read_examples(tmp_path, split="test", **TEMPLATES) == EXAMPLES
+
+
 @pytest.mark.parametrize("spec", ["train[:0]", "train[9:3]"])
 def test_no_rows(tmp_path: Path, spec: str) -> None:
     for source in (write_jsonl(tmp_path / "a.jsonl", ROWS), write_parquet(tmp_path / "a.parquet", ROWS)):
@@ -203,6 +211,12 @@ def test_values_of_columns(tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "bad.parquet", [{"question": "q", "answer": value}])
         with pytest.raises(ValueError, match=rf"bad\.parquet\[0\]: field 'answer' .*{message}"):
             read_examples(path, split="train", prompt="{question}", target="{answer}")
+    for kind in (pyarrow.float16(), pyarrow.float32(), pyarrow.float64()):
+        numbers = np.array([0.1, 42.5], kind.to_pandas_dtype())
+        table = pyarrow.table({"question": ["q", "r"], "answer": pyarrow.array(numbers)})
+        parquet.write_table(table, tmp_path / "floats.parquet")
+        found = read_examples(tmp_path / "floats.parquet", split="train", prompt="{question}", target="{answer}")
+        assert [example.target for example in found] == ["0.1", "42.5"]
     text = pyarrow.array([b"fine", b"\xff"]).view(pyarrow.binary())
     table = pyarrow.table({"question": pyarrow.StringArray.from_buffers(2, text.buffers()[1], text.buffers()[2])})
     parquet.write_table(table, tmp_path / "bytes.parquet")
@@ -378,10 +392,17 @@ def test_make_task(tmp_path: Path) -> None:
     for name, options in (
         ("arithmetic", {"operand": 3}),
         ("gsm8k", {"folder": "."}),
-        ("dataset", {"source": "a.jsonl"}),
     ):
-        with pytest.raises(TypeError, match=r"operand|folder|prompt"):
+        with pytest.raises(TypeError, match=r"operand|folder"):
             make_task(name, **options)
+    such = {"source": "'rows.jsonl'", "prompt": "'{question}'", "target": "'{answer}'", "verifier": "'number_last'"}
+    texts = [f"task.dataset.{key} (such as {value})" for key, value in such.items()]
+    for given in ((), ("source", "verifier"), ("source", "prompt", "target")):
+        wanted = ", ".join(text for key, text in zip(such, texts, strict=True) if key not in given)
+        with pytest.raises(ValueError, match=f"^{re.escape(wanted)} must be set$"):
+            make_task("dataset", split="train", **dict.fromkeys(given, "{x}"))
+    with pytest.raises(ValueError, match=r"^task\.reasoning_gym\.name \(such as 'gcd'\) must be set$"):
+        make_task("reasoning_gym", seed=1)
     assert len(make_task("countdown", num_examples=3).examples) == 3
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     assert make_task("dataset", source=str(path), verifier="exact", **TEMPLATES).examples == EXAMPLES
@@ -435,5 +456,5 @@ def test_reasoning_gym_options() -> None:
     try:
         import reasoning_gym as _  # noqa: F401
     except ModuleNotFoundError:
-        with pytest.raises(ImportError, match="pip install reasoning-gym"):
+        with pytest.raises(ImportError, match=r"pip install reasoning-gym==0\.1\.25$"):
             reasoning_gym("gcd")

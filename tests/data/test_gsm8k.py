@@ -172,6 +172,8 @@ def test_options_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         gsm8k(folder, prompt="{question} {answer}", data_dir=tmp_path)
     with pytest.raises(ValueError, match="verifier 'regex' has no prompt of its own here"):
         gsm8k(folder, verifier="regex", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"\[0\]: target '.*' is not a total"):
+        gsm8k(folder, verifier="countdown", prompt="{question}", data_dir=tmp_path)
     with pytest.raises(ValueError, match=r"There are: train \(30 rows\), test \(20 rows\)"):
         gsm8k(folder, "dev", data_dir=tmp_path)
     (tmp_path / "file").touch()

@@ -128,6 +128,15 @@ def test_a_comparison_prompt_by_prompt(tmp_path, capsys):
     assert said.split("\n")[:-1] == comparison_lines(found)
 
 
+def test_settings_that_differ_are_noted(tmp_path):
+    settings = {"verifier": ["a:b", "a:c"], "chat": [False, True], "system": [None, "Be brief."], "seed": [0, 1]}
+    a = evaluation(tmp_path / "a", [1, 2], **{name: values[0] for name, values in settings.items()})
+    b = evaluation(tmp_path / "b", [1, 3], **{name: values[1] for name, values in settings.items()})
+    found = compare(a, b)
+    assert found["settings"] == settings
+    assert "note      system differs: None | Be brief." in comparison_lines(found)
+
+
 def test_other_prompts_are_refused_or_left_out_and_counted(tmp_path):
     a = evaluation(tmp_path / "a", [1, 2, 3], prompts=["p", "q", "q"])
     b = evaluation(tmp_path / "b", [5, 6], prompts=["q", "x"])

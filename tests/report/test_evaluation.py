@@ -127,11 +127,12 @@ def test_a_policy_that_never_succeeds_is_told_as_such():
     result = summary([row(i, 0) for i in range(1319)])
     assert (result["never"], result["dead_groups"], result["successes"]) == (1319, 1.0, 0)
     assert result["success_bound"] == pytest.approx(3 / 21_104, rel=2e-3)
+    assert result["success"] == {"mean": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 21_104))}
     assert result["pass"]["1"]["mean"] == 0.0
     assert 0.002 < result["pass"]["16"]["high"] < 0.004  # of prompts like these: 1,319 of them say no more
     words = " ".join(value for name, value in report.evaluation_table(result) if name == "in words")
     assert "not one of 21,104 completions succeeded" in words
-    assert "below 0.00014" in words
+    assert "below 0.00014 (95%, one-sided)" in words
     assert "GRPO learns only from groups with successes and failures" in words
     few = summary([row(i, int(i == 0)) for i in range(1319)])
     words = " ".join(value for name, value in report.evaluation_table(few) if name == "in words")

@@ -88,6 +88,13 @@ def test_refused_constraints_say_where(constraint: str, message: str) -> None:
         check_target(constraint)
 
 
+@pytest.mark.parametrize("kind", ["word", "not", "max_words", "ends", "case", "kind"])
+def test_what_is_refused_reaches_no_terminal(kind: str) -> None:
+    with pytest.raises(ValueError, match="x1b") as refused:
+        check_target(f"word:a&{kind}:\x1b]0;x\x07\u202e ")
+    assert str(refused.value).isprintable()
+
+
 def test_all_kinds_at_once_are_read_in_order() -> None:
     constraint = (
         "word:a&any:b|C&not:d&max_words:9&ends:e&min_words:1&max_chars:99&lines:2&starts:f&contains: g &lacks:h"

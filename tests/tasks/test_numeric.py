@@ -65,6 +65,23 @@ def test_one_answer(form):
         ("${41}$\n\nor\n\n**{42}**", UNPARSABLE),
         ("{x} and {42}", UNPARSABLE),
         ("{42} then {none}", UNPARSABLE),
+        ("{41} - {42}", UNPARSABLE),
+        (r"{41} \quad {42}", UNPARSABLE),
+        (r"{41} \lor {42}", UNPARSABLE),
+        (r"{41} \text{ or } {42}", UNPARSABLE),
+        ("{41} (or) {42}", UNPARSABLE),
+        ("{41} OR {42}", UNPARSABLE),
+        ("- {41}\n- {42}", UNPARSABLE),
+        ("1. {41}\n2. {42}", UNPARSABLE),
+        ("a) {41}\nb) {42}", UNPARSABLE),
+        ("x = {41} or x = {42}", UNPARSABLE),
+        ("{41}: {42}?", UNPARSABLE),
+        ("{42} - {42}", CORRECT),
+        ("{41}, thus {42}", CORRECT),
+        ("{41}, no, {42}", CORRECT),
+        ("{41}\n\nFinally:\n{42}", CORRECT),
+        ("{41} nor {42}", CORRECT),
+        ("{41}, andrew: {42}", CORRECT),
     ],
 )
 def test_several_answers(form, text, verdict):
@@ -158,11 +175,20 @@ def test_marks(name, completion, verdict):
     assert judge(name, completion) is verdict
 
 
-def test_only_the_end_of_a_long_completion_is_read():
+def test_only_the_end_of_the_first_turn_of_a_long_completion_is_read():
     padding = "so " * MAX_CHARACTERS
     for name, mark in (MARKS | {"last": "{}"}).items():
         assert judge(name, padding + mark.format("42")) is CORRECT
         assert judge(name, mark.format("42") + padding) is TOO_LONG
+        assert judge(name, f"{mark.format('42')}\nUser: hi\n{padding}\n{mark.format('41')}") is CORRECT
+        for turn in ("User: hi", "<|im_end|>", "Question: and?"):
+            text = f"{mark.format('41')}\n{turn}\n{padding}\n{mark.format('42')}"
+            assert judge(name, text) is judge(name, padding + text) is WRONG
+            assert judge(name, f"{mark.format('42')}{padding}\n{turn}\n{mark.format('42')}") is TOO_LONG
+        if name != "last":  # which reads one number only
+            assert judge(name, mark.format("41") + "\n- " * MAX_CHARACTERS + mark.format("42")) is TOO_LONG
+            assert judge(name, mark.format("41") + "\n- " * 4_000 + mark.format("42")) is UNPARSABLE
+            assert judge(name, "so" + "\n- " * 4_000 + mark.format("42")) is CORRECT
 
 
 @pytest.mark.parametrize(
@@ -202,12 +228,17 @@ HOSTILE = {
     "open boxes": "\\boxed{" * 150_000,
     "nested boxes": "\\boxed{" * 2_000 + "42" + "}" * 2_000,
     "braces": "\\boxed{" + "{" * 500_000 + "42" + "}" * 500_000 + "}",
-    "escapes": "\\" * 1_000_001 + "boxed{42}",
+    "escapes": "so " * 300_000 + "\\" * 10_001 + "boxed{42}",
+    "escapes alone": "\\" * 1_000_001 + "boxed{42}",
     "open tags": "<answer>" * 130_000,
     "angles": "<" * 1_000_000,
-    "hashes": "#" * 1_000_000 + " 42\n",
+    "hashes": "so " * 300_000 + "#" * 10_000 + " 42\n",
+    "hashes alone": "#" * 1_000_000 + " 42\n",
     "hash lines": "####\n" * 200_000,
-    "equal answers": r"\boxed{42} " * 90_000,
+    "equal answers": "so " * 300_000 + r"\boxed{42} " * 1_000,
+    "equal answers alone": r"\boxed{42} " * 90_000,  # but for those that are not read
+    "a joint too long": r"\boxed{41}" + " or " * 250_000 + r"\boxed{42}",
+    "half a joint": r"\boxed{41}" + r"\o" * 8_000 + "X" + r"\boxed{42}",
     "digits": "9" * 1_000_000,
     "boxed digits": r"\boxed{" + "9" * 1_000_000 + "}",
     "zeros": r"\boxed{" + "0" * 5_000 + "42}",

@@ -42,6 +42,33 @@ REFUSED = [
     *["４２", "4２", "٤٢", "𝟒𝟐", "4\u200b2", "4\x002", "\u200e42", "42\u200f", "\ufeff42", "４.２", "4\u06602", "\ud80042"],
     *["42; import os", '__import__("os")', "42 if 1 else 42", "{{42}}}", "1: 42", "10**2", "9**9**9**9"],
 ]  # fmt: skip
+# Of 5 of these, or of "not 5", the value is not 5, or may not be.
+PLURALS = (
+    "hundred thousand million billion trillion quadrillion lakh lac crore milliard zillion dozen score pair couple third quarter "
+    "fourth fifth sixth eighth ninth tenth twelfth twentieth hundredth thousandth millionth zero one two three four five seven "
+    "eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+)
+OTHERS = """
+    six sixes twenty thirty forty fourty fifty sixty seventy eighty ninety twenties sixty-five fortytwo onehundred tenfold half
+    halves gross grand mil mill bil mn bn tn mln trn mio cr kk MM thou mille permille bps ppm km-thousand *hundred ‰ not no never
+    none neither isn't isnt except wrong minus negative squared cubed twice doubled
+"""
+CHANGED = [word + s for word in PLURALS.split() for s in ("", "s")] + OTHERS.split()
+CHANGED += [
+    "per mille",
+    "per hundred",
+    "basis points",
+    "per ten thousand",
+    "times ten",
+    "to the fourth power",
+    "or six",
+    "and six",
+]
+UNITS = (
+    "seconds minutes hours days months m mm cm km kg g miles mph pounds cents tons tonnes stones kilos points percent people "
+    "students boxes times teams weights freights heights twins onions pints nights knots notes novels halfpence threads tents "
+    "tenants forks noodles cubes squares th more less left each"
+)
 CAPPED = [
     *["9" * 401, "0" * 401 + "42", "0." + "3" * 401, "1/" + "7" * 401, "1e401", "1e-401", "1e99999999999", r"1\times10^{401}"],
     *["1" * 513, " " * 513, "{" * 65 + "42" + "}" * 65, r"\text{" * 65 + "42" + "}" * 65, "42 " + "cm " * 200],
@@ -56,6 +83,33 @@ def test_every_spelling_has_one_value(value, text):
 @pytest.mark.parametrize("text", REFUSED, ids=ascii)
 def test_what_is_no_number_or_an_ambiguous_one_is_refused(text):
     assert read_number(text) is UNPARSABLE
+
+
+@pytest.mark.parametrize("word", CHANGED)
+def test_words_that_change_the_value_are_no_units(word):
+    for text in (
+        f"5 {word}",
+        f"5{word}",
+        rf"5\text{{ {word}}}",
+        f"{word} 5",
+        f"{word}: 5",
+        f"The {word} = 5",
+        f"5 {word} km",
+    ):
+        assert read_number(text) is UNPARSABLE, text
+    assert word == "MM" or read_number(f"5 {word.upper()}") is read_number(f"5 {word.title()}") is UNPARSABLE
+
+
+@pytest.mark.parametrize(
+    "unit", [*UNITS.split(), "cubic feet", "square meters", "per person", "dollars a day", "miles to the gallon"]
+)
+def test_units_that_look_like_such_words_are_dropped(unit):
+    assert read_number(f"5 {unit}") == "5"
+
+
+@pytest.mark.parametrize("text", ["5 thousands", "5 hundreds", "5 lakh", "5 crores"])
+def test_a_last_number_in_thousands_is_not_read_without_them(text):
+    assert read_number(last_number(f"it is {text}") or "") is UNPARSABLE
 
 
 @pytest.mark.parametrize("text", CAPPED, ids=lambda text: ascii(text[:30]))

@@ -61,8 +61,8 @@ def test_exact_wants_a_target() -> None:
      '["[[[[", "}}", "\\"[", "\\\\"]'],
 )  # fmt: skip
 def test_any_json(text: str) -> None:
-    assert verify_json(text, "", False) is CORRECT
-    assert verify_json(text, "", True) is TOO_LONG
+    assert verify_json(text, "{}", False) is CORRECT
+    assert verify_json(text, "{}", True) is TOO_LONG
     assert json.loads(answer_json(text) or "") == json.loads(text.strip().removeprefix("```json").strip("` \n"))
 
 
@@ -75,7 +75,7 @@ def test_any_json(text: str) -> None:
      "```json\n[1]\n```\n```json\n[2]\n```", "9" * 401, "-" + "9" * 401, "\ud800", '"', '"\\'],
 )  # fmt: skip
 def test_what_is_not_json(text: str) -> None:
-    assert verify_json(text, "", False) is UNPARSABLE
+    assert verify_json(text, "{}", False) is UNPARSABLE
     assert answer_json(text) is None
 
 
@@ -104,7 +104,7 @@ def test_what_is_not_json(text: str) -> None:
 )
 def test_json_bombs(text: str, verdict: Verdict) -> None:
     start = time.perf_counter()
-    assert verify_json(text, "", False) is verdict
+    assert verify_json(text, "{}", False) is verdict
     assert time.perf_counter() - start < 2
 
 
@@ -216,6 +216,8 @@ def test_types(name: str) -> None:
         ('{"properties": {"a": {"items": {"pattern": "x"}}}}', "shape at a.items: unknown key 'pattern'"),
         ('{"properties": {"a": 3}}', "shape at a: wants an object"),
         ('{"const": NaN}', "NaN is not JSON"),
+        ("", "the shape '' is not JSON"),
+        ('{"properties": {"\\u001b]0;x\\u0007": 3}}', r"shape at \x1b]0;x\x07: wants an object"),
         ('{"type": "object", "type": "array"}', "a key occurs twice"),
         ("[" * 100_000, "brackets deep"),
     ],
@@ -253,7 +255,7 @@ def test_random_values_survive_and_no_others() -> None:
         if json.dumps(one) != json.dumps(other):
             assert verify_json(text, json.dumps({"const": other}), False) is WRONG
         if isinstance(one, dict | list):  # what is cut is not JSON
-            assert verify_json(text[: rng.randrange(1, len(text))], "", False) is UNPARSABLE
+            assert verify_json(text[: rng.randrange(1, len(text))], "{}", False) is UNPARSABLE
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ EQUAL = [
     (r"2x+1", r"y=2x+1"),
     (r"2, 3", r"3,2"),
     (r"5 \text{ or } 6", r"5, 6"),
+    (r"1,2", r"\{2,1\}"),
+    (r"52_8", r"52_{8}"),
+    (r"x_{12}+1", r"1+x_{12}"),
+    (r"\text{No solution}", r"\textbf{no solution}"),
     (r"3+4i", r"4i+3"),
     (r"\pi", r"3.14159265"),
     (r"1024", r"2^{10}"),
@@ -69,6 +73,9 @@ UNEQUAL = [
     (r"\frac{0}{0}", r"\frac{0}{0}"),
     (r"42", r"41 \text{ or } 42"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}2&1\end{pmatrix}"),
+    (r"(1,2)", r"\left\{ 1, 2 \right\}"),
+    (r"x = 5", r"y = 5"),
+    (r"y = x^2", r"z = x^2"),
 ]
 
 
@@ -109,6 +116,29 @@ def test_what_math_verify_never_sees(body: str, target: str, verdict: Verdict) -
     start = time.perf_counter()
     assert verify(rf"So $\boxed{{{body}}}$.", target, False) is verdict
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("text", [r"\text", r"\mbox", r"\mathrm", r"\textbf ", r"\operatorname", r"\text{a }\text"])
+@pytest.mark.parametrize("words", [" or 41", "41", ", 41", " or forty-one", " thousand", " and {41}", "not"])
+@pytest.mark.parametrize("number", ["42", r"2\pi", r"\sqrt{2}"])
+def test_text_hides_no_second_answer(number: str, words: str, text: str) -> None:
+    """math-verify drops it. Before it is asked, so this holds without the package."""
+    for body in (rf"{number}{text}{{{words}}}", rf"{text}{{{words}}}{number}"):
+        refused = (UNPARSABLE, WRONG) if number + words == "4241" else (UNPARSABLE,)  # 42\text{41} is read as 4241
+        assert verify(rf"\boxed{{{body}}}", number, False) in refused
+
+
+@pytest.mark.parametrize(
+    ("body", "target"), [("42_{41}", "42"), ("42_{or 41}", "42"), ("52_9", "52_8"), (r"\text{or x }y", "y")]
+)
+def test_nor_does_a_subscript(body: str, target: str) -> None:
+    assert verify(rf"\boxed{{{body}}}", target, False) is UNPARSABLE
+
+
+def test_names_and_brackets_count() -> None:
+    assert verify(r"\boxed{y = 5}", "x=5", False) is verify(r"\boxed{(1,2)}", r"\{1,2\}", False) is WRONG
+    assert verify(r"\boxed{[1,2]}", r"\{1,2\}", False) is verify(r"\boxed{\{1,2\}}", r"(1,2)", False) is WRONG
+    assert verify(r"\boxed{x = 5}", "x=5", False) is verify(r"\boxed{5}", "x=5", False) is CORRECT
 
 
 def test_which_box_counts() -> None:

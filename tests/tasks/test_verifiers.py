@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -164,7 +165,11 @@ def test_a_users_function_is_found(users: Path, name: str) -> None:
     [
         ("exakt", ValueError, "unknown verifier 'exakt'; known: exact, number_hash.*module:function"),
         ("", ValueError, "unknown verifier ''"),
-        ("absent_module:verify", ValueError, "there is no module 'absent_module' on the import path"),
+        (
+            "absent_module:verify",
+            ValueError,
+            "there is no module 'absent_module' on the import path or in the working directory; looked in .*/",
+        ),
         ("users_own.absent:verify", ValueError, "there is no module 'users_own.absent'|no module 'users_own"),
         (":verify", ValueError, "'' is not the name of a module"),
         (".users_own:verify", ValueError, "'.users_own' is not the name of a module"),
@@ -192,6 +197,47 @@ def test_a_users_function_is_found(users: Path, name: str) -> None:
 def test_what_is_no_verifier_is_refused_with_a_reason(users: Path, name: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         find_verifier(name)
+
+
+SEARCH = """
+import sys
+from grpo_jax.tasks import Verdict, find_verifier
+from grpo_jax.tasks.workers import VerifierPool
+try:
+    verify = find_verifier(sys.argv[1])
+except ValueError as error:
+    print(error)
+else:
+    with VerifierPool(verify) as pool:
+        print(*pool.verify(["a dog", "a cat"], ["dog", "dog"], [False, True]))
+"""
+
+
+def test_the_working_directory_is_searched_last(users: Path, tmp_path: Path) -> None:
+    """By a script that stands elsewhere, as launch.py does; its own folder and installed modules come before."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    for folder in (home, work):
+        folder.mkdir()
+    (home / "launch.py").write_text(SEARCH)
+    (work / "users_own.py").write_text(USERS)
+    (work / "launch.py").write_text("raise RuntimeError('hidden by the script of that name')")
+    (work / "decimal.py").write_text("raise RuntimeError('hides the library')")
+    root = os.fspath(Path(verifiers.__file__).parents[2])
+
+    def found(name: str, folder: Path) -> str:
+        command = [sys.executable, os.fspath(home / "launch.py"), name]
+        environment = os.environ | {"PYTHONPATH": root}
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    assert found("users_own:verify", work) == "correct wrong"
+    absent = found("users_own:verify", home.parent / "home")
+    assert "there is no module 'users_own'" in absent and f"looked in {home}" in absent
+    assert str(work) in found("absent_module:verify", work)
+    assert "module 'users_own' has no function 'absent'" in (missing := found("users_own:absent", work))
+    assert str(work / "users_own.py") in missing
+    assert found("decimal:absent", work).startswith("verifier 'decimal:absent': module 'decimal' has no function")
 
 
 def texts_and_golds(shared: Path, marker: Path) -> tuple[list[dict], list[str]]:

@@ -243,11 +243,30 @@ def test_refuses_what_workers_cannot_do() -> None:
             VerifierPool(obey, **options)  # type: ignore[arg-type]
 
 
-def test_the_first_crash_is_logged_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_crash_is_logged_and_kept_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    reason = "RuntimeError: no such luck \\x1b[31m \\ud800"
     with VerifierPool(obey) as pool:
-        assert judge(pool, ["RAISE", "RAISE", "RETURN None"]) == [CRASH] * 3
+        assert judge(pool, ["15", "16"]) == [CORRECT, WRONG] and pool.first_crash == ""
+        assert judge(pool, ["RAISE", "RETURN None"]) == [CRASH] * 2
+        assert judge(pool, ["EXIT"]) == [CRASH]
+        assert pool.first_crash == reason
     (record,) = caplog.records
-    assert "RuntimeError: no such luck \\x1b[31m \\ud800" in record.getMessage()
+    assert reason in record.getMessage() and pool.first_crash == reason
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("RETURN True", "it returned a bool, not a Verdict: return Verdict.correct or Verdict.wrong"),
+        ("RETURN None", "it returned a NoneType, not a Verdict: return Verdict.correct or Verdict.wrong"),
+        ("EXIT", "the worker exited with code 0"),
+        ("ABORT", "the worker was ended by signal 6"),
+    ],
+)
+def test_a_crash_says_what_to_mend(completion: str, reason: str) -> None:
+    with VerifierPool(obey) as pool:
+        assert judge(pool, [completion]) == [CRASH]
+        assert pool.first_crash == reason
 
 
 def test_throughput() -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.theory import dead_fraction, groups_per_live_group, mean_dead_fraction
+from grpo_jax.theory import dead_fraction, dead_fraction_of_counts, groups_per_live_group, mean_dead_fraction
 from tests.exact_theory import mp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -25,6 +25,19 @@ def test_dead_groups_by_enumeration(size):
         assert float(dead_fraction(p, size)) == pytest.approx(dead, rel=1e-14)
         live = groups_per_live_group(p, size)
         assert float(live) == (math.inf if dead > 1 - 1e-15 else pytest.approx(1 / (1 - dead), rel=1e-13))
+
+
+def test_dead_groups_of_counts_by_enumeration():
+    """All groups that can be drawn from the trials; and on average over measurements, exactly p^G + (1 − p)^G."""
+    trials, size, p = 6, 3, 0.3
+    found = [float(dead_fraction_of_counts(c, trials, size)) for c in range(trials + 1)]
+    for successes, share in enumerate(found):
+        drawn = [*itertools.combinations([1] * successes + [0] * (trials - successes), size)]
+        assert share == pytest.approx(sum(len(set(group)) == 1 for group in drawn) / len(drawn), rel=1e-14)
+    chances = [math.comb(trials, c) * p**c * (1 - p) ** (trials - c) for c in range(trials + 1)]
+    assert sum(map(math.prod, zip(chances, found, strict=True))) == pytest.approx(p**size + (1 - p) ** size, rel=1e-14)
+    mixed = dead_fraction_of_counts([1, 1], [4, 2], 3)  # three of two trials cannot be drawn
+    np.testing.assert_allclose(mixed, [0.25, 0.25], rtol=1e-14)
 
 
 def test_live_groups_where_nearly_all_are_dead():

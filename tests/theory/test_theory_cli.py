@@ -34,6 +34,20 @@ def numbers(tmp_path: Path, *arguments: str) -> dict:
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+def test_a_directory_of_evaluations_alone_names_them(run_directory, capsys):
+    (run_directory / "reference.json").unlink()
+    place = run_directory / "evaluations" / "reference-mine"
+    place.mkdir(parents=True)
+    refused(["plan", f"--from={run_directory}", "--beta=1"], "no finished evaluation (prompts.jsonl)", capsys)
+    (place / "prompts.jsonl").write_text('{"successes": 1, "trials": 4}\n')
+    refused(["plan", f"--from={run_directory}", "--beta=1"], f"but evaluations: give --from={place}", capsys)
+    refused(["plan", f"--from={place}", "--beta=1"], "config.json: No such file", capsys)
+    (place / "config.json").write_text('{"rollout.group_size": 4, "evaluate.confidence": 0.9}')
+    found = numbers(run_directory, "plan", f"--from={place}", "--beta=1")
+    assert (found["prompts"], found["group_size"], found["confidence"]) == (1, 4, 0.9)
+    assert found["rows"][0]["dead_groups_start"] == 0.0  # the one group of four has a success and failures
+
+
 def test_a_plan_of_typed_probabilities(tmp_path, capsys):
     """The trainer's GRPO at β = 1 and 3, G = 8 by default; p_ref taken as exact."""
     found = numbers(tmp_path, "plan", "--p_ref=0.01,0.2,0.5", "--beta=1,3")
@@ -233,7 +247,7 @@ def test_a_bad_file_is_named_with_its_line(text, said, tmp_path, capsys):
         ("config.json", '{"objective.name": "GRPO", "objective.epsilon": "x"}', "config.json: "),
         ("config.json", '{"rollout.group_size": 1.5}', "group_size=1.5 is not a whole number"),
         ("config.json", '{"evaluate.confidence": "high"}', "--confidence='high' is not a number"),
-        ("reference.json", None, "reference.json: No such file"),
+        ("reference.json", None, "holds no measured reference (reference.json), and no finished evaluation"),
         ("reference.json", '{"trials": 4}', '"successes" must be a list'),
         ("reference.json", '{"successes": [], "trials": 4}', '"successes" must be a list'),
         ("reference.json", '{"successes": [1, 9], "trials": 4}', "prompt 1: successes=9 exceed trials=4"),

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,17 +20,20 @@ from rich.console import Console
 
 from grpo_jax.config import flat, validate
 from grpo_jax.report import pass_at_k
+from grpo_jax.tasks import Example, Task, Verdict, find_answer, find_verifier
 from grpo_jax.theory.__main__ import main as theory
-from grpo_jax.train import evaluation
 from grpo_jax.train import program as program_module
 from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import CheckpointError, Preempted, RunDirectoryError
+from grpo_jax.train.probe import Completion
 from grpo_jax.train.program import make_program
 from grpo_jax.train.reference import make_reference
 from grpo_jax.train.run import Run, measure_in_full
 from grpo_jax.train.run_directory import open_run_directory, write_json
+from grpo_jax.train.subject import Subject, find_place, identity_of
 from tests.tiny_run import tiny_config
 
+probe_module = importlib.import_module("grpo_jax.train.probe")
 mode = importlib.import_module("grpo_jax.train.evaluate")  # the module: the package gives the function of that name
 ROOT = Path(__file__).resolve().parents[2]
 # Sums to 10 and to 12 have the same characters: one decoder reads both tasks.
@@ -106,6 +110,8 @@ def test_it_measures_what_the_run_measured(run, evaluated):
     assert result["kl"]["mean"] == pytest.approx(after["kl"], rel=1e-6)
     assert list(result["pass"]) == ["1", "2", "4", "8", "16"]
     assert (result["prompts"], result["samples"], result["majority"], result["dropped"]) == (36, 16, None, 0)
+    settings = {"verifier": "grpo_jax.tasks.arithmetic:verify", "chat": False, "system": None, "seed": 0, "split": None}
+    assert {name: result[name] for name in settings} == settings
     reference = evaluate(run, checkpoint="reference")
     assert [row["successes"] for row in rows(run / "evaluations" / "reference-arithmetic")] == before["successes"]
     assert reference["kl"] is None
@@ -157,9 +163,14 @@ def test_the_planner_reads_its_rows(evaluated, tmp_path, capsys):
     directory, result, _ = evaluated
     out = tmp_path / "plan.json"
     assert theory(["plan", f"--from={directory / 'prompts.jsonl'}", "--beta=1", f"--json={out}"]) == 0
+    assert json.loads(out.read_text())["group_size"] == 8
+    capsys.readouterr()
+    assert theory(["plan", f"--from={directory}", "--beta=1", f"--json={out}"]) == 0
     plan = json.loads(out.read_text())
     assert (plan["prompts"], "16 trials each" in capsys.readouterr().out) == (36, True)
     assert plan["rows"][0]["p_ref"] == pytest.approx(result["success"]["mean"])
+    assert plan["group_size"] == result["group_size"] == 4
+    assert plan["rows"][0]["dead_groups_start"] == pytest.approx(result["dead_groups"], rel=1e-12)
 
 
 def test_a_finished_evaluation_is_shown_and_not_computed(run, evaluated, monkeypatch):
@@ -264,13 +275,52 @@ def test_another_measurement_of_the_same_name_is_refused_by_key(run, evaluated):
     directory, _, _ = evaluated
     before = files(directory)
     with pytest.raises(RunDirectoryError, match=r"rollout.temperature: 1.0 there, 0.5 now\n.*--name=NAME"):
-        evaluate(run, rollout__temperature=0.5)
+        evaluate(run, rollout__temperature=0.5, name=directory.name)
     with pytest.raises(RunDirectoryError, match=r"checkpoint.name: 'iteration-3' there, 'reference' now"):
         evaluate(run, checkpoint="reference", name=directory.name)
     assert files(directory) == before
     for name in ("../up", "a/b", ".hidden", ""):
         with pytest.raises(RunDirectoryError, match="--name="):
             evaluate(run, name=name)
+
+
+def test_another_measurement_without_a_name_gets_one_of_its_own(run, evaluated):
+    directory, result, _ = evaluated
+    before, said = {path.name for path in directory.parent.iterdir()}, io.StringIO()
+    few = {"evaluate__prompts": 3, "evaluate__final_samples": 4}
+    found = evaluate(run, **few)
+    (name,) = {path.name for path in directory.parent.iterdir()} - before
+    assert re.fullmatch(f"{directory.name}-[0-9a-f]{{6}}", name)
+    assert (found["prompts"], found["samples"]) == (3, 4)
+    assert evaluate(run, said, **few, evaluate__examples=1) == found
+    assert "measured before with these settings; --name=NAME measures again" in " ".join(said.getvalue().split())
+    assert {path.name for path in directory.parent.iterdir()} == before | {name}
+    assert evaluate(run) == result
+
+
+def test_a_measurement_needs_no_prompts_for_an_iteration(tmp_path):
+    """Four prompts where an iteration has eight, and fewer samples than a probe while training."""
+    changes = {"task__arithmetic__operand_max": 1, "evaluate__samples": 8, "evaluate__final_samples": 4}
+    result = evaluate(tmp_path, **changes, warm_start__max_steps=0, train__minibatches=3)
+    assert (result["prompts"], result["samples"]) == (4, 4)
+    found = rows(tmp_path / "evaluations" / "initial-arithmetic")
+    assert [row["prompt"] for row in found] == ["0+0=", "0+1=", "1+0=", "1+1="]
+
+
+def test_own_data_is_named_by_its_file_and_told_apart(tmp_path):
+    task = SimpleNamespace(name="mine.jsonl", examples=(("1", "1"),), verify=find_verifier("exact"))
+    subject = Subject("reference", 0, {}, None)
+    names = []
+    for split in ("test[:24]", "test[:24%]", "test[:24]"):
+        c = config(task__name="dataset", task__dataset={"source": "/data/mine.jsonl", "prompt": "{q}", "split": split})
+        identity = identity_of(c, task, subject)
+        place = find_place(tmp_path, c, task, subject, identity, None)
+        names.append(place.name)
+        with open_run_directory(place, identity):
+            (place / "blocks").mkdir(exist_ok=True)
+    assert names[0] == names[2] == "reference-mine.jsonl-test_24_"
+    assert re.fullmatch(r"reference-mine\.jsonl-test_24_-[0-9a-f]{6}", names[1])
+    assert identity["task.verify"] == "grpo_jax.tasks.structured:verify_exact"
 
 
 def test_without_a_run_the_initial_model_is_measured_and_a_run_may_follow(tmp_path):
@@ -304,17 +354,24 @@ def test_hostile_completions_stay_inert_and_majorities_are_counted(run, monkeypa
     def answer(text):
         return {0: "a", 1: "b", 2: "a"}[HOSTILE.index(text)]  # of the fourth it raises: no vote
 
-    def judged(config, *, num_devices):
-        task, objective = validate(config, num_devices=num_devices)
-        return task._replace(answer=answer), objective
+    def judged(config, **options):
+        task, objective = validate(config, **options)
+        return task._replace(verify=find_verifier("number_last"), answer=answer), objective
 
     monkeypatch.setattr(mode, "validate", judged)
-    monkeypatch.setattr(evaluation, "decode", decode)
+    monkeypatch.setattr(probe_module, "decode", decode)
     result = evaluate(run, name="hostile", evaluate__prompts=4, evaluate__final_samples=8)
     directory = run / "evaluations" / "hostile"
-    assert set(result["verdicts"]) <= {"unparsable", "wrong", "too_long"}
+    assert {"wrong", "unparsable"} <= set(result["verdicts"])
     assert result["disagreements"] == sum(s["reward"] for s in rows(directory, "samples.jsonl"))
-    assert rows(directory)[0]["answers"] == [["a", 4], ["b", 2]]
+    samples = rows(directory, "samples.jsonl")
+    for s in samples:  # what the verifier did not judge does not vote
+        judged = s["verdict"] in ("correct", "wrong")
+        assert s["answer"] == ({0: "a", 1: "b", 2: "a"}.get(HOSTILE.index(s["text"])) if judged else None)
+    assert {s["answer"] for s in samples if s["text"] == HOSTILE[2]} == {None}
+    for row in rows(directory):
+        mine = [s["answer"] for s in samples if s["index"] == row["index"] and not s["greedy"]]
+        assert dict(row["answers"]) == {a: mine.count(a) for a in set(mine) - {None}}
     for k, found in result["majority"].items():
         assert 0 <= found["mean"] <= result["pass"][k]["mean"] + 1e-12
     text, page = (directory / "samples.txt").read_text(), (directory / "report.md").read_text()
@@ -324,6 +381,18 @@ def test_hostile_completions_stay_inert_and_majorities_are_counted(run, monkeypa
     assert len(re.findall("^=== prompt", text, re.M)) == 4
     assert max(map(len, text.split("\n"))) < 120
     assert max(map(len, page.split("\n"))) < 1000
+
+
+@pytest.mark.parametrize("verdict", Verdict)
+def test_only_what_was_judged_votes(verdict):
+    """An answer function sees no difference between a completion that was cut off and one that ended there."""
+    task = Task("echo", (Example("1+1=", "2"),), find_verifier("number_last"), answer=find_answer("number_last"))
+    cut = verdict not in ("correct", "wrong")
+    drawn = [Completion("It is 2", Verdict.correct, 1.0, 3, False, None)]
+    drawn += [Completion("It is 1", verdict, 0.0, 3, cut, None)] * 3
+    row = mode._row(task, 0, drawn, drawn[0])
+    assert (row["answers"], row["majority"]["4"]) == ([("2", 1)], 1.0) if cut else ([("1", 3), ("2", 1)], 0.0)
+    assert mode._sample(task, 0, 0, drawn[1])["answer"] == (None if cut else "1")
 
 
 SCRIPT = """

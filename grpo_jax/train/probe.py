@@ -1,6 +1,7 @@
 """Measuring the success probability of every prompt: sampled, greedy, pass@k, and the KL paid for it."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -81,27 +82,20 @@ def probe(
     """
     rows = len(program.probed)
     shown = program.probed[np.linspace(0, rows - 1, min(examples, rows)).astype(int)]
-    group_size = min(samples, batch_samples)
     successes, sums = np.zeros(rows, np.int64), np.zeros(3)
     verdicts: Counter[str] = Counter()
     kept: list[dict[str, Any]] = []
+    sizes = {"samples": samples, "batch_samples": batch_samples}
     for places in np.split(np.arange(rows), range(batch_prompts, rows, batch_prompts)):
         block = program.probed[places]
-        prompts, answers, answer_mask = put_prompts(program, block)
-        for first in range(0, samples, group_size):
-            rollout = program.functions.draw(
-                params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
-            )
-            # π = π_ref has no KL, and need not be asked for it.
-            log_ratio = (
-                0.0 if params is ref_params else program.functions.sequence_kl(params, ref_params, prompts, rollout)
-            )
-            rewards, counts = judge(program, pool, prompts, rollout, answers, answer_mask)
+        for number, drawn in enumerate(_draws(program, params, ref_params, key, block, greedy=greedy, **sizes)):
+            rollout, log_ratio = drawn.rollout, 0.0 if drawn.log_ratio is None else drawn.log_ratio
+            rewards, counts = judge(program, pool, drawn.prompts, rollout, drawn.answers, drawn.answer_mask)
             verdicts.update(counts)
             successes[places] += rewards.sum(-1).astype(np.int64)
             lengths, truncated = rollout.mask.sum(-1), rollout.truncated
             sums += [np.asarray(x, np.float64).sum() for x in (log_ratio, lengths, truncated)]
-            if first == 0 and examples:
+            if number == 0 and examples:
                 kept += _texts(program, rollout, rewards, block, shown)
     kl, length, truncated_share = (sums / (rows * samples)).tolist()
     return Probe(successes, samples, kl, length, truncated_share, dict(verdicts), kept)
@@ -137,18 +131,15 @@ def draw_completions(
       One list of completions per row of the block.
     """
     found: list[list[Completion]] = [[] for _ in block]
-    prompts, answers, answer_mask = put_prompts(program, np.resize(block, batch_prompts))
-    functions, group_size = program.functions, min(samples, batch_samples)
+    group_size, grade, filled = min(samples, batch_samples), program.functions.grade, np.resize(block, batch_prompts)
     targets = [program.task.examples[i].target for i in block.tolist() for _ in range(group_size)]
-    for first in range(0, samples, group_size):
-        rollout = functions.draw(
-            params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
-        )
-        ratios = None if ref_params is None else functions.sequence_kl(params, ref_params, prompts, rollout)
-        graded = None if functions.grade is None else functions.grade(rollout, answers, answer_mask)
-        kept, log_ratios, grades = jax.tree.map(lambda x: np.asarray(x)[: len(block)], (rollout, ratios, graded))
-        lengths, truncated = (x.reshape(-1).tolist() for x in (kept.mask.sum(-1), kept.truncated))
-        texts = decode(program, kept)
+    sizes = {"samples": samples, "batch_samples": batch_samples}
+    for drawn in _draws(program, params, ref_params, key, filled, greedy=greedy, **sizes):
+        graded = None if grade is None else grade(drawn.rollout, drawn.answers, drawn.answer_mask)
+        arrays = drawn.rollout, drawn.log_ratio, graded
+        rollout, log_ratios, grades = jax.tree.map(lambda x: np.asarray(x)[: len(block)], arrays)
+        lengths, truncated = (x.reshape(-1).tolist() for x in (rollout.mask.sum(-1), rollout.truncated))
+        texts = decode(program, rollout)
         for row, (text, verdict) in enumerate(zip(texts, pool.verify(texts, targets, truncated), strict=True)):
             at = divmod(row, group_size)
             reward = verdict.reward if grades is None else float(grades[at])
@@ -184,6 +175,37 @@ def decode(program: Program, rollout: Rollout) -> list[str]:
     lengths = np.asarray(rollout.mask).sum(-1) - ~np.asarray(rollout.truncated)
     rows = completions.reshape(-1, completions.shape[-1]).tolist()
     return [program.tokenizer.decode(row[:n]) for row, n in zip(rows, lengths.reshape(-1).tolist(), strict=True)]
+
+
+class _Drawn(NamedTuple):
+    prompts: PromptBatch
+    answers: jax.Array
+    answer_mask: jax.Array
+    rollout: Rollout
+    log_ratio: jax.Array | None  # [P, G] log π/π_ref
+
+
+def _draws(
+    program: Program,
+    params: Any,
+    ref_params: Any | None,
+    key: jax.Array,
+    block: np.ndarray,
+    *,
+    samples: int,
+    batch_samples: int,
+    greedy: bool,
+) -> Iterator[_Drawn]:
+    """The samples of a block of prompts, ``batch_samples`` at a time; π = π_ref has no KL, and is not asked for it."""
+    prompts, answers, answer_mask = put_prompts(program, block)
+    group_size = min(samples, batch_samples)
+    for first in range(0, samples, group_size):
+        rollout = program.functions.draw(
+            params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
+        )
+        moved = ref_params is not None and ref_params is not params
+        log_ratio = program.functions.sequence_kl(params, ref_params, prompts, rollout) if moved else None
+        yield _Drawn(prompts, answers, answer_mask, rollout, log_ratio)
 
 
 def _texts(
