@@ -47,7 +47,7 @@ def open_splits(
     ...     {name: split.num_rows for name, split in open_splits(folder, ()).items()}
     {'test': 2}
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         if not (match := _FILE.fullmatch(path.name)):
             raise ValueError(f"{path}: is neither .jsonl, .ndjson nor .parquet")

@@ -154,7 +154,8 @@ def _draw_passes(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     ticks = [int(k) for k in result["pass"]]
     axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.set_title(f"{result['checkpoint']} on {result['task']}"[:80], fontsize=10)
+    title = inline(f"{result['checkpoint']} on {result['task']}")[:80]
+    axes.set_title(title, fontsize=10, parse_math=False)  # a file's name may hold dollars
     axes.set(xlabel="k samples", ylabel=f"share of prompts, {result['confidence']:.0%} bands", ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=9)
 

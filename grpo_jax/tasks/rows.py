@@ -59,6 +59,8 @@ def _parse(line: bytes) -> dict[str, Any]:
         raise ValueError(f"{name} is no JSON")
 
     text = line.decode("utf-8")
+    if not text.strip():
+        raise ValueError("an empty line; a row is an object, {...}")
     row = json.loads(text, object_pairs_hook=unique, parse_int=Number, parse_float=Number, parse_constant=refuse)
     if not isinstance(row, dict):
         raise ValueError("wants an object, {...}")

@@ -189,7 +189,9 @@ def _restore(folder: Path, like: Any, number: int | None = None) -> tuple[int, A
             found = checkpoints.restore_latest(like)
             return found and found[:2]
         return number, checkpoints.restore(number, like)[0]
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax raises whatever a damaged file leads to
         raise CheckpointError(f"checkpoint {number} in {folder} cannot be restored: {error}") from error
     finally:
         checkpoints.close()

@@ -145,7 +145,7 @@ GOOD = b'{"question": "1+1?", "answer": "2"}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"", "Expecting value"),
+        (b"", "an empty line"),
         (b"{", "Expecting property name"),
         (GOOD + b"}", "Extra data"),
         (b"[1]", "wants an object"),

@@ -117,7 +117,7 @@ GOOD = b'{"prompt": "A.", "constraint": "word:cat"}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"", "Expecting value"),
+        (b"", "an empty line"),
         (b"{", "Expecting property name"),
         (b"[1]", "wants an object"),
         (b"NaN", "NaN is no JSON"),
