@@ -82,12 +82,11 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
     if not all(type(i) is int for i in config.model.stop_ids):
         found.append(f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)")
     if config.model.path is None:
-        sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids", "tokenizer")}
-        _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **sizes))
+        _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **decoder_options(config)))
     objective = _attempt(found, "objective", lambda: named_objective(**_description(config)))
     if objective is not None:
         found += _weight_conflicts(config, objective)
-    task = _attempt(found, "task", lambda: make_task(config.task.name, **_task_options(config)))
+    task = _attempt(found, "task", lambda: make_task(config.task.name, **task_options(config)))
     if not found:
         found += _divisions(config, num_devices, training)
     if task is not None:
@@ -111,9 +110,15 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _task_options(config: Any) -> dict[str, Any]:
+def task_options(config: Any) -> dict[str, Any]:
+    """The options of the config's task that are set."""
     options = config.task.get(config.task.name, {})
     return {key: value for key, value in options.items() if value is not None} if hasattr(options, "items") else {}
+
+
+def decoder_options(config: Any) -> dict[str, Any]:
+    """The fields of a random decoder's `DecoderConfig` that the config chooses."""
+    return {key: value for key, value in config.model.items() if key not in ("path", "stop_ids", "tokenizer")}
 
 
 def _description(config: Any) -> dict[str, Any]:

@@ -12,10 +12,8 @@ from grpo_jax.report.scores import dead_share, success_bound
 from grpo_jax.report.summary import verdict_counts
 
 
-def header(
-    config: Any, objective: Objective, *, devices: str, num_params: int, num_prompts: int, task: str
-) -> list[tuple[str, str]]:
-    """What a run says of itself before it starts: (label, text) lines."""
+def header(config: Any, objective: Objective, *, num_prompts: int, task: str) -> list[tuple[str, str]]:
+    """What a run says of its task and objective before it starts: (label, text) lines."""
     group_size = config.rollout.group_size
     # What the objective does not set has no say in it.
     choices = {k: v for k in objective.__dataclass_fields__ if (v := getattr(objective, k)) is not None}
@@ -25,8 +23,6 @@ def header(
         return label, f"{beta:g} (effective, with population statistics: {effective:.4g})"
 
     lines = [
-        ("devices", devices),
-        ("model", f"{config.model.path or 'random decoder'}, {num_params:,} parameters, {config.model.dtype}"),
         ("task", f"{task}, {num_prompts} prompts, G = {group_size}, T = {config.rollout.max_completion}"),
         ("objective", f"{config.objective.name} {json.dumps(choices)}"),
         ("fixed point", objective.fixed_point),

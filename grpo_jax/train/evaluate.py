@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from grpo_jax import report
-from grpo_jax.config import validate
+from grpo_jax.config import task_options, validate
 from grpo_jax.tasks import Task, Verdict
 from grpo_jax.tasks.verifiers import import_path
 from grpo_jax.tasks.workers import VerifierPool
@@ -32,7 +32,7 @@ from grpo_jax.train.errors import RunDirectoryError
 from grpo_jax.train.iteration import role_key
 from grpo_jax.train.probe import Completion, draw_completions
 from grpo_jax.train.program import make_program
-from grpo_jax.train.run import Run, check_preempted, check_verifier, show, sigterm_as_flag
+from grpo_jax.train.run import Run, check_preempted, check_verifier, machine_lines, show, sigterm_as_flag
 from grpo_jax.train.run_directory import (
     EVALUATIONS,
     RESULT,
@@ -50,7 +50,6 @@ from grpo_jax.train.subject import (
     find_subject,
     identity_of,
     stored_config,
-    task_options,
 )
 
 BLOCKS = "blocks"
@@ -265,14 +264,12 @@ def _read_block(path: Path) -> dict[str, Any]:
 
 def _header(run: Run, subject: Subject, dropped: int) -> list[tuple[str, str]]:
     c, program = run.config, run.program
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(program.shapes))
     prompts = f"{len(program.probed):,} of {len(program.task.examples):,} prompts"
     left_out = f"; {dropped:,} more are too long for data.max_prompt and left out" if dropped else ""
     split = task_options(c).get("split")
     drawn = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}, and the greedy one"
     return [
-        ("devices", f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}"),
-        ("model", f"{c.model.path or 'random decoder'}, {num_params:,} parameters, {c.model.dtype}"),
+        *machine_lines(run),
         ("checkpoint", subject.name),
         ("task", f"{program.task.name}{f', {split}' if split else ''}: {prompts}{left_out}"),
         ("samples", f"{drawn}, at most T = {c.rollout.max_completion} tokens"),

@@ -24,7 +24,7 @@ from grpo_jax.train.memory import binary, check_memory, held_memory
 from grpo_jax.train.probe import judge
 from grpo_jax.train.program import make_program, prompt_text, put_prompts
 from grpo_jax.train.reference import make_reference
-from grpo_jax.train.run import Run, check_preempted, measure, measure_in_full, show, sigterm_as_flag
+from grpo_jax.train.run import Run, check_preempted, machine_lines, measure, measure_in_full, show, sigterm_as_flag
 from grpo_jax.train.run_directory import RESULT, open_run_directory, read_json, write_json, write_text
 from grpo_jax.train.sharding import sharded_shapes
 from grpo_jax.train.step import TrainState
@@ -71,14 +71,8 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
 def _phases(run: Run, dropped: int) -> dict[str, Any]:
     begun = time.monotonic()
     config, program, console = run.config, run.program, run.console
-    header = report.header(
-        config,
-        program.objective,
-        devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}",
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(program.shapes)),
-        num_prompts=len(program.task.examples),
-        task=program.task.name,
-    )
+    header = machine_lines(run)
+    header += report.header(config, program.objective, num_prompts=len(program.task.examples), task=program.task.name)
     if config.model.path is not None:
         header.append(("first prompt", report.inline(prompt_text(program, 0)[:300])))
     if dropped:

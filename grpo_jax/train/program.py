@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
+from grpo_jax.config import decoder_options
 from grpo_jax.data import (
     ByteTokenizer,
     CharTokenizer,
@@ -249,9 +250,10 @@ def make_decoder(config: Any, task: Task) -> DecoderConfig:
     """The decoder of a config: that of its folder, or one of its sizes with the vocabulary of the task."""
     if config.model.path is not None:
         return replace(read_config(config.model.path), dtype=config.model.dtype, remat=config.model.remat)
-    sizes = {key: value for key, value in config.model.items() if key not in ("path", "stop_ids", "tokenizer")}
     max_length = config.data.max_prompt + config.rollout.max_completion
-    return DecoderConfig(vocab_size=make_tokenizer(config, task).vocab_size, max_length=max_length, **sizes)
+    return DecoderConfig(
+        vocab_size=make_tokenizer(config, task).vocab_size, max_length=max_length, **decoder_options(config)
+    )
 
 
 def make_tokenizer(config: Any, task: Task) -> Tokenizer:

@@ -70,6 +70,16 @@ def check_verifier(run: Run, verdicts: dict[str, int]) -> None:
         raise VerifierFailed(f"the verifier judged none of {sum(failed.values()):,} completions ({counts}){reason}")
 
 
+def machine_lines(run: Run) -> list[tuple[str, str]]:
+    """What computes, and what is computed: (label, text) lines."""
+    model, program = run.config.model, run.program
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(program.shapes))
+    return [
+        ("devices", f"{jax.device_count()} × {jax.devices()[0].device_kind}, mesh {dict(program.mesh.shape)}"),
+        ("model", f"{model.path or 'random decoder'}, {num_params:,} parameters, {model.dtype}"),
+    ]
+
+
 def show(console: Console, lines: list[tuple[str, str]]) -> None:
     """Prints (label, text) lines as a table."""
     grid = Table.grid(padding=(0, 2))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from grpo_jax.config import flat, validate
+from grpo_jax.config import flat, task_options, validate
 from grpo_jax.tasks import Task
 from grpo_jax.tasks.identity import task_digest, verifier_digest
 from grpo_jax.train.checkpoints import Checkpoints, digests
@@ -160,17 +160,11 @@ def find_place(
     return place
 
 
-def task_options(config: Any) -> dict[str, Any]:
-    """The options of the config's task by name."""
-    group = config.task.get(config.task.name, {})
-    return flat(group) if hasattr(group, "items") else {}
-
-
 def _name(config: Any, task: Task, subject: Subject, stored: dict[str, Any] | None) -> str:
     parts, said = [], ("name", "source", "data_dir", "prompt", "target")  # by the task's name, or at too great a length
     for key, value in sorted(task_options(config).items()):
         same = stored is None or stored.get(f"task.{config.task.name}.{key}") == json.loads(json.dumps(value))
-        if value is not None and (key == "split" or not (same or key in said)):
+        if key == "split" or not (same or key in said):
             parts.append(str(value) if key == "split" else f"{key}-{value}")
     return re.sub(r"[^\w.+-]+", "_", "-".join([subject.name, task.name, *parts]))[:93]
 
