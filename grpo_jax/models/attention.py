@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-Block = tuple[Array, Array, Array]  # keys and values [C, K, S, H]; visible [C, B // C or 1, L or 1, S] bool
+Block = tuple[Array, Array, Array]  # keys [C, K, H, S], values [C, K, S, H], visible [C, B // C or 1, L or 1, S] bool
+
+TOGETHER = 8  # terms of a sum over keys or features
 
 
 class RopeScaling(NamedTuple):
@@ -36,7 +38,7 @@ def attend(query: Array, blocks: list[Block], *, width: int | None = None, softc
 
     Args:
       query: [B, L, N, H].
-      blocks: keys and values [C, K, S, H] of the query's type, visible [C, B // C or 1, L or 1, S].
+      blocks: keys [C, K, H, S] and values [C, K, S, H] of the query's type, visible [C, B // C or 1, L or 1, S].
       width: None for H.
       softcap: scores x become softcap · tanh(x / softcap).
 
@@ -47,7 +49,7 @@ def attend(query: Array, blocks: list[Block], *, width: int | None = None, softc
     is that of arXiv 2408.00118 §2.
 
     >>> value = jnp.array([[[[1.0], [3.0], [100.0]]]])
-    >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros_like(value), value, jnp.array([[[[True, True, False]]]]))])[:, 0, 0]
+    >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros((1, 1, 1, 3)), value, jnp.array([[[[True, True, False]]]]))])[:, 0, 0]
     Array([2., 2.], dtype=float32)
     """
     scale = (query.shape[-1] if width is None else width) ** -0.5
@@ -123,16 +125,43 @@ def _attend_block(
     rows, length, heads, width = query.shape
     shared, kv_heads = key.shape[:2]
     query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("cgikrh,ckjh->ckgrij", query, key, preferred_element_type=jnp.float32) * scale
+    single = length == 1 and shared == rows  # of each row one token, and keys that no other row sees
+    if single:
+        scores = _contract(query.reshape(rows, kv_heads, -1, width), key)[:, :, None, :, None] * scale
+    else:
+        scores = jnp.einsum("cgikrh,ckhj->ckgrij", query, key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = capped(scores, softcap)
-    visible = visible[:, None, :, None]
-    # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient.
-    top = lax.stop_gradient(jnp.max(jnp.where(visible, scores, -1e30), axis=-1, keepdims=True))
-    weights = jnp.where(visible, jnp.exp(jnp.where(visible, scores - top, 0.0)), 0.0)
-    attended = jnp.einsum("ckgrij,ckjh->ckgrih", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient; it gets zeros.
+    scores = jnp.where(visible[:, None, :, None], scores, -1e30)
+    top = lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), -1e29))
+    weights = jnp.exp(scores - top)
+    if single:
+        attended = _contract(weights[:, :, 0, :, 0].astype(value.dtype), value)[:, :, None, :, None]
+    else:
+        attended = jnp.einsum(
+            "ckgrij,ckjh->ckgrih", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+        )
 
     def by_token(x: Array) -> Array:
         return jnp.einsum("ckgri...->cgikr...", x).reshape(rows, length, heads, *x.shape[5:])
 
     return by_token(top[..., 0]), by_token(weights.sum(-1)), by_token(attended)
+
+
+def _contract(x: Array, y: Array) -> Array:
+    """Σ_n x[c, k, r, n] y[c, k, n, m] -> [C, K, R, m] float32, by multiplying and adding.
+
+    So ``y`` may be part of an array and is read where it lies; a product of matrices would copy it first. Several terms at
+    once, because XLA's CPU backend waits for each addition of a sum, and writes down the terms of a long one.
+    """
+    terms = y.shape[2] // TOGETHER
+    places = [slice(i * terms, (i + 1) * terms) for i in range(TOGETHER)] if terms else []
+    parts = [functools.reduce(jnp.add, [_products(x, y, place) for place in places])] if terms else []
+    if y.shape[2] % TOGETHER:
+        parts.append(_products(x, y, slice(terms * TOGETHER, None)))
+    return functools.reduce(jnp.add, [part.sum(-2) for part in parts])
+
+
+def _products(x: Array, y: Array, place: slice) -> Array:
+    return x[..., place, None].astype(jnp.float32) * y[:, :, None, place].astype(jnp.float32)

@@ -24,21 +24,27 @@ from grpo_jax.rollout.policy import Policy
 
 Params = dict[str, Any]
 EVERYWHERE = 2**31 - 1  # the window of a layer that has none
+# Up to so many layers the loop over them is unrolled where gradients may be taken: stacking and clearing what the backward pass
+# needs costs as much as computing it where the model is small. It costs compilation.
+UNROLLED = 4
 
 
 def make_policy(config: DecoderConfig) -> Policy:
-    """The decoder as three pure functions of its parameters.
+    """The decoder as pure functions of its parameters.
 
-    ``forward(params, tokens, positions, mask, cache=None, start=0, prefix=None)`` -> (hidden, cache), with tokens and
-    positions [B, L] int32, mask [B, L] bool and hidden [B, L, D] after the last norm. Token i sees itself and earlier
-    tokens whose mask is True. With a cache the tokens are written to slots [start, start + L), and token i sees the
-    True slots up to start + i; where ``start`` is a Python int, only slots below start + L are read. ``prefix`` is a
-    cache of P rows from an earlier call: row b also sees every True slot of prefix row b // (B // P), which is shared,
-    not repeated, and never written. Masked tokens may hold anything; a token that sees nothing gets finite values.
-    Windows count positions, not slots.
+    ``forward(params, tokens, positions, mask, cache=None, start=0, prefix=None, slots=None, segments=None)`` ->
+    (hidden, cache), with tokens and positions [B, L] int32, mask [B, L] bool and hidden [B, L, D] after the last norm.
+    Token i sees itself and earlier tokens whose mask is True. With a cache the tokens are written to slots
+    [start, start + L) of its first B rows, and token i sees the True slots up to start + i; only the first ``slots``
+    (a Python int) are read, and where ``start`` is a Python int, only those below start + L. ``prefix`` is a cache of P
+    rows from an earlier call: row b also sees every True slot of prefix row b // (B // P), which is shared, not
+    repeated, and never written. ``segments`` [B, L] int32, without a cache only: of the tokens of this call, a token
+    sees those of its own segment alone, and the whole prefix. Masked tokens may hold anything; a token that sees
+    nothing gets finite values. Windows count positions, not slots.
 
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
-    Parameters already in ``config.dtype`` are not cast again: cast once before a long decode.
+    ``prepare(params)`` -> the parameters for a long decode: matrices in ``config.dtype``, tied logits' matrix turned, and each
+    layer's also apart. The other functions take either form.
 
     Raises ValueError where shapes, lengths or rows do not fit. Source: arXiv 2302.13971 §2.2; checked against a NumPy
     implementation in tests/models/test_decoder.py.
@@ -61,36 +67,48 @@ def make_policy(config: DecoderConfig) -> Policy:
         cache: Cache | None = None,
         start: int | Array = 0,
         prefix: Cache | None = None,
+        slots: int | None = None,
+        segments: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         rows, length = tokens.shape
         if not tokens.shape == positions.shape == mask.shape:
             raise ValueError(
                 f"tokens {tokens.shape}, positions {positions.shape} and mask {mask.shape} differ in shape"
             )
-        if length > config.max_length:
+        if segments is None and length > config.max_length:
             raise ValueError(f"{length} tokens are more than the model's max_length={config.max_length}")
         if cache is not None:
             # XLA would move a write past the end back over older tokens. A traced start cannot be checked.
             end, fits = length + (start if isinstance(start, int) else 0), cache["mask"].shape
-            if fits[0] != rows or end > fits[1]:
+            if rows > fits[0] or end > fits[1]:
                 raise ValueError(f"{rows} rows written up to slot {end} do not fit a cache of {fits} (rows, slots)")
+            if slots is not None and not end <= slots <= fits[1]:
+                raise ValueError(f"slots={slots} must lie between {end}, the end of what is written, and {fits[1]}")
+        if cache is None and slots is not None:
+            raise ValueError(f"slots={slots} are those of a cache, and there is none")
+        if segments is not None and (cache is not None or segments.shape != tokens.shape):
+            raise ValueError(f"segments {segments.shape} must be those of tokens {tokens.shape}, without a cache")
         if prefix is not None and rows % prefix["mask"].shape[0]:
             raise ValueError(f"{rows} rows are not a multiple of the {prefix['mask'].shape[0]} rows of the prefix")
-        outputs: Any = module.apply({"params": params}, tokens, positions, mask, cache, start, prefix)
+        outputs: Any = module.apply({"params": params}, tokens, positions, mask, cache, start, prefix, slots, segments)
         return outputs
 
     def unembed(params: Params, hidden: Array) -> Array:
-        logits = matmul(hidden, params["embedding"].T if config.tied else params["unembedding"], dtype)
+        matrix = params["unembedding"] if "unembedding" in params else params["embedding"].T
+        logits = matmul(hidden, matrix, dtype)
         return logits if config.logit_softcap is None else capped(logits, config.logit_softcap)
 
     def init_cache(batch: int, length: int) -> Cache:
         if length > config.max_length:
             raise ValueError(f"a cache of {length} slots is longer than the model's max_length={config.max_length}")
-        shape = (batch, config.num_layers, config.num_kv_heads, length, config.head_dim)
-        cache = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype), "mask": jnp.zeros((batch, length), bool)}
+        keys, values = (config.num_kv_heads, config.head_dim, length), (config.num_kv_heads, length, config.head_dim)
+        layers = range(config.num_layers)
+        cache: Cache = {"k": tuple(jnp.zeros((batch, *keys), dtype) for _ in layers)}
+        cache["v"] = tuple(jnp.zeros((batch, *values), dtype) for _ in layers)
+        cache["mask"] = jnp.zeros((batch, length), bool)
         return cache if config.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
 
-    return Policy(forward, unembed, init_cache)
+    return Policy(forward, unembed, init_cache, functools.partial(_prepared, config))
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
@@ -133,7 +151,7 @@ def param_shapes(config: DecoderConfig) -> Params:
     (32, 8)
     """
     tokens, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.bool_))
-    init = functools.partial(Decoder(config).init, cache=None, start=0, prefix=None)
+    init = functools.partial(Decoder(config).init, cache=None, start=0, prefix=None, slots=None, segments=None)
     return jax.eval_shape(init, jax.random.key(0), tokens, tokens, mask)["params"]
 
 
@@ -151,6 +169,8 @@ class Decoder(nn.Module):
         cache: Cache | None,
         start: int | Array,
         prefix: Cache | None,
+        slots: int | None,
+        segments: Array | None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
         embedding = self.param("embedding", nn.initializers.zeros, (c.vocab_size, c.d_model), jnp.float32)
@@ -161,34 +181,78 @@ class Decoder(nn.Module):
         if c.scale_embedding:
             hidden = hidden * jnp.asarray(c.d_model**0.5, hidden.dtype)
 
-        queries, key_positions = jnp.arange(tokens.shape[1], dtype=jnp.int32), [positions]
+        rows, length = tokens.shape
+        # A call that fills the whole cache builds it anew: nothing of it is read, carried, or differentiated.
+        fills = cache is not None and isinstance(start, int) and mask.shape == cache["mask"].shape
+        if fills:
+            cache = None
+        queries, key_positions = jnp.arange(length, dtype=jnp.int32), [positions]
         if cache is not None:
             cache = {**cache, "mask": lax.dynamic_update_slice(cache["mask"], mask, (0, start))}
-            slots = start + len(queries) if isinstance(start, int) else cache["mask"].shape[1]
-            mask, queries = cache["mask"][:, :slots], queries + start
+            read = cache["mask"].shape[1] if slots is None else slots
+            read = min(read, start + length) if isinstance(start, int) else read
+            mask, queries = cache["mask"][:rows, :read], queries + start
             if c.window is not None:
                 cache["positions"] = lax.dynamic_update_slice(cache["positions"], positions, (0, start))
-                key_positions = [cache["positions"][:, :slots]]
+                key_positions = [cache["positions"][:rows, :read]]
         if prefix is not None and c.window is not None:
             key_positions.append(prefix["positions"])
         causal = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None]
+        visible = causal[None] & mask[:, None, :]
+        if segments is not None:
+            visible &= segments[:, :, None] == segments[:, None, :]
 
-        # The cache is carried, not scanned over: XLA then updates it in place instead of restacking it for every token.
-        layer = nn.remat(Layer, prevent_cse=False) if c.remat and cache is None else Layer
-        axes = (0, *(nn.broadcast,) * 5)
-        scan = nn.scan(
-            layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=axes, length=c.num_layers
-        )
-        (hidden, cache), _ = scan(c, name="layers")(
-            (hidden, cache),
-            _by_layer(c),
+        by_layer: dict[str, Any] = {**_by_layer(c)}
+        shared = (
             _rotations(c, positions),
-            causal[None] & mask[:, None, :],
+            visible,
+            None if prefix is None else prefix["mask"],
             None if c.window is None else (positions, *key_positions),
             start,
-            prefix,
         )
+        if cache is not None:
+            # A loop over the layers would copy the weights and the cache of each, for every token.
+            weights = self.variables["params"]
+            keys, values = [], []
+            for i, own in enumerate(weights.get("apart") or _apart(weights["layers"], c.num_layers)):
+                layer = jax.tree.map(lambda x, i=i: x[i], by_layer) | {"cache": (cache["k"][i], cache["v"][i])}
+                if prefix is not None:
+                    layer["prefix"] = prefix["k"][i], prefix["v"][i]
+                hidden, (key, value) = Layer(c, parent=None).apply({"params": own}, hidden, layer, *shared)
+                keys.append(key)
+                values.append(value)
+            cache |= {"k": tuple(keys), "v": tuple(values)}
+        else:
+            if prefix is not None:
+                by_layer["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])
+            scan = nn.scan(
+                nn.remat(Layer, prevent_cse=False) if c.remat else Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, *(nn.broadcast,) * len(shared)),
+                length=c.num_layers,
+                unroll=c.num_layers if c.num_layers <= UNROLLED else 1,
+            )
+            hidden, kept = scan(c, fills, name="layers")(hidden, by_layer, *shared)
+            if kept is not None:
+                cache = {"k": tuple(jnp.unstack(kept[0])), "v": tuple(jnp.unstack(kept[1])), "mask": mask}
+                cache |= {} if c.window is None else {"positions": positions}
         return rms_norm(hidden, self.param("final_norm", nn.initializers.ones, (c.d_model,), jnp.float32), c), cache
+
+
+def _prepared(config: DecoderConfig, params: Params) -> Params:
+    dtype = jnp.dtype(config.dtype)
+    cast = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key.endswith(("norm", "bias")) else x.astype(dtype), params
+    )
+    if config.tied:  # turned once: a product with the other layout takes twice as long on a CPU
+        cast["unembedding"] = lax.optimization_barrier(cast["embedding"].T)
+    return cast | {"apart": _apart(cast["layers"], config.num_layers)}
+
+
+def _apart(layers: Params, count: int) -> tuple[Params, ...]:
+    """The parameters of each layer, of the stacked ones."""
+    return tuple({name: x[i] for name, x in layers.items()} for i in range(count))
 
 
 def _by_layer(config: DecoderConfig) -> dict[str, Array]:

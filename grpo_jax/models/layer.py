@@ -5,6 +5,7 @@ Dimension key: B rows, L tokens of this call, S cache slots, N query heads, K ke
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,9 @@ from jax import Array, lax
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import Block, attend, rotate, within
 
-Cache = dict[str, Array]  # {"k", "v": [B, layers, K, S, H], "mask": [B, S] bool}, with windows "positions": [B, S]
+# {"k": of each layer [B, K, H, S], "v": of each layer [B, K, S, H], "mask": [B, S] bool}, with windows "positions": [B, S].
+# A buffer for each layer, and slots last where they are not summed over: a step then reads them where they are.
+Cache = dict[str, Any]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -22,29 +25,31 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Layer(nn.Module):
-    """The body of the scan over layers.
+    """One layer, and the body of the scan over layers.
 
-    Arguments of a call, beyond those of ``make_policy``'s forward: the hidden states [B, L, D] and the cache, which are
-    carried; what is this layer's own, scalars named as in ``decoder._by_layer``; cos and sin [B, L, 1, H / 2], or several
-    of them to choose from; visible [B, L, slots]; and, where layers have windows, the positions of the queries [B, L],
-    of the keys in the slots [B, slots] and of those of the prefix [P, slots].
+    Arguments of a call: the hidden states [B, L, D]; what is this layer's own, scalars named as in ``decoder._by_layer``, and,
+    where there are, ``cache`` and ``prefix``, each keys [rows, K, H, slots] and values [rows, K, slots, H]; cos and sin
+    [B, L, 1, H / 2], or several of them to choose from; visible [B, L, slots], and what is visible of the prefix [P, slots];
+    where layers have windows, the positions of the queries [B, L], of the keys in the slots [B, slots] and of those of the
+    prefix [P, slots]; and the slot where the tokens begin. Returns the hidden states, and with them the cache with the tokens
+    written to it; or, without a cache, the keys and values of the tokens where it ``keeps`` them.
     """
 
     config: DecoderConfig
+    keeps: bool = False
 
     @nn.compact
     def __call__(
         self,
-        carry: tuple[Array, Cache | None],
-        layer: dict[str, Array],
+        hidden: Array,
+        layer: dict[str, Any],
         cos_sin: tuple[Array, Array],
         visible: Array,
+        prefix_visible: Array | None,
         positions: tuple[Array, ...] | None,
         start: int | Array,
-        prefix: Cache | None,
-    ) -> tuple[tuple[Array, Cache | None], None]:
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         c = self.config
-        hidden, cache = carry
         if "rotation" in layer:
             cos_sin = cos_sin[0][layer["rotation"]], cos_sin[1][layer["rotation"]]
 
@@ -72,18 +77,18 @@ class Layer(nn.Module):
 
         x = norm("attention_norm", hidden)
         query = rotated("query", x, c.num_heads)
-        key = rotated("key", x, c.num_kv_heads).swapaxes(1, 2)
+        key = rotated("key", x, c.num_kv_heads).transpose(0, 2, 3, 1)
         value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).swapaxes(1, 2)
-        if cache is not None:
-            new = {"k": key, "v": value}
-            at = (0, layer["index"], 0, start, 0)
-            cache |= {name: lax.dynamic_update_slice(cache[name], new[name][:, None], at) for name in new}
-            key, value = (_layer_slots(cache[name], layer["index"], visible.shape[-1]) for name in ("k", "v"))
+        kept = (key, value) if self.keeps else None
+        if "cache" in layer:
+            keys, values = layer["cache"]
+            keys = lax.dynamic_update_slice(keys, key, (0, 0, 0, start))
+            values = lax.dynamic_update_slice(values, value, (0, 0, start, 0))
+            kept, (rows, _, slots) = (keys, values), visible.shape
+            key, value = keys[:rows, :, :, :slots], values[:rows, :, :slots]
         blocks: list[Block] = [(key, value, visible[:, None])]
-        if prefix is not None:
-            seen = prefix["mask"][:, None, None, :]
-            shared_key, shared_value = (_layer_slots(prefix[n], layer["index"], seen.shape[-1]) for n in ("k", "v"))
-            blocks.append((shared_key, shared_value, seen))
+        if prefix_visible is not None:
+            blocks.append((*layer["prefix"], prefix_visible[:, None, None, :]))
         if positions is not None:
             near = [within(positions[0], key_positions, layer["window"]) for key_positions in positions[1:]]
             blocks = [(k, v, seen & close) for (k, v, seen), close in zip(blocks, near, strict=True)]
@@ -92,7 +97,7 @@ class Layer(nn.Module):
 
         x = norm("mlp_norm", hidden)
         gated = ACTIVATIONS[c.activation](project("gate", x, c.d_ff)) * project("up", x, c.d_ff)
-        return (add("mlp_post_norm", project("down", gated, c.d_model)), cache), None
+        return add("mlp_post_norm", project("down", gated, c.d_model)), kept
 
 
 def matmul(x: Array, matrix: Array, dtype: jnp.dtype) -> Array:
@@ -114,9 +119,3 @@ def rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
     wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_epsilon)
     scale = 1 + scale if config.offset_norm else scale
     return (wide * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
-
-
-def _layer_slots(stacked: Array, layer: Array, slots: int) -> Array:
-    """[B, layers, K, S, H] -> [B, K, slots, H]: the first ``slots`` slots of one layer."""
-    rows, _, heads, _, width = stacked.shape
-    return lax.dynamic_slice(stacked, (0, layer, 0, 0, 0), (rows, 1, heads, slots, width))[:, 0]

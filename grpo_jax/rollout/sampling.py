@@ -1,11 +1,16 @@
-"""Group sampling: each prompt is prefilled once, and its G completions are decoded together in one jitted loop."""
+"""Group sampling: each prompt is prefilled once, and its G completions are decoded together in one program."""
 
+import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from grpo_jax.rollout.drawing import draw_tokens
 from grpo_jax.rollout.policy import Policy
+from grpo_jax.rollout.stages import Decoding, Stage, choose_stages, run_stages
 
 
 class PromptBatch(NamedTuple):
@@ -29,13 +34,40 @@ class Rollout(NamedTuple):
       completions: [P, G, T] int32; pad_id after the end.
       mask: [P, G, T] bool, True on the completion's tokens; the stop token is one of them, since stopping is an action.
       logps: [P, G, T] float32, log-probability of each token under the sampler; 0 where the mask is False.
-      truncated: [P, G] bool, True where the completion ran into T without a stop token.
+      truncated: [P, G] bool, True where the completion ran into T without a stop.
+      useful: [] float32, share of the row-steps computed that made a token of a completion.
     """
 
     completions: jax.Array
     mask: jax.Array
     logps: jax.Array
     truncated: jax.Array
+    useful: jax.Array
+
+
+class Rows(NamedTuple):
+    """What belongs to a row while it is decoded.
+
+    Attributes:
+      origin: [B] int32, p · G + g.
+      prompt_length: [B] int32.
+      uniform: [B, T] float32, the number that draws each token.
+      token: [B] int32, the last one.
+      live: [B] bool, False once it has ended.
+      stop_state: [B] int32, of the stop table.
+      length: [B] int32, tokens of the completion so far.
+      completions, logps: [B, T].
+    """
+
+    origin: jax.Array
+    prompt_length: jax.Array
+    uniform: jax.Array
+    token: jax.Array
+    live: jax.Array
+    stop_state: jax.Array
+    length: jax.Array
+    completions: jax.Array
+    logps: jax.Array
 
 
 def sample_groups(
@@ -49,15 +81,21 @@ def sample_groups(
     stop_ids: tuple[int, ...],
     pad_id: int = 0,
     temperature: float | jax.Array = 1.0,
+    top_k: int | None = None,
+    top_p: float | jax.Array | None = None,
+    min_p: float | jax.Array | None = None,
     greedy: bool = False,
     first_sample: int | jax.Array = 0,
+    stop_table: jax.Array | None = None,
+    in_step: str | tuple[str, ...] | None = None,
+    stages: tuple[Stage, ...] | None = None,
 ) -> Rollout:
     """Samples ``group_size`` completions of every prompt.
 
-    The prompt's keys and values are computed once and shared by its group without a copy; decoding is one ``while_loop`` that
-    ends when every row has stopped. A token is drawn by inverting the cumulative distribution at one uniform number whose key
-    is a function of (key, prompt index, sample index, position) alone, so neither the batch split, nor the padding, nor the
-    number of devices changes the random numbers that a completion sees.
+    The prompt's keys and values are computed once and shared by its group; the completions are decoded in step, without the
+    rows that have ended (`run_stages`). A token is drawn by inverting the cumulative distribution at one uniform number whose
+    key is a function of (key, prompt index, sample index, position) alone, so neither the batch split, nor the padding, nor
+    the stages, nor the number of devices changes the random numbers that a completion sees.
 
     Args:
       policy, params: the model.
@@ -67,74 +105,120 @@ def sample_groups(
       max_completion: T.
       stop_ids: tokens that end a completion.
       pad_id: what stands after the end; may equal a stop id, the mask tells them apart.
-      temperature: of the sampling distribution; ``logps`` are of that distribution.
+      temperature: of the sampling distribution.
+      top_k, top_p, min_p: draw from the most probable tokens alone, see `keep_likely`; ``logps`` are those of the distribution
+        that is left, which is not the one that `score_groups` scores.
       greedy: take the most probable token instead (``logps`` are then still those of the distribution).
       first_sample: sample index of the group's first member, to draw further samples of the same prompts.
+      stop_table: [states, V] integers; a row starts in state 0, a token takes it from state s to ``stop_table[s, token]``, and
+        the last state ends the completion.
+      in_step: name of an axis of `jax.vmap` around this call, or several. Its members then make their steps together, until
+        the last of them is done; without it, vmap would turn every step into a choice between the old and the new cache.
+      stages: how the rows are decoded, the results being the same; None chooses, see `choose_stages`.
 
     Returns:
       `Rollout`.
+
+    Raises:
+      ValueError: where a truncation is out of range, or the stages do not begin with all rows and reach T.
+
+    >>> eye = lambda params, tokens, *_, cache, **__: (jax.nn.one_hot(tokens, 5), cache)
+    >>> policy = Policy(eye, lambda params, hidden: hidden @ params, lambda batch, length: jnp.zeros((batch, length)))
+    >>> prompts = PromptBatch(jnp.array([[1], [3]]), jnp.ones((2, 1), bool), jnp.arange(2))
+    >>> count_on = 100 * jnp.roll(jnp.eye(5), 1, axis=1)  # after token i comes i + 1
+    >>> options = dict(group_size=1, max_completion=3, stop_ids=(4,))
+    >>> rollout = sample_groups(policy, count_on, prompts, jax.random.key(0), **options)
+    >>> rollout.completions[:, 0].tolist(), rollout.truncated[:, 0].tolist()
+    ([[2, 3, 4], [4, 0, 0]], [False, False])
     """
     num_prompts = prompts.tokens.shape[0]
     rows = num_prompts * group_size
-    samples = jnp.arange(group_size, dtype=jnp.int32) + jnp.asarray(first_sample, jnp.int32)
-    row_keys = jax.vmap(lambda i: jax.vmap(lambda g: jax.random.fold_in(jax.random.fold_in(key, i), g))(samples))(
-        prompts.index
-    ).reshape(rows)
+    stages = choose_stages(rows, max_completion) if stages is None else stages
+    _check_stages(stages, rows, max_completion)
+    params = policy.prepare(params)
     stops = jnp.array(stop_ids, jnp.int32)
+    table = None if stop_table is None else jnp.asarray(stop_table)
+    draw = partial(draw_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy)
 
-    def draw(hidden: jax.Array, position: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Token, its log-probability, and whether the row has ended, from hidden states [B, D]."""
-        log_probs = jax.nn.log_softmax(policy.unembed(params, hidden) / temperature)
-        if greedy:
-            token = jnp.argmax(log_probs, -1).astype(jnp.int32)
-        else:
-            uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, position)))(row_keys)
-            token = invert_cdf(jnp.exp(log_probs), uniform)
-        logp = jnp.take_along_axis(log_probs, token[:, None], axis=1)[:, 0]
-        token = jnp.where(done, jnp.int32(pad_id), token)
-        return token, jnp.where(done, 0.0, logp), done | (token[:, None] == stops[None, :]).any(-1)
+    def extend(row: Rows, hidden: jax.Array, position: jax.Array) -> Rows:
+        """Each live row by the token that its hidden state [n, D] gives."""
+        token, logp = draw(
+            policy.unembed(params, hidden), lax.dynamic_index_in_dim(row.uniform, position, 1, keepdims=False)
+        )
+        token = jnp.where(row.live, token, jnp.int32(pad_id))
+        ended, state = (token[:, None] == stops[None, :]).any(-1), row.stop_state
+        if table is not None:
+            state = table[state, token].astype(jnp.int32)
+            ended |= state == len(table) - 1
+        logp = jnp.where(row.live, logp, 0.0)
+        return row._replace(
+            token=token,
+            live=row.live & ~ended,
+            stop_state=state,
+            length=row.length + row.live.astype(jnp.int32),
+            completions=lax.dynamic_update_slice_in_dim(row.completions, token[:, None], position, 1),
+            logps=lax.dynamic_update_slice_in_dim(row.logps, logp[:, None], position, 1),
+        )
 
-    hidden, prefix = prefill(policy, params, prompts)
-    lengths = jnp.repeat(prompts.mask.sum(-1).astype(jnp.int32), group_size)
-    live = jnp.ones(rows, bool)
-    token, logp, done = draw(jnp.repeat(hidden, group_size, axis=0), jnp.int32(0), ~live)
-    completions = jnp.full((rows, max_completion), pad_id, jnp.int32).at[:, 0].set(token)
-    logps = jnp.zeros((rows, max_completion), jnp.float32).at[:, 0].set(logp)
-    mask = jnp.zeros((rows, max_completion), bool).at[:, 0].set(live)
-    cache = policy.init_cache(rows, max_completion)
-
-    def unfinished(carry: tuple) -> jax.Array:
-        position, done = carry[0], carry[1]
-        return (position < max_completion) & ~done.all()
-
-    def decode(carry: tuple) -> tuple:
-        position, done, token, cache, completions, logps, mask = carry
+    def step(position: jax.Array, row: Rows, cache: Any, prefix: Any, slots: int) -> tuple[Rows, Any]:
         slot = position - 1
         hidden, cache = policy.forward(
             params,
-            token[:, None],
-            (lengths + slot)[:, None],
-            jax.lax.dynamic_slice_in_dim(mask, slot, 1, axis=1),
+            row.token[:, None],
+            (row.prompt_length + slot)[:, None],
+            row.live[:, None],
             cache=cache,
             start=slot,
             prefix=prefix,
+            slots=slots,
         )
-        token, logp, now_done = draw(hidden[:, 0], position, done)
-        at = (jnp.int32(0), position)
-        return (
-            position + 1,
-            now_done,
-            token,
-            cache,
-            jax.lax.dynamic_update_slice(completions, token[:, None], at),
-            jax.lax.dynamic_update_slice(logps, logp[:, None], at),
-            jax.lax.dynamic_update_slice(mask, ~done[:, None], at),
-        )
+        return extend(row, hidden[:, 0], position), cache
 
-    carry = (jnp.int32(1), done, token, cache, completions, logps, mask)
-    _, done, _, _, completions, logps, mask = jax.lax.while_loop(unfinished, decode, carry)
-    grouped = lambda x: x.reshape(num_prompts, group_size, *x.shape[1:])  # noqa: E731
-    return Rollout(grouped(completions), grouped(mask), grouped(logps), grouped(~done))
+    def count_live(row: Rows) -> jax.Array:
+        live = row.live.sum(dtype=jnp.int32)
+        return live if in_step is None else lax.pmax(live, in_step)
+
+    hidden, prefix = prefill(policy, params, prompts)
+    row = Rows(
+        origin=jnp.arange(rows, dtype=jnp.int32),
+        prompt_length=jnp.repeat(prompts.mask.sum(-1).astype(jnp.int32), group_size),
+        uniform=uniform_numbers(key, prompts.index, first_sample, group_size, max_completion),
+        token=jnp.zeros(rows, jnp.int32),
+        live=jnp.ones(rows, bool),
+        stop_state=jnp.zeros(rows, jnp.int32),
+        length=jnp.zeros(rows, jnp.int32),
+        completions=jnp.full((rows, max_completion), pad_id, jnp.int32),
+        logps=jnp.zeros((rows, max_completion), jnp.float32),
+    )
+    row = extend(row, jnp.repeat(hidden, group_size, axis=0), jnp.int32(0))
+    state = Decoding(jnp.int32(1), count_live(row), jnp.int32(rows), row, policy.init_cache(rows, max_completion))
+    options: dict[str, Any] = {"length": max_completion, "group_size": group_size, "count_live": count_live}
+    state = run_stages(state, stages, step, prefix, **options)
+
+    order = jnp.argsort(state.rows.origin)
+    row = jax.tree.map(lambda x: x[order].reshape(num_prompts, group_size, *x.shape[1:]), state.rows)
+    mask = jnp.arange(max_completion, dtype=jnp.int32)[None, None] < row.length[..., None]
+    useful = row.length.sum(dtype=jnp.float32) / state.work.astype(jnp.float32)
+    return Rollout(row.completions, mask, row.logps, row.live, useful)
+
+
+def uniform_numbers(
+    key: jax.Array, index: jax.Array, first_sample: int | jax.Array, group_size: int, length: int
+) -> jax.Array:
+    """[P·G, T] float32 in [0, 1): of prompt index, sample and position, and of nothing else.
+
+    All at once, because a key of each row's own costs more at every step than the number itself.
+    """
+    samples = jnp.arange(group_size, dtype=jnp.int32) + jnp.asarray(first_sample, jnp.int32)
+
+    def number(i: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+        prompt_key = jax.random.fold_in(key, i)
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(prompt_key, sample), position))
+
+    by_position = jax.vmap(number, (None, None, 0))
+    by_sample = jax.vmap(by_position, (None, 0, None))
+    numbers = jax.vmap(by_sample, (0, None, None))(index, samples, jnp.arange(length, dtype=jnp.int32))
+    return numbers.reshape(-1, length)
 
 
 def prefill(policy: Policy, params: Any, prompts: PromptBatch) -> tuple[jax.Array, Any]:
@@ -153,15 +237,10 @@ def prompt_positions(mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def invert_cdf(probs: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Index drawn from each row of probs [B, V] by its number uniform [B] in [0, 1): the first whose cumulative sum exceeds it.
-
-    A token of probability 0 is never drawn: the threshold stays below the total, and a zero adds nothing to the sum.
-
-    >>> invert_cdf(jnp.array([[0.0, 0.5, 0.5, 0.0]] * 3), jnp.array([0.0, 0.5, 0.9999999]))
-    Array([1, 2, 2], dtype=int32)
-    """
-    cumulative = jnp.cumsum(probs, axis=-1)
-    total = cumulative[:, -1]
-    threshold = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
-    return (cumulative <= threshold[:, None]).sum(-1, dtype=jnp.int32)
+def _check_stages(stages: tuple[Stage, ...], rows: int, length: int) -> None:
+    sizes = [stage.rows for stage in stages]
+    falling = all(more > fewer > 0 for more, fewer in itertools.pairwise(sizes))
+    if sizes[0] != rows or not falling or any(stage.slots[-1] < length - 1 for stage in stages):
+        raise ValueError(
+            f"stages {stages} must begin with all {rows} rows, have fewer each, and reach {length - 1} slots"
+        )

@@ -214,7 +214,7 @@ def test_a_prefix_is_not_repeated_for_its_group():
         return policy.forward(params, tokens, positions, tokens >= 0, prefix=prefix)[0]
 
     memory = jax.jit(step).lower(params, prefix).compile().memory_analysis()
-    repeated = prefix["k"][:, 0].nbytes * group
+    repeated = 2 * prefix["k"][0].nbytes * group  # keys and values of one layer
     assert memory.temp_size_in_bytes < repeated / 2, (memory.temp_size_in_bytes, repeated)
 
 
@@ -305,7 +305,7 @@ def test_bfloat16_stays_near_float32_and_keeps_float32_logits():
     for dtype in ("float32", "bfloat16"):
         policy = make_policy(replace(config, dtype=dtype))
         hidden, _ = jax.jit(policy.forward)(params, tokens, positions, tokens >= 0)
-        assert hidden.dtype == dtype and policy.init_cache(1, 1)["k"].dtype == dtype
+        assert hidden.dtype == dtype and policy.init_cache(1, 1)["k"][0].dtype == dtype
         logits[dtype] = policy.unembed(params, hidden)
     assert logits["bfloat16"].dtype == jnp.float32
     error = jnp.abs(logits["bfloat16"] - logits["float32"])
@@ -393,6 +393,108 @@ def test_calls_that_do_not_fit_are_refused():
         policy.init_cache(1, 65)
     with pytest.raises(ValueError, match="max_length=64"):
         policy.forward(params, *(jnp.zeros((1, 65), jnp.int32),) * 2, jnp.ones((1, 65), bool))
+
+
+@both
+def test_prepared_parameters_give_the_same(config):
+    """A prefix, two tokens after it into a cache, and their logits; and matrices are cast once."""
+    policy, params = make_policy(config), random_params(config)
+    tokens, positions = random_tokens(config, 2, 6)
+    mask = jnp.ones_like(tokens, bool)
+
+    def run(params):
+        _, prefix = policy.forward(params, *(x[:, :4] for x in (tokens, positions, mask)), policy.init_cache(2, 4))
+        cache, states = policy.init_cache(2, 40), []
+        for i in (4, 5):
+            now = (x[:, i : i + 1] for x in (tokens, positions, mask))
+            hidden, cache = policy.forward(params, *now, cache, i - 4, prefix)
+            states.append(hidden)
+        return policy.unembed(params, jnp.concatenate(states, 1))
+
+    plain, prepared = jax.jit(run)(params), jax.jit(lambda params: run(policy.prepare(params)))(params)
+    np.testing.assert_allclose(prepared, plain, atol=1e-5)
+    whole = policy.unembed(params, policy.forward(params, tokens, positions, mask)[0])
+    np.testing.assert_allclose(prepared, whole[:, 4:], atol=3e-5)
+    half = make_policy(replace(config, dtype="bfloat16")).prepare(params)
+    wide = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(half) if x.dtype == jnp.float32}
+    assert wide and all(name.endswith(("norm", "bias")) for name in wide)
+
+
+@both
+def test_fewer_rows_and_slots_of_a_cache_are_those_of_a_smaller_one(config):
+    """Two chunks written; then one token more in the first rows alone, reading some of the slots: the others stay."""
+    policy, params = make_policy(config), random_params(config)
+    tokens, positions = random_tokens(config, 5, 7)
+    mask = jnp.array([[True] * 7, [False] * 2 + [True] * 5, [True] * 3 + [False] + [True] * 3, [True] * 7, [True] * 7])
+    forward = jax.jit(policy.forward, static_argnames="slots")
+    expected, _ = forward(params, tokens, positions, mask)
+    cache = policy.init_cache(5, 12)
+    _, cache = forward(params, tokens[:, :4], positions[:, :4], mask[:, :4], cache, jnp.int32(0), slots=4)
+    before = cache
+    for i in (4, 5, 6):
+        now = (slice(3), slice(i, i + 1))
+        hidden, cache = forward(params, *(x[now] for x in (tokens, positions, mask)), cache, jnp.int32(i), slots=8)
+        np.testing.assert_allclose(hidden[:, 0], expected[:3, i], atol=2e-5)
+    empty = {"k": lambda x: x[..., 7:], "v": lambda x: x[:, :, 7:]}
+    for name, leaves in cache.items():
+        for leaf, old in zip(jax.tree.leaves(leaves), jax.tree.leaves(before[name]), strict=True):
+            np.testing.assert_array_equal(leaf[3:], old[3:], err_msg=name)
+            assert not empty.get(name, lambda x: x[:, 7:])(leaf).any(), name
+    # Slots beyond those read do not exist for the call, whatever stands there.
+    loud = cache | {
+        "mask": cache["mask"].at[:, 8:].set(True),
+        "v": tuple(x.at[:, :, 8:].set(jnp.nan) for x in cache["v"]),
+    }
+    last = (slice(3), slice(6, 7))
+    hidden, _ = forward(params, *(x[last] for x in (tokens, positions, mask)), loud, jnp.int32(6), slots=8)
+    np.testing.assert_allclose(hidden[:, 0], expected[:3, 6], atol=2e-5)
+
+
+@both
+def test_segments_of_a_row_are_rows_of_their_own(config):
+    """Completions of two prompts, packed behind each other and beside padding: each as alone behind its prompt."""
+    policy, params = make_policy(config), random_params(config)
+    forward = jax.jit(policy.forward)
+    prompts, places = random_tokens(config, 2, 4, seed=1)
+    real = jnp.array([[True] * 4, [False, True, True, True]])
+    starts = real.sum(1).astype(jnp.int32)
+    at = jnp.maximum(jnp.cumsum(real.astype(jnp.int32), 1) - 1, 0)
+    _, prefix = forward(params, prompts, at, real, policy.init_cache(2, 4))
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, 2], [3, 1, 1, 7, 7, 7, 7, 7]])
+    inside = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 1, 0, 1, 2, 3, 4]])
+    mask = jnp.array([[True] * 7 + [False], [True] * 6 + [False] * 2])
+    tokens, _ = random_tokens(config, 2, 8, seed=2)
+    positions = starts[:, None] + inside
+    hidden, cache = forward(params, tokens, positions, mask, prefix=prefix, segments=segments)
+    assert cache is None and bool(jnp.isfinite(hidden).all())
+    for row in range(2):
+        own = jax.tree.map(lambda x, row=row: x[row : row + 1], prefix)
+        for segment in set(segments[row].tolist()):
+            (places,) = np.nonzero(np.asarray((segments[row] == segment) & mask[row]))
+            if len(places):
+                piece = (x[row, places][None] for x in (tokens, positions, mask))
+                alone, _ = forward(params, *piece, prefix=own)
+                np.testing.assert_allclose(hidden[row, places], alone[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots": 3}, "slots=3 must lie between 4, the end of what is written, and 6"),
+        ({"slots": 7}, "slots=7 must lie between 4"),
+        ({"slots": 5, "cache": None}, "slots=5 are those of a cache"),
+        ({"segments": jnp.zeros((3, 4), jnp.int32)}, "segments .* without a cache"),
+        (
+            {"segments": jnp.zeros((3, 5), jnp.int32), "cache": None},
+            r"segments \(3, 5\) must be those of tokens \(3, 4\)",
+        ),
+    ],
+)
+def test_slots_and_segments_that_do_not_fit_are_refused(options, message):
+    policy, params = make_policy(CONFIG), random_params(CONFIG)
+    tokens, positions = random_tokens(CONFIG, 3, 4)
+    with pytest.raises(ValueError, match=message):
+        policy.forward(params, tokens, positions, tokens >= 0, **({"cache": policy.init_cache(3, 6)} | options))
 
 
 def test_a_real_model_tells_its_story(shared):

@@ -65,7 +65,7 @@ def test_half_precision_files_become_float32(folder, dtype):
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     safetensors.numpy.save_file({k: v.astype(dtype) for k, v in tensors.items()}, folder / "model.safetensors")
     policy, params = load_pretrained(folder, dtype="bfloat16")
-    assert params["embedding"].dtype == jnp.float32 and policy.init_cache(1, 1)["k"].dtype == jnp.bfloat16
+    assert params["embedding"].dtype == jnp.float32 and policy.init_cache(1, 1)["k"][0].dtype == jnp.bfloat16
     expected = tensors[QUERY].T.astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(params["layers"]["query"][1], expected)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import DecoderConfig, init_params, make_policy
-from grpo_jax.rollout import PromptBatch, invert_cdf, sample_groups, score_groups
+from grpo_jax.rollout import PromptBatch, sample_groups, score_groups
 
 CONFIG = DecoderConfig(
     vocab_size=13, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, max_length=32
@@ -33,7 +33,8 @@ def sample(prompts, key=KEY, **options):
 
 
 def equal(a, b):
-    for x, y in zip(a, b, strict=True):
+    """The same samples; the share of useful work may differ."""
+    for x, y in zip(a[:-1], b[:-1], strict=True):
         if x.dtype == jnp.float32:
             np.testing.assert_allclose(x, y, atol=2e-5)
         else:
@@ -101,9 +102,9 @@ def test_padding_changes_no_sample(rollout, change):
 
 def test_batch_split_changes_no_sample(rollout):
     alone = [sample(jax.tree.map(lambda x, i=i: x[i : i + 1], batch())) for i in range(3)]
-    equal(jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone), rollout)
+    equal([jnp.concatenate(parts) for parts in zip(*(r[:-1] for r in alone), strict=True)] + [0], rollout)
     halves = [sample(batch(), group_size=2, first_sample=first) for first in (0, 2)]
-    equal(jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *halves), rollout)
+    equal([jnp.concatenate(parts, axis=1) for parts in zip(*(r[:-1] for r in halves), strict=True)] + [0], rollout)
 
 
 def test_a_longer_limit_continues_the_same_completions(rollout):
@@ -139,12 +140,3 @@ def test_greedy_takes_the_most_probable_token():
     assert (greedy.completions == greedy.completions[:, :1]).all()  # no randomness within a group
     colder = sample(batch(), temperature=1e-3)
     np.testing.assert_array_equal(colder.completions, greedy.completions)
-
-
-def test_invert_cdf_never_draws_probability_zero():
-    probs = jnp.array([[0.0, 1e-30, 0.3, 0.0, 0.7, 0.0]])
-    uniforms = np.float32([0.0, 1e-38, 0.29999, 0.30001, 0.5, np.nextafter(np.float32(1), np.float32(0))])
-    drawn = [int(invert_cdf(probs, jnp.array([u]))[0]) for u in uniforms]
-    assert drawn == [1, 1, 2, 4, 4, 4]
-    unnormalised = jnp.array([[0.25, 0.25, 0.0]])
-    assert int(invert_cdf(unnormalised, jnp.array([uniforms[-1]]))[0]) == 1
