@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from grpo_jax.objective import (
@@ -23,7 +22,6 @@ from grpo_jax.objective import (
     grpo_loss_terms,
 )
 from grpo_jax.train.sharding import make_mesh, row_sharding
-from grpo_jax.train.step import gradient_step, init_state
 
 B, T, G = 8, 5, 4
 POINTS = NAMED | {
@@ -175,28 +173,6 @@ def test_parts_of_any_size_add_up():
         ends = zip((0, *cuts), (*cuts, B), strict=True)
         parts = [evaluate(rearranged(lambda x, a=a, b=b: x[a:b]), names, 2) for a, b in ends]
         close(added(parts), wanted)
-
-
-def test_accumulation():
-    """The gradient step of the trainer, with the loss of any model: one division, at the end."""
-    features = jnp.asarray(np.random.default_rng(2).normal(size=(B // 2, 2, T, 3)), jnp.float32)
-    batch = {k: v.reshape(-1, 2, *v.shape[1:]) for k, v in ARRAYS.items()} | {"features": features}
-    params, optimizer = jnp.array([0.5, -1.0, 0.25]), optax.sgd(1.0)
-
-    def loss_terms(params, part, objective):
-        part = part | {"logps": jax.nn.log_sigmoid(part["features"] @ params)}
-        given = {k: v.reshape(-1, *v.shape[2:]) for k, v in part.items() if k != "features"}
-        return grpo_loss_terms(**given, **weights(objective), group_size=2), {}
-
-    def step(name, microbatches):
-        state, terms = init_state(params, optimizer), partial(loss_terms, objective=POINTS[name])
-        return gradient_step(state, batch, terms, optimizer=optimizer, microbatches=microbatches)
-
-    names = ("GRPO", "GRPO_TRL", "DAPO", "TWO_KL_GRPO", "sequence correction", "geometric mean with a KL")
-    one, two, four = jax.jit(lambda: [{name: step(name, n) for name in names} for n in (1, 2, 4)])()
-    assert all(jnp.abs(state.params - params).max() > 1e-2 for state, _ in one.values())
-    close(two, one)
-    close(four, one)
 
 
 def test_devices(usual):

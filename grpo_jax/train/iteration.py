@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.objective import Objective, group_advantages
-from grpo_jax.rollout import Policy, PromptBatch, Rollout, score_groups
+from grpo_jax.rollout import Policy, PromptBatch, Rollout
+from grpo_jax.rollout.scoring import score_packed
 from grpo_jax.train.step import Batch, TrainState, train_step
 
 ROLES = {"rollout": 0, "minibatches": 1, "probe": 2, "warm_start": 3, "initialisation": 4}
@@ -72,12 +73,15 @@ def update(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     objective: Objective,
+    microbatch_tokens: int,
     beta_mirror: float = 0.0,
     entropy_bonus: float = 0.0,
     temperature: float = 1.0,
     inner_epochs: int = 1,
     minibatches: int = 1,
-    microbatches: int = 1,
+    row_length: int | None = None,
+    shards: int = 1,
+    in_step: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The learning half of an iteration: advantages from rewards, then the gradient steps on one rollout.
@@ -86,27 +90,37 @@ def update(
     those of the reference only where the objective has a KL to it.
 
     Args:
-      state, ref_params, prompts, rollout: of this iteration.
+      state, prompts, rollout: of this iteration.
+      ref_params: of the reference policy; not read, and may be None, where the objective has no KL to it.
       rewards: [P, G] float32.
       key: shuffles minibatches.
       beta: traced.
       policy, optimizer, objective: static.
+      microbatch_tokens, row_length, shards, in_step: how completions are packed into micro-batches, see `pack`; changes time and
+        memory, not the result.
       beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
       temperature: the sampler's.
       inner_epochs: passes over the rollout.
       minibatches: gradient steps per pass, on equal parts of the prompts.
-      microbatches: parts of each minibatch whose gradients are accumulated; changes memory, not the result.
       chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
 
     Returns:
       (state, metrics): scalars, averaged over the gradient steps.
     """
-    score = partial(score_groups, policy, temperature=temperature, chunk_size=chunk_size)
+    if objective.holds_to_reference and ref_params is None:
+        raise ValueError("the objective has a KL to the reference: update needs ref_params")
+    packed: dict[str, Any] = {
+        "microbatch_tokens": microbatch_tokens,
+        "row_length": row_length,
+        "shards": shards,
+        "in_step": in_step,
+        "temperature": temperature,
+        "chunk_size": chunk_size,
+    }
     steps = inner_epochs * minibatches
-    shape = rollout.mask.shape
 
     def logps(params: Any) -> jax.Array:
-        return score(params, prompts, rollout.completions, rollout.mask)[0].reshape(shape)
+        return score_packed(policy, params, prompts, rollout.completions, rollout.mask, **packed)
 
     advantages = group_advantages(rewards, **objective.normaliser())
     if objective.overlong == "ignore":
@@ -120,16 +134,14 @@ def update(
         old_logps=logps(state.params) if steps > 1 else None,
         ref_logps=logps(ref_params) if objective.holds_to_reference else None,
     )
-    take_step = partial(
+    take_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]] = partial(
         train_step,
         policy=policy,
         optimizer=optimizer,
         objective=objective,
         beta_mirror=beta_mirror,
         entropy_bonus=entropy_bonus,
-        temperature=temperature,
-        microbatches=microbatches,
-        chunk_size=chunk_size,
+        **packed,
     )
     if steps == 1:
         state, metrics = take_step(state, batch, beta)
@@ -138,7 +150,7 @@ def update(
         def take_part(state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
             return take_step(state, jax.tree.map(lambda x: x[rows], batch), beta)
 
-        parts = minibatch_rows(key, shape[0], inner_epochs=inner_epochs, minibatches=minibatches)
+        parts = minibatch_rows(key, len(rollout.mask), inner_epochs=inner_epochs, minibatches=minibatches)
         state, stacked = jax.lax.scan(take_part, state, parts)
         # Only before the first step is the trainer's policy the sampler's.
         metrics = {name: m[0] if name.startswith("rollout/") else m.mean() for name, m in stacked.items()}
@@ -159,5 +171,6 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> dict[str, jax.Array
         "reward/all_correct_groups": (rewards.min(-1) == 1.0).mean(dtype=jnp.float32),
         "reward/all_wrong_groups": (rewards.max(-1) == 0.0).mean(dtype=jnp.float32),
         "rollout/length": rollout.mask.sum(-1).astype(jnp.float32).mean(),
+        "rollout/useful": rollout.useful,
         "rollout/truncated": rollout.truncated.mean(dtype=jnp.float32),
     }

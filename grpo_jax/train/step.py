@@ -1,6 +1,7 @@
 """The pure gradient step: accumulate terms over micro-batches, divide once, update, and never let a NaN in."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.objective import LossTerms, Objective, grpo_loss_terms
-from grpo_jax.rollout import Policy, PromptBatch, score_groups
+from grpo_jax.rollout import Policy, PromptBatch
+from grpo_jax.rollout.packing import Packing, pack, put_groups, take_block, take_groups, to_places
+from grpo_jax.rollout.scoring import align, by_shard, score_block, score_first, take_prefix
 
 
 class TrainState(NamedTuple):
@@ -61,98 +64,177 @@ def train_step(
     policy: Policy,
     optimizer: optax.GradientTransformation,
     objective: Objective,
+    microbatch_tokens: int,
     beta_mirror: float = 0.0,
     entropy_bonus: float = 0.0,
     temperature: float = 1.0,
-    microbatches: int = 1,
+    row_length: int | None = None,
+    shards: int = 1,
+    in_step: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One GRPO gradient step on a batch of whole groups.
+    """One GRPO gradient step on a batch of whole groups, of which real tokens alone are run.
 
     Args:
       state, batch: see `TrainState`, `Batch`.
       beta: weight of the KL term, traced.
       policy, optimizer, objective: static.
+      microbatch_tokens, row_length, shards, in_step: how completions are packed into micro-batches, see `pack`; the result does
+        not depend on it.
       beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
       temperature: the sampler's.
-      microbatches: gradients are accumulated over this many equal parts of the P prompts; the result does not depend on it.
       chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
 
     Returns:
       (state, metrics): the state is unchanged but for ``skipped`` where loss or gradient is not finite.
     """
 
-    def loss_terms(params: Any, part: Batch) -> tuple[LossTerms, dict[str, jax.Array]]:
-        logps, entropy = score_groups(
-            policy,
-            params,
-            part.prompts,
-            part.completions,
-            part.mask,
-            temperature=temperature,
-            chunk_size=chunk_size,
-        )
-        mask, sampler_logps = part.mask.reshape(logps.shape), part.sampler_logps.reshape(logps.shape)
-        terms = grpo_loss_terms(
-            logps,
-            None if part.old_logps is None else part.old_logps.reshape(logps.shape),
-            None if part.ref_logps is None else part.ref_logps.reshape(logps.shape),
+    def terms(part: Batch, logps: jax.Array, entropy: jax.Array) -> LossTerms:
+        flat: Any = lambda x: None if x is None else x.reshape(-1, logps.shape[-1])  # noqa: E731
+        return grpo_loss_terms(
+            flat(logps),
+            flat(part.old_logps),
+            flat(part.ref_logps),
             part.advantages.reshape(-1),
-            mask,
+            flat(part.mask),
             beta=beta,
             beta_mirror=beta_mirror,
             objective=objective,
-            group_size=part.advantages.shape[1],
-            entropy=entropy,
+            group_size=batch.advantages.shape[1],
+            entropy=flat(entropy),
             entropy_bonus=entropy_bonus,
-            sampler_logps=sampler_logps,
+            sampler_logps=flat(part.sampler_logps),
         )
-        drift = jax.lax.stop_gradient(jnp.where(mask, sampler_logps - logps, 0.0))
-        terms.metrics["rollout/logp_k3"] = ((jnp.exp(-drift) - 1.0 + drift).sum(), mask.sum().astype(jnp.float32))
-        return terms, {"rollout/logp_difference": jnp.abs(drift).max()}
 
-    return gradient_step(state, batch, loss_terms, optimizer=optimizer, microbatches=microbatches)
+    packing = pack(
+        batch.mask, microbatch_tokens=microbatch_tokens, row_length=row_length, shards=shards, in_step=in_step
+    )
+    gradient, logps, entropy = packed_gradient(
+        policy,
+        state.params,
+        batch,
+        lambda part, logps, entropy: terms(part, logps, entropy).total,
+        packing,
+        through_entropy=bool(entropy_bonus),
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    # Of all groups at once: a block has empty places for groups, which would count as completions.
+    whole = terms(batch, logps, entropy)
+    drift = jnp.where(batch.mask, batch.sampler_logps - logps, 0.0)
+    count = batch.mask.sum(dtype=jnp.float32)
+    whole.metrics["rollout/logp_k3"] = ((jnp.exp(-drift) - 1.0 + drift).sum(), count)
+    places = (packing.used * packing.rows * packing.length * shards + batch.prompts.mask.size).astype(jnp.float32)
+    run = packing.sizes.sum(dtype=jnp.float32) + batch.prompts.mask.sum(dtype=jnp.float32)
+    also = {"rollout/logp_difference": jnp.abs(drift).max(), "update/useful": run / places}
+    return _apply(state, gradient, whole, also, optimizer)
+
+
+def packed_gradient(
+    policy: Policy,
+    params: Any,
+    batch: Batch,
+    total: Callable[[Batch, jax.Array, jax.Array], jax.Array],
+    packing: Packing,
+    *,
+    through_entropy: bool,
+    temperature: float,
+    chunk_size: int | None,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """The gradient of a sum over groups, block by block; prompts are run, and differentiated, once.
+
+    Args:
+      policy, params: the model.
+      batch: P prompts; what ``total`` reads of it.
+      total: (groups of the batch, logps, entropy), arrays [..., G, T] -> scalar, a sum over groups.
+      packing: of the batch's mask.
+      through_entropy: whether ``total`` has a gradient with respect to the entropy.
+      temperature, chunk_size: as of `score_groups`.
+
+    Returns:
+      (gradient, logps [P, G, T], entropy [P, G, T]).
+    """
+    shards, width = packing.sizes.shape[0], batch.mask.shape[-1]
+    score: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
+    entropy_of = (lambda x: x) if through_entropy else jax.lax.stop_gradient
+
+    def run_prompts(params: Any) -> tuple[Any, Any]:
+        logps, entropy, prefix = score_first(policy, params, batch.prompts, batch.completions, **score)
+        real, rest = _split(prefix)
+        return (logps, entropy_of(entropy), real), rest
+
+    (*first, prefix), pull_prompts, rest = jax.vjp(run_prompts, params, has_aux=True)
+    given = batch, first, batch.prompts.mask.sum(-1, dtype=jnp.int32)
+    arrays, first, lengths = jax.tree.map(partial(by_shard, shards=shards), given)
+
+    def of_block(number: int | jax.Array, sums: Any) -> Any:
+        gradient, to_prefix, aligned = sums
+        block = take_block(packing, number, width)
+        part, begin = jax.tree.map(lambda x: take_groups(x, block.groups), (arrays, first))
+        rows, others = take_prefix(prefix, block), take_prefix(rest, block)
+
+        def run_rows(params: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+            logps, entropy = score_block(
+                policy, params, _merge(rows, others), part.completions, lengths, block, **score
+            )
+            return logps, entropy_of(entropy)
+
+        packed, pull_rows = jax.vjp(run_rows, params, rows)
+        found = [align(x, y, block) for x, y in zip(begin, packed, strict=True)]
+        slopes = jax.grad(partial(total, part), (0, 1))(*found)
+        # The place of a token is where the next one is predicted.
+        more, to_rows = pull_rows(tuple(to_places(jnp.roll(x, -1, axis=-1), block.sources) for x in slopes))
+        values = (*found, *(x[..., 0] for x in slopes))
+        return (
+            jax.tree.map(jnp.add, gradient, more),
+            jax.tree.map(lambda sum_, x: _add_rows(sum_, block.prompts, x), to_prefix, to_rows),
+            [put_groups(x, block.groups, y) for x, y in zip(aligned, values, strict=True)],
+        )
+
+    zeros = jnp.zeros((*arrays.mask.shape[:-1], width), jnp.float32)
+    sums = *jax.tree.map(jnp.zeros_like, (params, prefix)), [zeros, zeros, zeros[..., 0], zeros[..., 0]]
+    sums = of_block(0, sums) if packing.blocks == 1 else jax.lax.fori_loop(0, packing.used, of_block, sums)
+    gradient, to_prefix, aligned = sums
+    logps, entropy, *to_first = (x.reshape(-1, *x.shape[2:]) for x in aligned)
+    (more,) = pull_prompts((*to_first, to_prefix))
+    return jax.tree.map(jnp.add, gradient, more), logps, entropy
 
 
 def gradient_step(
     state: TrainState,
     batch: Any,
-    loss_terms: Callable[[Any, Any], tuple[LossTerms, dict[str, jax.Array]]],
+    loss_terms: Callable[[Any, Any], LossTerms],
     *,
     optimizer: optax.GradientTransformation,
-    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Applies the gradient of Σ total / Σ weight over micro-batches, unless it is not finite.
+    """Applies the gradient of total / weight of a loss of any form, unless it is not finite.
 
     Args:
       state: see `TrainState`.
-      batch: pytree whose leaves all have the leading axis P.
-      loss_terms: (params, part of the batch) -> (`LossTerms`, maxima); maxima are metrics combined by their maximum.
+      batch: what ``loss_terms`` reads.
+      loss_terms: (params, batch) -> `LossTerms`.
       optimizer: an optax transformation.
-      microbatches: number of parts; divides P.
 
     Returns:
       (state, metrics) with ``loss/total``, ``loss/grad_norm``, ``loss/skipped`` and the metrics of the terms.
     """
 
-    def total(params: Any, part: Any) -> tuple[jax.Array, tuple[LossTerms, dict[str, jax.Array]]]:
-        terms, maxima = loss_terms(params, part)
-        return terms.total, (terms, maxima)
+    def total(params: Any) -> tuple[jax.Array, LossTerms]:
+        terms = loss_terms(params, batch)
+        return terms.total, terms
 
-    differentiate = jax.grad(total, has_aux=True)
-    if microbatches == 1:
-        gradient, (terms, maxima) = differentiate(state.params, batch)
-    else:
-        # Part m takes rows m, m + M, …: each device keeps an equal share of every part.
-        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    gradient, terms = jax.grad(total, has_aux=True)(state.params)
+    return _apply(state, gradient, terms, {}, optimizer)
 
-        def accumulate(gradient: Any, part: Any) -> tuple[Any, Any]:
-            more, aux = differentiate(state.params, part)
-            return jax.tree.map(jnp.add, gradient, more), aux
 
-        gradient, (terms, maxima) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
-        terms, maxima = jax.tree.map(lambda x: x.sum(0), terms), jax.tree.map(lambda x: x.max(0), maxima)
-
+def _apply(
+    state: TrainState,
+    gradient: Any,
+    terms: LossTerms,
+    also: dict[str, jax.Array],
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The one division, and the optimizer's step where loss and gradient are finite."""
     weight = jnp.maximum(terms.weight, 1.0)
     gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
     loss, norm = terms.total / weight, optax.tree.norm(gradient)
@@ -162,5 +244,23 @@ def gradient_step(
     kept = state._replace(skipped=state.skipped + 1)
     new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, kept)
     metrics = {name: value / jnp.maximum(count, 1.0) for name, (value, count) in terms.metrics.items()}
-    metrics |= maxima | {"loss/total": loss, "loss/grad_norm": norm, "loss/skipped": 1.0 - finite.astype(jnp.float32)}
+    metrics |= also | {"loss/total": loss, "loss/grad_norm": norm, "loss/skipped": 1.0 - finite.astype(jnp.float32)}
     return new_state, metrics
+
+
+def _split(prefix: Any) -> tuple[Any, Any]:
+    """The leaves of a cache that have gradients, and the others; None in the place of the rest."""
+    is_real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+    real = jax.tree.map(lambda x: x if is_real(x) else None, prefix)
+    return real, jax.tree.map(lambda x: None if is_real(x) else x, prefix)
+
+
+def _merge(real: Any, rest: Any) -> Any:
+    return jax.tree.map(lambda x, y: y if x is None else x, real, rest, is_leaf=lambda x: x is None)
+
+
+def _add_rows(total: jax.Array, prompts: jax.Array, rows: jax.Array) -> jax.Array:
+    """[X · P, ...] plus rows [X · N, ...] of the prompts [X, N]."""
+    shards = len(prompts)
+    add = jax.vmap(lambda x, at, rows: x.at[at].add(rows))
+    return add(by_shard(total, shards), prompts, by_shard(rows, shards)).reshape(total.shape)
