@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
             "model": {
                 "path": placeholder(str),  # Hugging Face folder; unset: a random decoder of the sizes below
                 "stop_ids": (),  # token ids that end a completion; empty: the tokenizer's EOS
+                "stop_strings": (),  # texts that end a completion too, however they are split into tokens
                 "dtype": "float32",  # of matrix products: float32 or bfloat16; parameters are always float32
                 "remat": False,  # compute a layer again in the backward pass instead of keeping its activations
                 "tokenizer": "characters",  # of a random decoder: characters (of the task) or bytes
@@ -84,6 +85,10 @@ def get_config() -> ConfigDict:
                 "group_size": 8,  # G completions per prompt
                 "max_completion": 8,  # T tokens, stop token included
                 "temperature": 1.0,
+                # What is cut off the distribution, to measure only: the loss scores the whole of it.
+                "top_k": placeholder(int),  # keep the k likeliest tokens; unset: all
+                "top_p": placeholder(float),  # keep the fewest tokens that hold this probability; unset: all
+                "min_p": placeholder(float),  # keep tokens at least this share as likely as the likeliest; unset: all
             },
             "objective": {
                 "name": "GRPO",  # a key of grpo_jax.objective.NAMED; the unset keys below are taken from it
@@ -124,7 +129,9 @@ def get_config() -> ConfigDict:
                 "iterations": 300,  # refreshes of the sampling policy
                 "inner_epochs": 1,  # passes over a rollout
                 "minibatches": 1,  # updates per pass, on equal parts of the prompts
-                "microbatches": 1,  # parts of a minibatch whose gradients are accumulated: less memory, same result
+                "microbatch_tokens": 32768,  # completion tokens whose gradients are taken at a time: memory, same result
+                "row_length": placeholder(int),  # completion tokens of a packed row; unset: max_completion, or 32
+                "iterations_per_program": 10,  # run without touching the host, where the verifier is on the device
                 "chunk_size": placeholder(int),  # positions whose logits exist at a time; unset: 64 MiB of them
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },

@@ -14,7 +14,11 @@ _TOKENIZERS = ("characters", "bytes")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message lists every conflict."""
+    """A configuration that cannot run; the message lists every one of ``conflicts``."""
+
+    def __init__(self, conflicts: list[str], title: str = "this config cannot run:") -> None:
+        super().__init__("\n".join([title, *(f"  - {line}" for line in conflicts)]))
+        self.conflicts = conflicts
 
 
 def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[Task, Objective]:
@@ -55,7 +59,8 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
     at_least(
         1, "evaluate.prompts", "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches"
     )
-    at_least(1, "train.microbatches", "train.chunk_size", "train.max_skipped", "checkpoint.interval", "checkpoint.keep")
+    at_least(1, "train.microbatch_tokens", "train.row_length", "train.iterations_per_program", "train.chunk_size")
+    at_least(1, "train.max_skipped", "checkpoint.interval", "checkpoint.keep", "rollout.top_k")
     at_least(1, "verifier.num_workers", "mesh.fsdp", "mesh.tensor")
     positive("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm")
     positive("warm_start.learning_rate", "verifier.deadline")
@@ -68,6 +73,11 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
     ):
         if not 0 < value < 1:
             found.append(f"{key}={value} must be inside (0, 1)")
+    top_p, min_p = config.rollout.top_p, config.rollout.min_p
+    if top_p is not None and not 0 < top_p <= 1:
+        found.append(f"rollout.top_p={top_p} must be in (0, 1]")
+    if min_p is not None and not 0 <= min_p <= 1:
+        found.append(f"rollout.min_p={min_p} must be in [0, 1]")
     for key, value, choices in (
         ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
         ("model.dtype", config.model.dtype, DTYPES),
@@ -81,6 +91,8 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
 
     if not all(type(i) is int for i in config.model.stop_ids):
         found.append(f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)")
+    if not all(isinstance(text, str) and text for text in config.model.stop_strings):
+        found.append(f"model.stop_strings={tuple(config.model.stop_strings)} must be texts, none of them empty")
     if config.model.path is None:
         _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **decoder_options(config)))
     objective = _attempt(found, "objective", lambda: named_objective(**_description(config)))
@@ -94,7 +106,7 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
         if training:
             found += _training_conflicts(config, task)
     if found or task is None or objective is None:
-        raise ConfigError("\n".join(["this config cannot run:", *(f"  - {line}" for line in found)]))
+        raise ConfigError(found)
     return task, objective
 
 
@@ -118,7 +130,8 @@ def task_options(config: Any) -> dict[str, Any]:
 
 def decoder_options(config: Any) -> dict[str, Any]:
     """The fields of a random decoder's `DecoderConfig` that the config chooses."""
-    return {key: value for key, value in config.model.items() if key not in ("path", "stop_ids", "tokenizer")}
+    excluded = ("path", "stop_ids", "stop_strings", "tokenizer")
+    return {key: value for key, value in config.model.items() if key not in excluded}
 
 
 def _description(config: Any) -> dict[str, Any]:
@@ -167,11 +180,7 @@ def _attempt(found: list[str], group: str, make: Any) -> Any:
 
 def _divisions(config: Any, num_devices: int, training: bool) -> list[str]:
     found = []
-    prompts, minibatches, microbatches = (
-        config.data.prompts_per_iteration,
-        config.train.minibatches,
-        config.train.microbatches,
-    )
+    prompts, minibatches = config.data.prompts_per_iteration, config.train.minibatches
     fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
     if data == -1:
         data = num_devices // (fsdp * tensor)
@@ -179,10 +188,10 @@ def _divisions(config: Any, num_devices: int, training: bool) -> list[str]:
         found.append(
             f"mesh.data={config.mesh.data} · mesh.fsdp={fsdp} · mesh.tensor={tensor} does not make the {num_devices} device(s)"
         )
-    elif training and prompts % (minibatches * microbatches * data * fsdp):
+    elif training and prompts % (minibatches * data * fsdp):
         found.append(
             f"data.prompts_per_iteration={prompts} is not divisible by train.minibatches={minibatches} · "
-            f"train.microbatches={microbatches} · {data * fsdp} devices along mesh.data and mesh.fsdp"
+            f"{data * fsdp} devices along mesh.data and mesh.fsdp"
         )
     samples, most = config.evaluate.final_samples, config.evaluate.batch_samples
     for key in ("samples", "final_samples"):
@@ -211,6 +220,19 @@ def _model_conflicts(config: Any) -> list[str]:
 
 def _training_conflicts(config: Any, task: Task) -> list[str]:
     found = []
+    for key in ("top_k", "top_p", "min_p"):
+        if config.rollout[key] is not None:
+            found.append(
+                f"rollout.{key}={config.rollout[key]} cannot be trained with: the loss scores the whole distribution, so the "
+                f"sampled policy and the trained one would differ. Leave it unset; --mode=evaluate accepts it"
+            )
+    longest, most, row = config.rollout.max_completion, config.train.microbatch_tokens, config.train.row_length
+    if most < longest:
+        found.append(f"train.microbatch_tokens={most} is less than one completion of rollout.max_completion={longest}")
+    if row is not None and not longest <= row <= most:
+        found.append(
+            f"train.row_length={row} must be between rollout.max_completion={longest} and train.microbatch_tokens={most}"
+        )
     rows = len(task.examples)
     if config.data.prompts_per_iteration > rows:
         found.append(

@@ -6,6 +6,7 @@ from grpo_jax.data.gsm8k import gsm8k
 from grpo_jax.data.order import prompt_order
 from grpo_jax.data.prompts import PromptSet, Tokenizer, encode_prompts, prompt_batch
 from grpo_jax.data.reasoning import reasoning_gym
+from grpo_jax.data.stops import stop_table
 from grpo_jax.data.tokenizers import ByteTokenizer, CharTokenizer, HFTokenizer
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "read_chat",
     "read_examples",
     "reasoning_gym",
+    "stop_table",
 ]
