@@ -2,12 +2,16 @@
 
 A run started again with the same config and run directory resumes, or shows its result if it is finished.
 --mode=evaluate measures a checkpoint of the run directory; --mode=estimate says what memory each device needs.
+--sweep="objective.beta=0.1,0.3,1; seed=0,1" runs every combination one after the other, each in its own directory inside
+runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
 Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config.
 """
 
+import copy
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -15,11 +19,14 @@ from ml_collections import config_flags
 from grpo_jax.environment import prepare_environment, prepare_streams
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
+MISTAKES = (flags.Error, OSError, AttributeError, TypeError, ValueError, KeyError)  # that parsing a flag raises
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file; its keys are flags: --config.objective.beta=0.5"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/NAME of the config file by default.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory; runs/NAME of the config file by default, runs/NAME_sweep with --sweep."
+)
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "estimate"], "train or resume; measure a checkpoint; or bytes per device."
 )
@@ -30,6 +37,13 @@ _NAME = flags.DEFINE_string("name", None, "With --mode=evaluate: folder in the r
 _DEVICES = flags.DEFINE_integer(
     "devices", None, "With --mode=estimate: CPU devices that stand for as many accelerators.", lower_bound=1
 )
+_SWEEP = flags.DEFINE_string(
+    "sweep",
+    None,
+    "Runs every combination of values of config keys, one after the other: 'objective.beta=0.1,0.3,1; seed=0,1,2'. Values are "
+    "read as --config.KEY=VALUE is; finished points are skipped, others resumed, failed ones tried again, last.",
+)
+_LIST = flags.DEFINE_boolean("list", False, "With --sweep: show every point and how far it is, and run nothing.")
 
 
 def main(arguments: list[str]) -> None:
@@ -37,11 +51,16 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         stop(f"not understood: {' '.join(arguments[1:])} (flags start with --)", EXIT_USAGE)
     name, _, regime = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    workdir = _WORKDIR.value or Path("runs") / "_".join([Path(name).stem, *([regime] if regime else [])])
+    words = [Path(name).stem, *([regime] if regime else []), *([] if _SWEEP.value is None else ["sweep"])]
+    workdir = _WORKDIR.value or Path("runs") / "_".join(words)
     prepare_streams()
     for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate")):
         if flag.value is not None and _MODE.value != mode:
             stop(f"--{flag.name} is for --mode={mode}", EXIT_USAGE)
+    if _SWEEP.value is not None and _MODE.value != "train":
+        stop("--sweep is for --mode=train", EXIT_USAGE)
+    if _LIST.value and _SWEEP.value is None:
+        stop("--list shows the points of a --sweep", EXIT_USAGE)
     if _DEVICES.value is not None:
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value)}
     prepare_environment()
@@ -52,6 +71,8 @@ def main(arguments: list[str]) -> None:
 
     try:
         match _MODE.value:
+            case "train" if _SWEEP.value is not None:
+                sweep(_CONFIG.value, _SWEEP.value, workdir)
             case "train":
                 train(_CONFIG.value, workdir)
             case "evaluate":
@@ -68,17 +89,44 @@ def main(arguments: list[str]) -> None:
         stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
 
 
+def sweep(config: Any, text: str, workdir: str | Path) -> None:
+    """Runs, resumes or lists the points of --sweep."""
+    from grpo_jax.config import ConfigError
+    from grpo_jax.train.grid import list_grid, run_grid
+    from grpo_jax.train.points import make_points, parse_grid
+
+    try:
+        points = make_points(config, parse_grid(text), with_value)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        stop(f"--sweep: {error}", EXIT_USAGE)
+    if _LIST.value:
+        list_grid(points, workdir)
+        return
+    failed = sum(state.name == "failed" for state in run_grid(points, workdir))
+    if failed:
+        stop(f"{failed} of {len(points)} points failed; why is in {Path(workdir) / 'sweep.md'}", EXIT_FAILED)
+
+
+def with_value(config: Any, key: str, text: str) -> Any:
+    """A copy of a config with the value that --config.KEY=TEXT would give it; ValueError in one line where it would not."""
+    changed, found = copy.deepcopy(config), flags.FlagValues()
+    arguments = ["launch.py", f"--config.{key}={text}"]
+    try:
+        config_flags.DEFINE_config_dict("config", changed, flag_values=found, sys_argv=arguments)
+        found(arguments)
+    except MISTAKES as error:
+        raise ValueError(" ".join(explained(error).split())) from None
+    return changed
+
+
 def parse(arguments: list[str]) -> list[str]:
     """absl's parser, with every mistake as one line and exit code 2."""
     try:
         rest = flags.FLAGS(arguments)
-    except (flags.Error, OSError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        stop("\n".join(lines[:: len(lines) - 1] if "Traceback" in str(error) else lines), EXIT_USAGE)
-    except AttributeError as error:  # an unknown --config.key; ml_collections says which key it may have meant
-        stop(f"unknown config key: {error}", EXIT_USAGE)
-    except (TypeError, ValueError, KeyError) as error:
-        stop(f"bad config value: {error}", EXIT_USAGE)
+    except MISTAKES as error:
+        stop(explained(error), EXIT_USAGE)
     try:
         missing = _CONFIG.value is None or not _CONFIG.value.keys()
     except Exception as error:  # the file's own, whatever it is, or that there is none
@@ -87,6 +135,18 @@ def parse(arguments: list[str]) -> list[str]:
     if missing:
         stop("say which config to run: --config=configs/small.py (--help lists all flags)", EXIT_USAGE)
     return rest
+
+
+def explained(error: Exception) -> str:
+    """What is wrong with a flag, from whatever its parser raised."""
+    match error:
+        case flags.Error() | OSError():
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            return "\n".join(lines[:: len(lines) - 1] if "Traceback" in str(error) else lines)
+        case AttributeError():  # an unknown --config.key; ml_collections says which key it may have meant
+            return f"unknown config key: {error}"
+        case _:
+            return f"bad config value: {error}"
 
 
 def stop(message: str, code: int) -> None:

@@ -167,6 +167,50 @@ def test_sigterm_saves_and_exits_75(unbroken, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sweep_is_preempted_listed_resumed_and_ends_in_a_figure(tmp_path):
+    workdir, sweep = tmp_path / "sweep", "--sweep=objective.beta=0.5,1"
+    more = {"checkpoint__interval": 1000, "train__iterations": 200, "evaluate__interval": 1000}
+    process = subprocess.Popen(
+        command(workdir, sweep, **more),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_rows(workdir / "objective.beta=0.5", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 75, error
+    listed = launch(workdir, sweep, "--list", **more)
+    assert listed.returncode == 0, listed.stderr
+    assert re.search(r"interrupted[^|]*waiting", listed.stdout, re.S)
+    done = launch(workdir, sweep, **more)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "point 1 of 2: objective.beta=0.5",
+        "resuming after iteration",
+        "point 2 of 2: objective.beta=1",
+        "predicted p*",
+    ):
+        assert words in done.stdout, words
+    assert {p.name for p in workdir.iterdir()} >= {"sweep.json", "sweep.md", "figure.png", "objective.beta=1"}
+    again = launch(workdir, sweep, **more)
+    assert again.returncode == 0
+    assert "point 2 of 2: objective.beta=1: done" in again.stdout and "measuring" not in again.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_failed_point_runs_the_others_and_exits_1(tmp_path):
+    done = launch(tmp_path / "sweep", "--sweep=warm_start.target=0.999,0.15", warm_start__max_steps=40)
+    assert done.returncode == 1, done.stderr
+    assert "1 of 2 points failed" in done.stderr and "sweep.md" in done.stderr
+    record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["points"]
+    assert [point["state"] for point in record] == ["failed", "done"]
+    assert "did not reach warm_start.target=0.999" in record[0]["why"]
+
+
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_reported_and_recomputed(unbroken, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)
@@ -204,7 +248,27 @@ MISTAKES = {
     "no such folder": (["--config.model.path=/no/such/folder"], 2, "/no/such/folder"),
     "no such config": (["--config=configs/none.py"], 2, "configs/none.py"),
     "left-over argument": (["config.seed=1"], 2, "config.seed=1"),
-    "two at once": (["--config.seed=-1", "--config.train.microbatches=0"], 2, "seed=-1[^$]*train.microbatches=0"),
+    "two at once": (["--config.seed=-1", "--config.train.row_length=0"], 2, "seed=-1[^$]*train.row_length=0"),
+    "a truncated distribution in training": (
+        ["--config.rollout.top_p=0.9"],
+        2,
+        "top_p=0.9.*whole distribution.*evaluate",
+    ),
+    "sweep of an unknown key": (["--sweep=objective.betaa=1,2"], 2, r"--sweep: .*betaa.*Did you mean .?beta"),
+    "sweep of a wrong type": (
+        ["--sweep=objective.beta=1; train.iterations=1.5"],
+        2,
+        r"--sweep: .*iterations=1\.5.*int",
+    ),
+    "sweep over a group": (["--sweep=objective={'beta': 1.0}"], 2, "objective is a group of keys"),
+    "sweep with a value twice": (["--sweep=objective.beta=1,2,1.0"], 2, "objective.beta has the value 1 twice"),
+    "sweep with conflicts": (
+        ["--sweep=objective.beta=-1,1; rollout.group_size=1,4"],
+        2,
+        r"group_size=1 must be at least 2 \(2 of 4 points: .*beta=-1\.0 must be positive[^(]*\(2 of 4 points",
+    ),
+    "sweep that measures": (["--sweep=seed=0,1", "--mode=evaluate"], 2, "--sweep is for --mode=train"),
+    "list of nothing": (["--list"], 2, "--list shows the points of a --sweep"),
     "impossible mesh": (["--config.mesh.tensor=2"], 2, "mesh.tensor=2"),
     "prompt too long": (["--config.data.max_prompt=4"], 1, "data.max_prompt=4"),
     "a run directory in a file": (["--workdir=README.md"], 1, "cannot use"),

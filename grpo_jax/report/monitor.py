@@ -74,12 +74,9 @@ def exact_iterates(
 
 
 def probe_row(iteration: int, counts: dict[str, Any], confidence: float) -> dict[str, Any]:
-    """The metrics row of a measurement: success probability with its interval, KL, length."""
+    """The metrics row of a measurement: success probability with its interval, length, KL if known."""
     success = mean_with_interval(np.asarray(counts["successes"]), counts["trials"], confidence)
     row = {"iteration": iteration, "phase": "probe"}
     row |= dict(zip(("success/mean", "success/low", "success/high"), success, strict=True))
-    return row | {
-        "kl/sequence": counts["kl"],
-        "rollout/length": counts["length"],
-        "rollout/truncated": counts["truncated"],
-    }
+    row |= {"rollout/length": counts["length"], "rollout/truncated": counts["truncated"]}
+    return row if counts["kl"] is None else row | {"kl/sequence": counts["kl"]}
