@@ -42,6 +42,7 @@ from grpo_jax.train.run_directory import (
     write_json,
     write_text,
 )
+from grpo_jax.train.sharding import row_shards
 from grpo_jax.train.subject import (
     CHANGEABLE,
     Subject,
@@ -53,6 +54,7 @@ from grpo_jax.train.subject import (
 )
 
 BLOCKS = "blocks"
+TRUNCATIONS = ("top_k", "top_p", "min_p")  # of the distribution that is sampled
 
 
 def evaluate(
@@ -133,6 +135,7 @@ def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
         "dropped": dropped,
         "seed": c.seed,
         "temperature": c.rollout.temperature,
+        **{key: c.rollout[key] for key in TRUNCATIONS},
         "max_completion": c.rollout.max_completion,
     }
     shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
@@ -205,7 +208,7 @@ def _measure_block(run: Run, subject: Subject, block: np.ndarray) -> dict[str, A
 
 def _batch_prompts(run: Run) -> int:
     """Prompts drawn at a time: those of an iteration, or fewer where there are not so many, and as many for every device."""
-    shards = run.program.mesh.shape["data"] * run.program.mesh.shape["fsdp"]
+    shards = row_shards(run.program.mesh)
     return math.ceil(min(run.config.data.prompts_per_iteration, len(run.program.probed)) / shards) * shards
 
 
@@ -267,10 +270,11 @@ def _header(run: Run, subject: Subject, dropped: int) -> list[tuple[str, str]]:
     prompts = f"{len(program.probed):,} of {len(program.task.examples):,} prompts"
     left_out = f"; {dropped:,} more are too long for data.max_prompt and left out" if dropped else ""
     split = task_options(c).get("split")
-    drawn = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}, and the greedy one"
+    cut = "".join(f", {key}={c.rollout[key]:g}" for key in TRUNCATIONS if c.rollout[key] is not None)
+    sampled = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}{cut}"
     return [
         *machine_lines(run),
         ("checkpoint", subject.name),
         ("task", f"{program.task.name}{f', {split}' if split else ''}: {prompts}{left_out}"),
-        ("samples", f"{drawn}, at most T = {c.rollout.max_completion} tokens"),
+        ("samples", f"{sampled}, and the greedy one, at most T = {c.rollout.max_completion} tokens"),
     ]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from grpo_jax import report, theory
 from grpo_jax.config import flat, validate
-from grpo_jax.data import prompt_order
+from grpo_jax.data import PromptSet, prompt_order
 from grpo_jax.report.metrics import METRICS, PERF
 from grpo_jax.tasks.identity import task_digest, verifier_digest
 from grpo_jax.tasks.workers import VerifierPool
@@ -23,10 +23,10 @@ from grpo_jax.train.iteration import role_key
 from grpo_jax.train.memory import binary, check_memory, held_memory
 from grpo_jax.train.probe import judge
 from grpo_jax.train.program import make_program, prompt_text, put_prompts
-from grpo_jax.train.reference import make_reference
+from grpo_jax.train.reference import make_reference, read_reference
 from grpo_jax.train.run import Run, check_preempted, machine_lines, measure, measure_in_full, show, sigterm_as_flag
 from grpo_jax.train.run_directory import RESULT, open_run_directory, read_json, write_json, write_text
-from grpo_jax.train.sharding import sharded_shapes
+from grpo_jax.train.sharding import replicated, sharded_shapes
 from grpo_jax.train.step import TrainState
 
 
@@ -77,14 +77,13 @@ def _phases(run: Run, dropped: int) -> dict[str, Any]:
         header.append(("first prompt", report.inline(prompt_text(program, 0)[:300])))
     if dropped:
         header.append(("dropped", f"{dropped:,} examples longer than data.max_prompt or rollout.max_completion allow"))
-    held = sum(held_memory(config, program.shapes, program.mesh).values())
-    header.append(
-        ("memory", f"{binary(held)} per device for parameters, optimizer and reference; --mode=estimate: the rest")
-    )
+    held = held_memory(config, program.objective, program.shapes, program.mesh)
+    said = f"{binary(sum(held.values()))} per device for {', '.join(held)}; --mode=estimate: the rest"
+    header.append(("memory", said))
     show(console, header)
     check_memory(held)
 
-    ref_params, before = make_reference(run)
+    before = make_reference(run)
     shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
     successes, trials = np.array(before["successes"]), before["trials"]
     known = not config.objective.entropy_bonus  # which the theory leaves out
@@ -94,9 +93,11 @@ def _phases(run: Run, dropped: int) -> dict[str, Any]:
     )
     show(console, outlook)
 
-    state = iterate(run, ref_params, before, forecast)
+    ref_params = read_reference(run) if program.objective.holds_to_reference else None
+    params = iterate(run, ref_params, before, forecast)
 
-    after = measure_in_full(run, state.params, ref_params, config.train.iterations)
+    ref_params = read_reference(run) if ref_params is None else ref_params
+    after = measure_in_full(run, params, ref_params, config.train.iterations)
     result = report.make_result(config, before, after, forecast)
     rows = [row for row in report.read_rows(run.directory / METRICS) if row["phase"] == "probe"]
     rows.append(report.probe_row(config.train.iterations, after, config.evaluate.confidence))
@@ -119,12 +120,12 @@ def _phases(run: Run, dropped: int) -> dict[str, Any]:
     return result
 
 
-def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.Prediction | None) -> TrainState:
-    """All iterations, from the newest checkpoint on; the state after the last.
+def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], forecast: theory.Prediction | None) -> Any:
+    """All iterations, from the newest checkpoint on; the parameters after the last.
 
     Args:
       run: see `Run`.
-      ref_params: of the reference policy.
+      ref_params: of the reference policy; None where the objective has no KL to it.
       before: its measurement, the first probe row.
       forecast: shown beside the current success probability.
 
@@ -135,32 +136,36 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
     done = 0
     found = checkpoints.restore_latest(
-        sharded_shapes(jax.eval_shape(program.functions.start, ref_params), program.mesh)
+        sharded_shapes(jax.eval_shape(program.functions.start, program.shapes), program.mesh)
     )
     if found is None:
-        state = program.functions.start(ref_params)
+        state = program.functions.start(read_reference(run) if ref_params is None else ref_params)
     else:
         _, state, meta = found
         done = meta["data_position"]
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
         run.console.print(f"resuming after iteration {done} of {c.train.iterations}", highlight=False)
+    table = jax.device_put(program.prompts, replicated(program.mesh)) if program.functions.iterate else None
     log = report.MetricsLog(run.directory, after=done or None)
     try:
         if done == 0:
             log.write(report.probe_row(0, before, c.evaluate.confidence))
         target = "" if forecast is None else f" → p* {forecast.mean_p_star:.3f}"
-        success = ""
+        success, n = "", done
         with report.progress(run.console, "iterations", total=c.train.iterations, done=done) as line:
-            for n in range(done + 1, c.train.iterations + 1):
+            while n < c.train.iterations:
                 begun = time.monotonic()
-                state, row = one_iteration(run, state, ref_params, n)
-                log.write({"iteration": n, "phase": "train"} | row)
-                log.write({"iteration": n, "phase": "train"} | _perf(run, row, time.monotonic() - begun), file=PERF)
-                if int(state.skipped) > c.train.max_skipped:
-                    raise Diverged(
-                        f"{int(state.skipped)} updates in a row had a non-finite loss or gradient (iteration {n}); lower "
-                        f"optimizer.learning_rate, in a new --workdir. The checkpoints in {run.directory} are from before"
-                    )
+                state, rows, skipped = advance(run, state, ref_params, table, n)
+                seconds = (time.monotonic() - begun) / len(rows)
+                for row, in_a_row in zip(rows, skipped, strict=True):
+                    n += 1
+                    log.write({"iteration": n, "phase": "train"} | row)
+                    log.write({"iteration": n, "phase": "train"} | _perf(run, row, seconds), file=PERF)
+                    if in_a_row > c.train.max_skipped:
+                        raise Diverged(
+                            f"{in_a_row} updates in a row had a non-finite loss or gradient (iteration {n}); lower "
+                            f"optimizer.learning_rate, in a new --workdir. The checkpoints in {run.directory} are from before"
+                        )
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
                     probe = measure(run, state.params, ref_params, n)
                     log.write(probe_row := report.probe_row(n, probe._asdict(), c.evaluate.confidence))
@@ -173,29 +178,68 @@ def iterate(run: Run, ref_params: Any, before: dict[str, Any], forecast: theory.
                     checkpoints.save(n, state, {"data_position": n, "base_key": key})
                     if n < c.train.iterations:
                         check_preempted(run)
-        return state
+        return state.params
     finally:
         log.close()
         checkpoints.close()
 
 
-def one_iteration(run: Run, state: TrainState, ref_params: Any, n: int) -> tuple[TrainState, dict[str, float]]:
-    """Iteration n ≥ 1: one device program, or two with the worker processes between them; the state and the metrics row."""
-    c, program = run.config, run.program
-    index = prompt_order(c.seed, n - 1, num_prompts=len(program.task.examples), batch=c.data.prompts_per_iteration)
+def advance(
+    run: Run, state: TrainState, ref_params: Any | None, table: PromptSet | None, done: int
+) -> tuple[TrainState, list[dict[str, float]], list[int]]:
+    """The next iterations: several as one program, or one in two halves with the worker processes between them.
+
+    Args:
+      run, state, ref_params: see `iterate`.
+      table: the prompts on the device, with a verifier there; else None.
+      done: iterations so far.
+
+    Returns:
+      (state, metrics row of each iteration, updates skipped in a row after each).
+    """
+    c, functions = run.config, run.program.functions
+    beta, learning_rate = jnp.float32(c.objective.beta), jnp.float32(c.optimizer.learning_rate)
+    if functions.iterate is None:
+        state, row = _by_halves(run, state, ref_params, done, beta, learning_rate)
+        return state, [row], [int(state.skipped)]
+    count = stretch(c, done)
+    index = visits(c, len(run.program.task.examples), done, count)
+    state, *found = functions.iterate(
+        *(state, ref_params, table, index, jnp.int32(count), run.base_key, jnp.int32(done + 1), beta, learning_rate)
+    )
+    metrics, skipped = jax.device_get(found)
+    rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(count)]
+    return state, rows, skipped[:count].tolist()
+
+
+def stretch(config: Any, done: int) -> int:
+    """Iterations that run as one program after ``done`` of them: up to the next probe, checkpoint or end."""
+    c = config
+    ends = [c.train.iterations - done, *(k - done % k for k in (c.evaluate.interval, c.checkpoint.interval))]
+    return min(c.train.iterations_per_program, *ends)
+
+
+def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
+    """[K, P] int32 rows that the ``count`` iterations after ``done`` visit; 0 beyond them."""
+    batch = config.data.prompts_per_iteration
+    index = np.zeros((config.train.iterations_per_program, batch), np.int32)
+    for i in range(count):
+        index[i] = prompt_order(config.seed, done + i, num_prompts=num_prompts, batch=batch)
+    return index
+
+
+def _by_halves(
+    run: Run, state: TrainState, ref_params: Any | None, done: int, beta: jax.Array, learning_rate: jax.Array
+) -> tuple[TrainState, dict[str, float]]:
+    c, program, number = run.config, run.program, done + 1
+    index = prompt_order(c.seed, done, num_prompts=len(program.task.examples), batch=c.data.prompts_per_iteration)
     prompts, answers, answer_mask = put_prompts(program, index)
-    beta = jnp.float32(c.objective.beta)
-    verdicts: dict[str, int] = {}
-    if program.functions.iterate is not None:
-        number = jnp.int32(n)
-        state, metrics = program.functions.iterate(
-            state, ref_params, prompts, answers, answer_mask, run.base_key, number, beta
-        )
-    else:
-        rollout = program.functions.sample(state.params, prompts, role_key(run.base_key, "rollout", n))
-        rewards, verdicts = judge(program, run.pool, prompts, rollout, answers, answer_mask)
-        key = role_key(run.base_key, "minibatches", n)
-        state, metrics = program.functions.improve(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta)
+    rollout = program.functions.sample(state.params, prompts, role_key(run.base_key, "rollout", number))
+    rewards, verdicts = judge(program, run.pool, prompts, rollout, answers, answer_mask)
+    key = role_key(run.base_key, "minibatches", number)
+    state, metrics = program.functions.improve(
+        *(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta, learning_rate)
+    )
     return state, {name: float(x) for name, x in metrics.items()} | {f"verdict/{k}": v for k, v in verdicts.items()}
 
 

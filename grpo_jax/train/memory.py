@@ -13,7 +13,8 @@ from grpo_jax.objective import Objective
 from grpo_jax.rollout import PromptBatch, Rollout
 from grpo_jax.tasks import Task
 from grpo_jax.train.errors import RunError
-from grpo_jax.train.program import make_decoder, make_functions, make_optimizer
+from grpo_jax.train.functions import Bound, make_functions, make_optimizer
+from grpo_jax.train.program import make_decoder
 from grpo_jax.train.run import show
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from grpo_jax.train.step import init_state
@@ -23,7 +24,8 @@ class Memory(NamedTuple):
     """Bytes per device.
 
     Attributes:
-      held: of what stays for the whole run, by name: parameters, optimizer, reference.
+      held: of what stays for all iterations, by name: parameters, optimizer, and the reference where the objective has a KL
+        to it.
       working: of what a program adds while it runs, by name; only one runs at a time.
     """
 
@@ -50,12 +52,13 @@ def estimate(config: Any, console: Console | None = None) -> Memory:
     return memory
 
 
-def held_memory(config: Any, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Bytes per device of parameters, optimizer state and reference, from shapes with shardings."""
-    state = jax.eval_shape(lambda params: init_state(params, make_optimizer(config)), shapes)
+def held_memory(config: Any, objective: Objective, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Bytes per device of parameters, optimizer state and the reference, if one is kept, from shapes with shardings."""
+    optimizer = make_optimizer(config, config.optimizer.learning_rate)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
     parameters = per_device(shapes)
-    optimizer = per_device(sharded_shapes(state, mesh)) - parameters
-    return {"parameters": parameters, "optimizer": optimizer, "reference": parameters}
+    held = {"parameters": parameters, "optimizer": per_device(sharded_shapes(state, mesh)) - parameters}
+    return held | ({"reference": parameters} if objective.holds_to_reference else {})
 
 
 def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
@@ -67,10 +70,8 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     mesh = make_mesh(**config.mesh)
     decoder = make_decoder(config, task)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
-    functions = make_functions(
-        config, objective, make_policy(decoder), shapes, mesh, stop_ids=(0,), pad_id=0, verify_tokens=None
-    )
-
+    bound = Bound(make_policy(decoder), stop_ids=(0,), pad_id=0, stop_table=None, verify_tokens=None)
+    functions = make_functions(config, objective, bound, shapes, mesh)
     rows, whole = row_sharding(mesh), replicated(mesh)
     prompts_number, width, length = (
         config.data.prompts_per_iteration,
@@ -93,30 +94,37 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     def rollout(group_size: int) -> Rollout:
         shape = (prompts_number, group_size, length)
         return Rollout(
-            array(*shape), array(*shape, dtype=bool), array(*shape, dtype=jnp.float32), array(*shape[:2], dtype=bool)
+            array(*shape),
+            array(*shape, dtype=bool),
+            array(*shape, dtype=jnp.float32),
+            array(*shape[:2], dtype=bool),
+            useful=array(dtype=jnp.float32, sharding=whole),
         )
 
     state = sharded_shapes(jax.eval_shape(functions.start, shapes), mesh)
     group_size = config.rollout.group_size
-    rewards, beta = array(prompts_number, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
+    rewards, number = array(prompts_number, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
+    reference = shapes if objective.holds_to_reference else None
     probed = min(config.evaluate.batch_samples, max(config.evaluate.samples, config.evaluate.final_samples))
     programs = {
         "rollout": functions.sample.lower(shapes, prompts, key),
-        "update": functions.improve.lower(state, shapes, prompts, rollout(group_size), rewards, key, beta),
+        "update": functions.improve.lower(state, reference, prompts, rollout(group_size), rewards, key, number, number),
         "probe, sampling": functions.draw.lower(
             shapes, prompts, key, group_size=probed, greedy=False, first_sample=array(sharding=whole)
         ),
-        "probe, KL": functions.sequence_kl.lower(shapes, shapes, prompts, rollout(probed)),
     }
-    return Memory(held_memory(config, shapes, mesh), {name: _working(lowered) for name, lowered in programs.items()})
+    if objective.holds_to_reference:
+        programs["probe, KL"] = functions.sequence_kl.lower(shapes, shapes, prompts, rollout(probed))
+    held = held_memory(config, objective, shapes, mesh)
+    return Memory(held, {name: _working(lowered) for name, lowered in programs.items()})
 
 
-def check_memory(held: int) -> None:
-    """RunError where a device that tells its size is smaller than what a run holds all the time."""
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is not None and held > limit:
+def check_memory(held: dict[str, int]) -> None:
+    """RunError where a device that tells its size is smaller than what a run holds all the time, by name."""
+    limit, needed = (jax.devices()[0].memory_stats() or {}).get("bytes_limit"), sum(held.values())
+    if limit is not None and needed > limit:
         raise RunError(
-            f"parameters, optimizer and reference need {binary(held)} per device, which has {binary(limit)}: "
+            f"{', '.join(held)} need {binary(needed)} per device, which has {binary(limit)}: "
             "spread them with --config.mesh.fsdp=N over more devices, or take a smaller model"
         )
 

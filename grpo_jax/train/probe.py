@@ -19,7 +19,7 @@ class Probe(NamedTuple):
 
     Attributes:
       successes: [Q] int64.  trials: of each prompt.
-      kl: mean log π/π_ref over completions, an estimate of E_q KL(π‖π_ref) in nats.
+      kl: mean log π/π_ref over completions, an estimate of E_q KL(π‖π_ref) in nats; None without a reference.
       length: mean tokens of a completion.  truncated: share that never stopped.
       verdicts: counts by verdict, of a verifier on the host.
       examples: prompt, completion and reward of a few samples.
@@ -27,7 +27,7 @@ class Probe(NamedTuple):
 
     successes: np.ndarray
     trials: int
-    kl: float
+    kl: float | None
     length: float
     truncated: float
     verdicts: dict[str, int]
@@ -58,7 +58,7 @@ def probe(
     program: Program,
     pool: VerifierPool | None,
     params: Any,
-    ref_params: Any,
+    ref_params: Any | None,
     key: jax.Array,
     *,
     samples: int,
@@ -73,7 +73,7 @@ def probe(
 
     Args:
       program, pool: of the run; the pool is None for a verifier on the device.
-      params, ref_params: policy and reference.
+      params, ref_params: policy and reference; without a reference no KL is measured.
       key: of this measurement.
       samples: per prompt.
       batch_samples, batch_prompts: samples per prompt, and prompts, drawn at a time.
@@ -98,7 +98,7 @@ def probe(
             if number == 0 and examples:
                 kept += _texts(program, rollout, rewards, block, shown)
     kl, length, truncated_share = (sums / (rows * samples)).tolist()
-    return Probe(successes, samples, kl, length, truncated_share, dict(verdicts), kept)
+    return Probe(successes, samples, None if ref_params is None else kl, length, truncated_share, dict(verdicts), kept)
 
 
 def draw_completions(
@@ -137,7 +137,7 @@ def draw_completions(
     for drawn in _draws(program, params, ref_params, key, filled, greedy=greedy, **sizes):
         graded = None if grade is None else grade(drawn.rollout, drawn.answers, drawn.answer_mask)
         arrays = drawn.rollout, drawn.log_ratio, graded
-        rollout, log_ratios, grades = jax.tree.map(lambda x: np.asarray(x)[: len(block)], arrays)
+        rollout, log_ratios, grades = jax.tree.map(lambda x: np.asarray(x)[: len(block)] if x.ndim else x, arrays)
         lengths, truncated = (x.reshape(-1).tolist() for x in (rollout.mask.sum(-1), rollout.truncated))
         texts = decode(program, rollout)
         for row, (text, verdict) in enumerate(zip(texts, pool.verify(texts, targets, truncated), strict=True)):
@@ -169,12 +169,14 @@ def judge(
 
 
 def decode(program: Program, rollout: Rollout) -> list[str]:
-    """Texts of all completions, row by row, without the stop token."""
-    completions = np.asarray(rollout.completions)
+    """Texts of all completions, row by row, without the stop token; a stop string stays."""
+    length = rollout.mask.shape[-1]
+    rows, mask = (np.asarray(x).reshape(-1, length) for x in (rollout.completions, rollout.mask))
+    lengths = mask.sum(-1)
+    last = np.take_along_axis(rows, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
     # The stop token is inside the mask, as the last token of a completion that was not truncated.
-    lengths = np.asarray(rollout.mask).sum(-1) - ~np.asarray(rollout.truncated)
-    rows = completions.reshape(-1, completions.shape[-1]).tolist()
-    return [program.tokenizer.decode(row[:n]) for row, n in zip(rows, lengths.reshape(-1).tolist(), strict=True)]
+    lengths = lengths - np.isin(last, program.stop_ids)
+    return [program.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), lengths.tolist(), strict=True)]
 
 
 class _Drawn(NamedTuple):
@@ -213,7 +215,8 @@ def _texts(
 ) -> list[dict[str, Any]]:
     few = min(4, rewards.shape[1])
     places = np.flatnonzero(np.isin(block, shown))
-    texts = iter(decode(program, Rollout(*(x[places, :few] for x in rollout))))
+    part = rollout._replace(completions=rollout.completions[places, :few], mask=rollout.mask[places, :few])
+    texts = iter(decode(program, part))
     return [
         {
             "prompt": program.task.examples[block[place]].prompt,

@@ -1,4 +1,4 @@
-"""From a checked config to the functions of a run: model, prompts, optimizer, and the jitted pieces, placed on the mesh."""
+"""From a checked config to what runs: task, tokenizer, prompts, model and mesh, and the functions of all these."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
-from jax.stages import Wrapped
 
 from grpo_jax.config import decoder_options
 from grpo_jax.data import (
@@ -23,6 +21,7 @@ from grpo_jax.data import (
     encode_prompts,
     prompt_batch,
     read_chat,
+    stop_table,
 )
 from grpo_jax.models import (
     DecoderConfig,
@@ -33,38 +32,19 @@ from grpo_jax.models import (
     param_shapes,
     read_config,
 )
-from grpo_jax.objective import LossTerms, Objective
-from grpo_jax.rollout import Policy, PromptBatch, Rollout, sample_groups, score_groups
+from grpo_jax.objective import Objective
+from grpo_jax.rollout import PromptBatch
 from grpo_jax.tasks import Task
-from grpo_jax.train.iteration import iteration, role_key, update
-from grpo_jax.train.sharding import make_mesh, parameter_shardings, replicated, row_sharding, sharded_shapes
-from grpo_jax.train.step import TrainState, gradient_step, init_state
-
-
-class Functions(NamedTuple):
-    """The jitted pieces of a run; they know shapes and sharding, not what the parameters are.
-
-    Attributes:
-      start: params -> `TrainState` of the GRPO optimizer.
-      iterate: one whole iteration on the device, (state, ref_params, prompts, answers, answer_mask, base_key, number, beta) ->
-        (state, metrics); None where the task verifies on the host only.
-      sample, improve: its two halves, (params, prompts, key) -> rollout, and
-        (state, ref_params, prompts, rollout, rewards, key, beta) -> (state, metrics).
-      draw: ``sample`` for probes, with group_size, greedy and first_sample to choose.
-      grade: (rollout, answers, answer_mask) -> rewards on the device; None as for ``iterate``.
-      sequence_kl: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
-      warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
-    """
-
-    start: Wrapped
-    iterate: Wrapped | None
-    sample: Wrapped
-    improve: Wrapped
-    draw: Wrapped
-    grade: Wrapped | None
-    sequence_kl: Wrapped
-    warm_start: Wrapped
-    warm_start_step: Wrapped
+from grpo_jax.train.functions import Bound, Functions, make_functions
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.sharding import (
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    row_sharding,
+    row_shards,
+    sharded_shapes,
+)
 
 
 class Program(NamedTuple):
@@ -72,10 +52,12 @@ class Program(NamedTuple):
 
     Attributes:
       task, objective, tokenizer, chat, prompts, mesh: what the config names; chat is None for prompts as they are.
+      stop_ids: the tokens that end a completion.
       probed: rows of the prompts that probes measure.
       shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
-      initial_params: () -> the initial parameters, random or pretrained, on the mesh.
+      initial_params: seed -> the initial parameters, random or pretrained, on the mesh.
       functions: see `Functions`.
+      bound: what the functions were made of.
     """
 
     task: Task
@@ -84,27 +66,36 @@ class Program(NamedTuple):
     chat: ChatFormat | None
     prompts: PromptSet
     mesh: Mesh
+    stop_ids: tuple[int, ...]
     probed: np.ndarray
     shapes: Any
-    initial_params: Callable[[], Any]
+    initial_params: Callable[[int], Any]
     functions: Functions
+    bound: Bound
 
 
-def make_program(config: Any, task: Task, objective: Objective, *, training: bool = True) -> Program:
+def make_program(
+    config: Any, task: Task, objective: Objective, *, training: bool = True, devices: list[Any] | None = None
+) -> Program:
     """Builds the program of a validated config; parameters are neither drawn nor read yet.
 
-    ``training`` says whether iterations follow, which need enough prompts for one.
+    Args:
+      config, task, objective: as `validate` takes and returns them.
+      training: whether iterations follow, which need enough prompts for one.
+      devices: of the mesh; all by default.
 
     Raises:
       ValueError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
     """
-    mesh, c = make_mesh(**config.mesh), config.data
+    mesh, c = make_mesh(**config.mesh, devices=devices), config.data
     if config.model.path is not None:
         check_pretrained(config.model.path)
     tokenizer, decoder = make_tokenizer(config, task), make_decoder(config, task)
     stop_ids = _stop_ids(config, tokenizer)
-    # One answer has one spelling in characters, and may have several in sub-words: those are judged as text, on the host.
-    verify_tokens = task.verify_tokens if config.model.path is None and len(stop_ids) == 1 else None
+    # One answer has one spelling in characters, and may have several in sub-words, or end in several ways: those are judged
+    # as text, on the host.
+    one_way = config.model.path is None and len(stop_ids) == 1 and not config.model.stop_strings
+    verify_tokens = task.verify_tokens if one_way else None
     if config.warm_start.max_steps == 0 and verify_tokens is None:
         task = task._replace(demonstrations=None)  # nothing reads them, so their length is no matter
     chat = _chat(config, tokenizer)
@@ -125,12 +116,16 @@ def make_program(config: Any, task: Task, objective: Objective, *, training: boo
     _check_fit(config, tokenizer, decoder, prompts, stop_ids)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
 
-    def initial_params() -> Any:
+    def initial_params(seed: int) -> Any:
         if config.model.path is not None:
             return load_pretrained(config.model.path, shardings=partial(parameter_shardings, mesh=mesh))[1]
-        params = init_params(decoder, role_key(jax.random.key(config.seed), "initialisation", 0))
+        params = init_params(decoder, role_key(jax.random.key(seed), "initialisation", 0))
         return jax.device_put(params, parameter_shardings(params, mesh))
 
+    table = stop_table(tokenizer, config.model.stop_strings, vocab_size=decoder.vocab_size)
+    bound = Bound(
+        make_policy(decoder), stop_ids, tokenizer.pad_id, None if table is None else jnp.asarray(table), verify_tokens
+    )
     return Program(
         task=task,
         objective=objective,
@@ -138,106 +133,20 @@ def make_program(config: Any, task: Task, objective: Objective, *, training: boo
         chat=chat,
         prompts=prompts,
         mesh=mesh,
-        probed=_probed(config, len(task.examples)),
+        stop_ids=stop_ids,
+        probed=probed_rows(config, len(task.examples)),
         shapes=shapes,
         initial_params=initial_params,
-        functions=make_functions(
-            config,
-            objective,
-            make_policy(decoder),
-            shapes,
-            mesh,
-            stop_ids=stop_ids,
-            pad_id=tokenizer.pad_id,
-            verify_tokens=verify_tokens,
-        ),
-    )
-
-
-def make_functions(
-    config: Any,
-    objective: Objective,
-    policy: Policy,
-    shapes: Any,
-    mesh: Mesh,
-    *,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-    verify_tokens: Callable[..., jax.Array] | None,
-) -> Functions:
-    """Jits the pieces of a run for parameters of the given shapes."""
-    rows, whole = row_sharding(mesh), replicated(mesh)
-    optimizer = make_optimizer(config)
-    warm_optimizer = optax.adamw(config.warm_start.learning_rate, weight_decay=0.0)
-
-    def starting(optimizer: optax.GradientTransformation) -> tuple[Wrapped, Any]:
-        """params -> the state before the first step, and the state's shardings."""
-
-        def start(params: Any) -> TrainState:
-            # A copy: the reference keeps the parameters that the donated state starts from.
-            return init_state(jax.tree.map(jnp.copy, params), optimizer)
-
-        shardings = parameter_shardings(jax.eval_shape(start, shapes), mesh)
-        return jax.jit(start, out_shardings=shardings), shardings
-
-    start, state_shardings = starting(optimizer)
-    warm_start, warm_shardings = starting(warm_optimizer)
-    temperature, chunk_size = config.rollout.temperature, config.train.chunk_size
-    sample = partial(sample_groups, policy, stop_ids=stop_ids, pad_id=pad_id, **config.rollout)
-    improve = partial(
-        update,
-        policy=policy,
-        optimizer=optimizer,
-        objective=objective,
-        beta_mirror=config.objective.beta_mirror,
-        entropy_bonus=config.objective.entropy_bonus,
-        temperature=temperature,
-        **{k: config.train[k] for k in ("inner_epochs", "minibatches", "microbatches", "chunk_size")},
-    )
-    iterate = None
-    if verify_tokens is not None:
-        iterate = jax.jit(
-            partial(iteration, verify_tokens=verify_tokens, sample=sample, improve=improve),
-            donate_argnums=0,
-            out_shardings=(state_shardings, whole),
-        )
-
-    @jax.jit
-    def sequence_kl(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-        score = partial(score_groups, policy, temperature=temperature, chunk_size=chunk_size)
-        logps, ref_logps = (score(p, prompts, rollout.completions, rollout.mask)[0] for p in (params, ref_params))
-        ratio = (logps - ref_logps).reshape(rollout.mask.shape)
-        return jnp.where(rollout.mask, ratio, 0.0).sum(-1)
-
-    def demonstration_terms(params: Any, part: tuple) -> tuple[LossTerms, dict[str, jax.Array]]:
-        prompts, answers, mask = part
-        logps, _ = score_groups(policy, params, prompts, answers[:, None], mask[:, None], chunk_size=chunk_size)
-        return LossTerms(-jnp.where(mask, logps, 0.0).sum(), mask.sum().astype(jnp.float32), {}), {}
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
-    def warm_start_step(
-        state: TrainState, prompts: PromptBatch, answers: jax.Array, mask: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        return gradient_step(state, (prompts, answers, mask), demonstration_terms, optimizer=warm_optimizer)
-
-    return Functions(
-        start=start,
-        iterate=iterate,
-        sample=jax.jit(sample, out_shardings=rows),
-        improve=jax.jit(improve, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        draw=jax.jit(sample, static_argnames=("group_size", "greedy")),
-        grade=None if verify_tokens is None else jax.jit(lambda r, a, m: verify_tokens(r.completions, r.mask, a, m)),
-        sequence_kl=sequence_kl,
-        warm_start=warm_start,
-        warm_start_step=warm_start_step,
+        functions=make_functions(config, objective, bound, shapes, mesh),
+        bound=bound,
     )
 
 
 def put_prompts(program: Program, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:
     """(prompts, answers, answer_mask) of the given rows of the dataset, spread over the mesh where it divides them."""
     batch = (prompt_batch(program.prompts, index), program.prompts.answers[index], program.prompts.answer_mask[index])
-    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    return jax.device_put(batch, row_sharding(program.mesh) if len(index) % shards == 0 else replicated(program.mesh))
+    divides = len(index) % row_shards(program.mesh) == 0
+    return jax.device_put(batch, row_sharding(program.mesh) if divides else replicated(program.mesh))
 
 
 def prompt_text(program: Program, row: int) -> str:
@@ -268,7 +177,7 @@ def make_tokenizer(config: Any, task: Task) -> Tokenizer:
     )
 
 
-def _probed(config: Any, rows: int) -> np.ndarray:
+def probed_rows(config: Any, rows: int) -> np.ndarray:
     """All rows, or evaluate.prompts of them, chosen by the seed."""
     few = config.evaluate.prompts
     if few is None or few >= rows:
@@ -312,21 +221,3 @@ def _stop_ids(config: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not all(0 <= i < tokenizer.vocab_size for i in stop_ids):
         raise ValueError(f"model.stop_ids={stop_ids} must be token ids from 0 to {tokenizer.vocab_size - 1}")
     return stop_ids
-
-
-def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """AdamW on a schedule, after clipping by the global norm."""
-    c = config.optimizer
-    updates = config.train.iterations * config.train.inner_epochs * config.train.minibatches
-    decay = max(updates - c.warmup_updates, 1)
-    after = {
-        "cosine": lambda: optax.cosine_decay_schedule(c.learning_rate, decay),
-        "linear": lambda: optax.linear_schedule(c.learning_rate, 0.0, decay),
-        "constant": lambda: optax.constant_schedule(c.learning_rate),
-    }[c.schedule]()
-    warmup = optax.linear_schedule(0.0, c.learning_rate, c.warmup_updates)
-    schedule = optax.join_schedules([warmup, after], [c.warmup_updates]) if c.warmup_updates else after
-    return optax.chain(
-        optax.clip_by_global_norm(c.max_grad_norm),
-        optax.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),
-    )

@@ -11,26 +11,32 @@ from grpo_jax.train.run import Run, check_preempted, measure, measure_in_full
 from grpo_jax.train.run_directory import REFERENCE, read_json, write_json
 
 
-def make_reference(run: Run) -> tuple[Any, dict[str, Any]]:
-    """(parameters of π_ref, its measurement): from the run directory where it holds them, else made and stored there.
+def make_reference(run: Run) -> dict[str, Any]:
+    """The measurement of π_ref: from the run directory where it holds it, else both are made and stored there.
 
     The parameters are stored before they are measured, so a run that is killed in between does not train them again.
     """
+    if not (run.directory / REFERENCE).exists():
+        params = read_reference(run)
+        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0))
+        check_preempted(run)
+    return read_json(run.directory / REFERENCE)
+
+
+def read_reference(run: Run) -> Any:
+    """The parameters of π_ref, from the run directory; made and stored there if it does not hold them."""
     checkpoints = Checkpoints(run.directory / "reference", keep=None)
     try:
         found = checkpoints.restore_latest(run.program.shapes)
-        if found is None:
-            report.MetricsLog(run.directory, after=None).close()
-            params = run.program.initial_params() if run.config.warm_start.max_steps == 0 else warm_start(run)
-            checkpoints.save(0, params, {})
-        else:
-            params = found[1]
+        if found is not None:
+            return found[1]
+        report.MetricsLog(run.directory, after=None).close()
+        fresh = run.config.warm_start.max_steps == 0
+        params = run.program.initial_params(run.config.seed) if fresh else warm_start(run)
+        checkpoints.save(0, params, {})
+        return params
     finally:
         checkpoints.close()
-    if not (run.directory / REFERENCE).exists():
-        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0))
-        check_preempted(run)
-    return params, read_json(run.directory / REFERENCE)
 
 
 def warm_start(run: Run) -> Any:
@@ -40,7 +46,7 @@ def warm_start(run: Run) -> Any:
       WarmStartFailed: it does not within the steps allowed.
     """
     c, program = run.config.warm_start, run.program
-    state, rows = program.functions.warm_start(program.initial_params()), len(program.task.examples)
+    state, rows = program.functions.warm_start(program.initial_params(run.config.seed)), len(program.task.examples)
     success = 0.0
     with report.progress(run.console, "warm start", total=c.max_steps) as line:
         for step in range(1, c.max_steps + 1):

@@ -13,7 +13,7 @@ from grpo_jax.train.errors import RunDirectoryError
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 
 # Keys that may differ when a run is started again: they say how often to look and save, never what is computed.
-CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers")
+CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "train.iterations_per_program")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ What decides its numbers is its identity; an evaluation with another has a direc
 import hashlib
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,14 @@ from grpo_jax.tasks import Task
 from grpo_jax.tasks.identity import task_digest, verifier_digest
 from grpo_jax.train.checkpoints import Checkpoints, digests
 from grpo_jax.train.errors import CheckpointError, RunDirectoryError
-from grpo_jax.train.program import Program, make_optimizer, make_tokenizer
+from grpo_jax.train.program import Program, make_tokenizer
 from grpo_jax.train.run_directory import CONFIG, check_same, contents, read_json
 from grpo_jax.train.sharding import sharded_shapes
-from grpo_jax.train.step import init_state
 
 # What may differ from the run's config; all else decides which parameters there are, or would be another run.
 OF_THE_MEASUREMENT: tuple[str, ...] = (
     *("task.", "evaluate.", "data.", "rollout.", "verifier.", "mesh.", "checkpoint."),
-    *("train.microbatches", "train.chunk_size"),  # memory only
+    *("train.microbatch_tokens", "train.row_length", "train.chunk_size", "train.iterations_per_program"),  # no number
 )
 
 
@@ -79,13 +77,13 @@ def find_subject(config: Any, program: Program, workdir: Path, checkpoint: str, 
     if not has_run:
         if number is not None:
             raise CheckpointError(f"--checkpoint={number}: there is no run in {workdir}")
-        return Subject("initial", 0, program.initial_params(), None)
+        return Subject("initial", 0, program.initial_params(config.seed), None)
     reference = _restore(workdir / "reference", program.shapes)
     if reference is None:
         raise CheckpointError(f"the run in {workdir} has no reference policy yet: start it again to go on with it")
     if checkpoint == "reference":
         return Subject("reference", 0, reference[1], None)
-    like = jax.eval_shape(partial(init_state, optimizer=make_optimizer(config)), program.shapes)
+    like = jax.eval_shape(program.functions.start, program.shapes)
     state = _restore(workdir / "checkpoints", sharded_shapes(like, program.mesh), number)
     if state is None:
         return Subject("reference", 0, reference[1], None)

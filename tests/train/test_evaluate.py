@@ -27,7 +27,7 @@ from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import CheckpointError, Preempted, RunDirectoryError
 from grpo_jax.train.probe import Completion
 from grpo_jax.train.program import make_program
-from grpo_jax.train.reference import make_reference
+from grpo_jax.train.reference import make_reference, read_reference
 from grpo_jax.train.run import Run, measure_in_full
 from grpo_jax.train.run_directory import open_run_directory, write_json
 from grpo_jax.train.subject import Subject, find_place, identity_of
@@ -81,7 +81,8 @@ def run(tmp_path_factory):
     program = make_program(c, *validate(c, num_devices=8))
     with open_run_directory(workdir, flat(c)) as directory, jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         session = Run(c, program, directory, Console(file=io.StringIO()), None, jax.random.key(0), [])
-        reference, _ = make_reference(session)
+        make_reference(session)
+        reference = read_reference(session)
         policy = jax.tree.map(lambda x: 1.2 * x, reference)
         checkpoints = Checkpoints(directory / "checkpoints", keep=None)
         for step, params in ((2, reference), (3, policy)):

@@ -39,9 +39,9 @@ def on_first_device(tree):
 def test_what_is_held_is_what_the_arrays_of_a_run_take_on_a_device(fsdp, tensor):
     config = tiny_config(mesh__fsdp=fsdp, mesh__tensor=tensor)
     program = make_program(config, *validate(config, num_devices=8))
-    params = program.initial_params()
+    params = program.initial_params(0)
     state = program.functions.start(params)
-    held = held_memory(config, program.shapes, program.mesh)
+    held = held_memory(config, program.objective, program.shapes, program.mesh)
     assert held["parameters"] == held["reference"] == on_first_device(params) == per_device(program.shapes)
     assert held["parameters"] + held["optimizer"] == on_first_device(state)
 
@@ -58,8 +58,6 @@ def test_the_qwen_config_compiles_for_its_shapes_alone(regime, mesh, tmp_path):
         config.task.name, config.model.path = "dataset", str(tmp_path)
         config.task.dataset.update(source)
         config.mesh.update(mesh)
-        if regime == "paper":
-            config.train.microbatches = 1  # 28 prompts on 4 × 2 devices
     with jax.numpy_dtype_promotion("standard"):
         memory = estimate_memory(config, *validate(config, num_devices=8))
     if regime == "ours":  # all matrices divide by 8; norms and biases are whole everywhere
@@ -76,6 +74,8 @@ def test_a_device_that_is_too_small_is_named(monkeypatch):
             return {"bytes_limit": 1 << 20}
 
     monkeypatch.setattr(jax, "devices", lambda: [Small()])
-    check_memory(1 << 20)
-    with pytest.raises(RunError, match=r"2\.0 MiB per device, which has 1\.0 MiB: .*mesh\.fsdp"):
-        check_memory(2 << 20)
+    check_memory({"parameters": 1 << 19, "optimizer": 1 << 19})
+    with pytest.raises(
+        RunError, match=r"parameters, optimizer need 2\.0 MiB per device, which has 1\.0 MiB: .*mesh\.fsdp"
+    ):
+        check_memory({"parameters": 1 << 20, "optimizer": 1 << 20})
