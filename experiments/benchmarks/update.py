@@ -1,0 +1,15 @@
+"""The update (log-probabilities, loss, backward pass, AdamW) on fixed and on ragged lengths, against the yardstick and peers.
+
+python -m experiments.benchmarks.update [--quick] [--vocabularies=1024,32000] [--lengths=fixed,ragged] [--repeats=7]
+"""
+
+from functools import partial
+
+from absl import app, flags
+
+from experiments.benchmarks import race
+
+if __name__ == "__main__":
+    race.define_flags()
+    flags.adopt_module_key_flags(race)
+    app.run(partial(race.run, "update"))
