@@ -110,7 +110,8 @@ def measure_step(folder: Path, optimizer_name: str) -> dict[str, Any]:
     rollout = jax.block_until_ready(sample(params, prompts, jax.random.key(1)))
     found: dict[str, Any] = {"parameters": held, "optimizer": optimizer_name, "sampled": time.perf_counter() - start}
 
-    improve = jax.jit(partial(update, policy=policy, optimizer=optimizer, objective=DAPO), donate_argnums=0)
+    options = {"policy": policy, "optimizer": optimizer, "objective": DAPO, "microbatch_tokens": 1024}
+    improve = jax.jit(partial(update, **options), donate_argnums=0)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
     rest = (None, prompts, rollout, jnp.array([[1.0, 0.0]]), jax.random.key(2), jnp.float32(0.0))
     program = improve.lower(state, *rest).compile()

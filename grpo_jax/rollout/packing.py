@@ -106,7 +106,7 @@ def pack(
     Raises:
       ValueError: prompts that the shards do not divide, or rows too short for a completion.
 
-    >>> packing = pack(jnp.arange(4) < jnp.array([[[4], [2], [3]]]), microbatch_tokens=1, row_length=3)
+    >>> packing = pack(jnp.arange(4)[None, None] < jnp.array([[[4], [2], [3]]]), microbatch_tokens=1, row_length=3)
     >>> packing.sizes.tolist(), packing.places.tolist(), packing.rows, int(packing.used)
     ([[[3, 1, 2]]], [[[0, 5, 3]]], 3, 1)
     """
@@ -145,7 +145,7 @@ def pack(
 def take_block(packing: Packing, number: int | jax.Array, width: int) -> Block:
     """Block ``number`` of completions of T = ``width`` tokens.
 
-    >>> packing = pack(jnp.arange(4) < jnp.array([[[4], [2], [3]]]), microbatch_tokens=1, row_length=3)
+    >>> packing = pack(jnp.arange(4)[None, None] < jnp.array([[[4], [2], [3]]]), microbatch_tokens=1, row_length=3)
     >>> take_block(packing, 0, 4).sources[0].tolist()
     [[0, 1, 2], [8, 9, 4], [-1, -1, -1]]
     """
