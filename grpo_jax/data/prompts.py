@@ -2,6 +2,7 @@
 
 from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,7 +122,7 @@ def encode_prompts(
     return task, PromptSet(tokens, mask, answers, answer_mask)
 
 
-def prompt_batch(prompts: PromptSet, index: np.ndarray) -> PromptBatch:
+def prompt_batch(prompts: PromptSet, index: np.ndarray | jax.Array) -> PromptBatch:
     """The prompts of the given rows."""
     return PromptBatch(*map(jnp.asarray, (prompts.tokens[index], prompts.mask[index], index.astype(np.int32))))
 

@@ -10,6 +10,16 @@ from typing import Any
 from grpo_jax.tasks.task import Task
 
 
+def task_identity(task: Task) -> dict[str, str]:
+    """Both digests, by the keys under which a directory is bound to them.
+
+    >>> from grpo_jax.tasks import arithmetic
+    >>> sorted(task_identity(arithmetic("+", 9)))
+    ['task.examples', 'task.verify']
+    """
+    return {"task.examples": task_digest(task), "task.verify": verifier_digest(task.verify)}
+
+
 def task_digest(task: Task) -> str:
     """SHA-256, in hexadecimal, of all prompts and targets in their order.
 

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Wrapped
 
-from grpo_jax.data import PromptSet
+from grpo_jax.data import PromptSet, prompt_batch
 from grpo_jax.objective import LossTerms, Objective
 from grpo_jax.rollout import Policy, PromptBatch, Rollout, sample_groups, score_groups
 from grpo_jax.rollout.scoring import score_packed
@@ -110,7 +110,7 @@ def iterations(
 
     def run(state: TrainState, i: jax.Array) -> tuple[TrainState, tuple[dict[str, jax.Array], jax.Array]]:
         rows = index[i]
-        batch = PromptBatch(table.tokens[rows], table.mask[rows], rows), table.answers[rows], table.answer_mask[rows]
+        batch = prompt_batch(table, rows), table.answers[rows], table.answer_mask[rows]
         prompts, answers, answer_mask = place(batch)
         state, metrics = once(state, ref_params, prompts, answers, answer_mask, base_key, first + i, beta)
         return state, (metrics, state.skipped)

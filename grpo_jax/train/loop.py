@@ -15,7 +15,7 @@ from grpo_jax import report, theory
 from grpo_jax.config import flat, validate
 from grpo_jax.data import PromptSet, prompt_order
 from grpo_jax.report.metrics import METRICS, PERF
-from grpo_jax.tasks.identity import task_digest, verifier_digest
+from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.errors import Diverged
@@ -50,8 +50,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     task, objective = validate(config, num_devices=jax.device_count())
     with ExitStack() as stack:
         # The keys of a config name data and code that may have changed since.
-        identity = {"task.examples": task_digest(task), "task.verify": verifier_digest(task.verify)}
-        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | identity))
+        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task)))
         if (directory / RESULT).exists():
             result = read_json(directory / RESULT)
             console.print(f"{directory} holds a finished run:", markup=False, highlight=False)

@@ -11,7 +11,7 @@ import jax
 
 from grpo_jax.config import ConfigError, flat, validate
 from grpo_jax.objective import Objective
-from grpo_jax.tasks.identity import task_digest, verifier_digest
+from grpo_jax.tasks.identity import task_identity
 
 LONGEST_NAME = 120  # bytes; file systems allow 255
 
@@ -85,8 +85,7 @@ def make_points(config: Any, grid: dict[str, list[str]], with_value: Callable[[A
             for line in error.conflicts:
                 conflicts.setdefault(line, []).append(title(values))
         else:
-            identity = {"task.examples": task_digest(task), "task.verify": verifier_digest(task.verify)}
-            points.append(Point(values, chosen, objective, leaves | identity))
+            points.append(Point(values, chosen, objective, leaves | task_identity(task)))
     if conflicts:
         count = len(combinations)
         lines = [f"{line} ({_of_points(titles, count)})" for line, titles in conflicts.items()]

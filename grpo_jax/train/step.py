@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.objective import LossTerms, Objective, grpo_loss_terms
+from grpo_jax.objective.checks import term_weight
 from grpo_jax.rollout import Policy, PromptBatch
 from grpo_jax.rollout.packing import Packing, pack, put_groups, take_block, take_groups, to_places
 from grpo_jax.rollout.scoring import align, by_shard, score_block, score_first, take_prefix
@@ -115,7 +116,7 @@ def train_step(
         batch,
         lambda part, logps, entropy: terms(part, logps, entropy).total,
         packing,
-        through_entropy=bool(entropy_bonus),
+        through_entropy=term_weight("entropy_bonus", entropy_bonus) is not None,
         temperature=temperature,
         chunk_size=chunk_size,
     )

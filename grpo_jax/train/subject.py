@@ -13,7 +13,7 @@ import jax
 
 from grpo_jax.config import flat, task_options, validate
 from grpo_jax.tasks import Task
-from grpo_jax.tasks.identity import task_digest, verifier_digest
+from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.checkpoints import Checkpoints, digests
 from grpo_jax.train.errors import CheckpointError, RunDirectoryError
 from grpo_jax.train.program import Program, make_tokenizer
@@ -122,8 +122,7 @@ def identity_of(config: Any, task: Task, subject: Subject) -> dict[str, Any]:
     bound = {key: value for key, value in flat(config).items() if key.split(".")[0] in groups}
     bound |= {"task.name": config.task.name} | {f"task.{k}": v for k, v in sorted(task_options(config).items())}
     return bound | {
-        "task.examples": task_digest(task),
-        "task.verify": verifier_digest(task.verify),
+        **task_identity(task),
         "checkpoint.name": subject.name,
         "checkpoint.parameters": hashlib.sha256(json.dumps(digests(subject.params)).encode()).hexdigest(),
     }

@@ -26,7 +26,7 @@ from rich.console import Console
 from grpo_jax import report
 from grpo_jax.config import flat, validate
 from grpo_jax.data import PromptSet
-from grpo_jax.tasks.identity import task_digest, verifier_digest
+from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.checkpoints import Checkpoints
 from grpo_jax.train.iteration import role_key
 from grpo_jax.train.loop import stretch, visits
@@ -97,9 +97,8 @@ def sweep(
     for seed, point in itertools.product(range(len(seeds)), range(len(points))):
         task, objective = validate(plan.config(config, seed, point), num_devices=1)
     with ExitStack() as stack:
-        identity = {"task.examples": task_digest(task), "task.verify": verifier_digest(task.verify)}
         swept = {"seed": list(seeds), "objective.beta": plan.betas, "optimizer.learning_rate": plan.learning_rates}
-        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | identity | swept))
+        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task) | swept))
         if (directory / RESULT).exists():
             console.print(f"{directory} holds a finished sweep", markup=False, highlight=False)
             return read_json(directory / RESULT)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.data import PromptSet
-from grpo_jax.rollout import PromptBatch
+from grpo_jax.data import PromptSet, prompt_batch
 from grpo_jax.train.functions import Pieces, iterations, make_optimizer, make_pieces
 from grpo_jax.train.program import Program
 from grpo_jax.train.step import TrainState, init_state
@@ -117,8 +116,7 @@ def _count(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Successes, tokens and truncated completions [P] among ``group`` samples of the prompts of some rows."""
     assert pieces.verify_tokens is not None
-    prompts = PromptBatch(table.tokens[rows], table.mask[rows], rows)
-    rollout = pieces.sample(params, prompts, key, group_size=group, first_sample=first)
+    rollout = pieces.sample(params, prompt_batch(table, rows), key, group_size=group, first_sample=first)
     right = pieces.verify_tokens(rollout.completions, rollout.mask, table.answers[rows], table.answer_mask[rows])
     counted = right, rollout.mask, rollout.truncated
     return tuple(x.reshape(len(rows), -1).sum(-1, dtype=jnp.int32) for x in counted)  # type: ignore[return-value]

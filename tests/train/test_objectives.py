@@ -28,7 +28,7 @@ SAMPLE = partial(sample_groups, POLICY, group_size=4, max_completion=T, stop_ids
 
 @cache
 def compiled(objective, inner_epochs):
-    options = {"objective": objective, "inner_epochs": inner_epochs}
+    options = {"objective": objective, "inner_epochs": inner_epochs, "microbatch_tokens": 1024}
     return jax.jit(partial(update, policy=POLICY, optimizer=SGD, **options))
 
 
