@@ -6,14 +6,15 @@ heads, H head dim.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-Block = tuple[Array, Array, Array]  # keys [C, K, H, S], values [C, K, S, H], visible [C, B // C or 1, L or 1, S] bool
+Block = tuple[Array, Array, Array]  # keys [C, K, H, S], values [C, K, H, S], visible [C, B // C or 1, L or 1, S] bool
 
-TOGETHER = 8  # terms of a sum over keys or features
+SLICES, VECTOR = 8, 16  # partial sums, and how many numbers a processor adds at once
 
 
 class RopeScaling(NamedTuple):
@@ -38,7 +39,7 @@ def attend(query: Array, blocks: list[Block], *, width: int | None = None, softc
 
     Args:
       query: [B, L, N, H].
-      blocks: keys [C, K, H, S] and values [C, K, S, H] of the query's type, visible [C, B // C or 1, L or 1, S].
+      blocks: keys [C, K, H, S] and values [C, K, H, S] of the query's type, visible [C, B // C or 1, L or 1, S].
       width: None for H.
       softcap: scores x become softcap · tanh(x / softcap).
 
@@ -48,7 +49,7 @@ def attend(query: Array, blocks: list[Block], *, width: int | None = None, softc
     Source: arXiv 1706.03762 eq. 1 and arXiv 2305.13245; the sum over blocks is that of arXiv 2205.14135 §3.1; the cap
     is that of arXiv 2408.00118 §2.
 
-    >>> value = jnp.array([[[[1.0], [3.0], [100.0]]]])
+    >>> value = jnp.array([[[[1.0, 3.0, 100.0]]]])
     >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros((1, 1, 1, 3)), value, jnp.array([[[[True, True, False]]]]))])[:, 0, 0]
     Array([2., 2.], dtype=float32)
     """
@@ -127,41 +128,90 @@ def _attend_block(
     query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width)
     single = length == 1 and shared == rows  # of each row one token, and keys that no other row sees
     if single:
-        scores = _contract(query.reshape(rows, kv_heads, -1, width), key)[:, :, None, :, None] * scale
+        scores = _scores(query.reshape(rows, kv_heads, -1, width), key)[:, :, None, :, None] * scale
     else:
         scores = jnp.einsum("cgikrh,ckhj->ckgrij", query, key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = capped(scores, softcap)
     # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient; it gets zeros.
     scores = jnp.where(visible[:, None, :, None], scores, -1e30)
-    top = lax.stop_gradient(jnp.maximum(scores.max(axis=-1, keepdims=True), -1e29))
-    weights = jnp.exp(scores - top)
+    highest, total_of = (
+        (_highest, _total)
+        if length == 1
+        else (functools.partial(jnp.max, axis=-1), functools.partial(jnp.sum, axis=-1))
+    )
+    top = lax.stop_gradient(jnp.maximum(highest(scores), -1e29))
+    weights = jnp.exp(scores - top[..., None])
+    terms = weights.astype(value.dtype)
     if single:
-        attended = _contract(weights[:, :, 0, :, 0].astype(value.dtype), value)[:, :, None, :, None]
+        attended = _weighted(terms[:, :, 0, :, 0], value)[:, :, None, :, None]
     else:
-        attended = jnp.einsum(
-            "ckgrij,ckjh->ckgrih", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-        )
+        attended = jnp.einsum("ckgrij,ckhj->ckgrih", terms, value, preferred_element_type=jnp.float32)
 
     def by_token(x: Array) -> Array:
         return jnp.einsum("ckgri...->cgikr...", x).reshape(rows, length, heads, *x.shape[5:])
 
-    return by_token(top[..., 0]), by_token(weights.sum(-1)), by_token(attended)
+    return by_token(top), by_token(total_of(weights)), by_token(attended)
 
 
-def _contract(x: Array, y: Array) -> Array:
-    """Σ_n x[c, k, r, n] y[c, k, n, m] -> [C, K, R, m] float32, by multiplying and adding.
+# For one token of each row both products are written as multiplications and additions. Keys and values may then be part of an
+# array and are read where they lie; a product of matrices would copy them first. XLA's CPU backend waits for each addition of a
+# sum, and writes down the terms of a long one; so several partial sums of whole vectors are added up, and at last each other.
 
-    So ``y`` may be part of an array and is read where it lies; a product of matrices would copy it first. Several terms at
-    once, because XLA's CPU backend waits for each addition of a sum, and writes down the terms of a long one.
+
+def _scores(query: Array, key: Array) -> Array:
+    """Σ_h query[c, k, r, h] key[c, k, h, s] -> [C, K, R, S] float32."""
+
+    def products(place: slice) -> Array:
+        return query[..., place, None].astype(jnp.float32) * key[:, :, None, place].astype(jnp.float32)
+
+    whole, rest = _slices(key.shape[2], max(key.shape[2] // SLICES, 1))
+    return functools.reduce(jnp.add, map(products, whole)).sum(-2) + products(rest).sum(-2)
+
+
+def _weighted(weights: Array, value: Array) -> Array:
+    """Σ_s weights[c, k, r, s] value[c, k, h, s] -> [C, K, R, H] float32."""
+
+    def products(place: slice) -> Array:
+        return weights[..., None, place].astype(jnp.float32) * value[:, :, None, :, place].astype(jnp.float32)
+
+    return _fold(jnp.add, jnp.sum, products, value.shape[3])
+
+
+def _total(x: Array) -> Array:
+    return _fold(jnp.add, jnp.sum, lambda place: x[..., place], x.shape[-1])
+
+
+def _highest(x: Array) -> Array:
+    return _fold(jnp.maximum, jnp.max, lambda place: x[..., place], x.shape[-1])
+
+
+def _fold(
+    pair: Callable[..., Array], many: Callable[..., Array], terms: Callable[[slice], Array], length: int
+) -> Array:
+    """The sum, or maximum, of two and of many, over the last axis of terms(places) [..., places] for all ``length`` places."""
+
+    def vectors() -> Array:
+        width = VECTOR
+        while 2 * SLICES * width <= length:
+            width *= 2
+        whole, rest = _slices(length, width)
+        parts = [many(terms(rest), axis=-1)] if rest.start < length else []
+        if whole:
+            folded = functools.reduce(pair, map(terms, whole))
+            while folded.shape[-1] > 1:
+                folded = pair(*jnp.split(folded, 2, axis=-1))
+            parts.append(folded[..., 0])
+        return functools.reduce(pair, parts)
+
+    return lax.platform_dependent(cpu=vectors, default=lambda: many(terms(slice(None)), axis=-1))
+
+
+def _slices(length: int, width: int) -> tuple[list[slice], slice]:
+    """Slices of one width, and the rest.
+
+    >>> _slices(7, 3)
+    ([slice(0, 3, None), slice(3, 6, None)], slice(6, None, None))
     """
-    terms = y.shape[2] // TOGETHER
-    places = [slice(i * terms, (i + 1) * terms) for i in range(TOGETHER)] if terms else []
-    parts = [functools.reduce(jnp.add, [_products(x, y, place) for place in places])] if terms else []
-    if y.shape[2] % TOGETHER:
-        parts.append(_products(x, y, slice(terms * TOGETHER, None)))
-    return functools.reduce(jnp.add, [part.sum(-2) for part in parts])
-
-
-def _products(x: Array, y: Array, place: slice) -> Array:
-    return x[..., place, None].astype(jnp.float32) * y[:, :, None, place].astype(jnp.float32)
+    ends = range(width, length + 1, width)
+    return [slice(end - width, end) for end in ends], slice(length - length % width, None)

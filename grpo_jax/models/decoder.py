@@ -43,8 +43,8 @@ def make_policy(config: DecoderConfig) -> Policy:
     nothing gets finite values. Windows count positions, not slots.
 
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
-    ``prepare(params)`` -> the parameters for a long decode: matrices in ``config.dtype``, tied logits' matrix turned, and each
-    layer's also apart. The other functions take either form.
+    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, tied logits' matrix turned,
+    each layer's also apart, and the rotations of ``length`` positions. The other functions take either form.
 
     Raises ValueError where shapes, lengths or rows do not fit. Source: arXiv 2302.13971 §2.2; checked against a NumPy
     implementation in tests/models/test_decoder.py.
@@ -101,10 +101,8 @@ def make_policy(config: DecoderConfig) -> Policy:
     def init_cache(batch: int, length: int) -> Cache:
         if length > config.max_length:
             raise ValueError(f"a cache of {length} slots is longer than the model's max_length={config.max_length}")
-        keys, values = (config.num_kv_heads, config.head_dim, length), (config.num_kv_heads, length, config.head_dim)
-        layers = range(config.num_layers)
-        cache: Cache = {"k": tuple(jnp.zeros((batch, *keys), dtype) for _ in layers)}
-        cache["v"] = tuple(jnp.zeros((batch, *values), dtype) for _ in layers)
+        shape = batch, config.num_kv_heads, config.head_dim, length
+        cache: Cache = {name: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for name in ("k", "v")}
         cache["mask"] = jnp.zeros((batch, length), bool)
         return cache if config.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
 
@@ -203,8 +201,9 @@ class Decoder(nn.Module):
             visible &= segments[:, :, None] == segments[:, None, :]
 
         by_layer: dict[str, Any] = {**_by_layer(c)}
+        table = self.variables["params"].get("rotations")
         shared = (
-            _rotations(c, positions),
+            _rotations(c, positions) if table is None else _rows(table, positions),
             visible,
             None if prefix is None else prefix["mask"],
             None if c.window is None else (positions, *key_positions),
@@ -240,14 +239,23 @@ class Decoder(nn.Module):
         return rms_norm(hidden, self.param("final_norm", nn.initializers.ones, (c.d_model,), jnp.float32), c), cache
 
 
-def _prepared(config: DecoderConfig, params: Params) -> Params:
+def _prepared(config: DecoderConfig, params: Params, length: int) -> Params:
     dtype = jnp.dtype(config.dtype)
     cast = jax.tree_util.tree_map_with_path(
         lambda path, x: x if path[-1].key.endswith(("norm", "bias")) else x.astype(dtype), params
     )
     if config.tied:  # turned once: a product with the other layout takes twice as long on a CPU
         cast["unembedding"] = lax.optimization_barrier(cast["embedding"].T)
-    return cast | {"apart": _apart(cast["layers"], config.num_layers)}
+    # XLA would compute a sine for every layer and head of every token.
+    cos, sin = _rotations(config, jnp.arange(length, dtype=jnp.int32)[None])
+    table = lax.optimization_barrier((cos[..., 0, :, :, :], sin[..., 0, :, :, :]))
+    return cast | {"apart": _apart(cast["layers"], config.num_layers), "rotations": table}
+
+
+def _rows(table: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
+    """Of the cos and sin of all positions, those of some."""
+    cos, sin = (jnp.take(x, positions, axis=-3, mode="clip") for x in table)
+    return cos, sin
 
 
 def _apart(layers: Params, count: int) -> tuple[Params, ...]:

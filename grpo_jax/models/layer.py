@@ -15,8 +15,8 @@ from jax import Array, lax
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import Block, attend, rotate, within
 
-# {"k": of each layer [B, K, H, S], "v": of each layer [B, K, S, H], "mask": [B, S] bool}, with windows "positions": [B, S].
-# A buffer for each layer, and slots last where they are not summed over: a step then reads them where they are.
+# {"k" and "v": of each layer [B, K, H, S], "mask": [B, S] bool}, with windows "positions": [B, S].
+# A buffer for each layer, and slots last: a step reads the first of them where they are, whole vectors at once.
 Cache = dict[str, Any]
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -28,7 +28,7 @@ class Layer(nn.Module):
     """One layer, and the body of the scan over layers.
 
     Arguments of a call: the hidden states [B, L, D]; what is this layer's own, scalars named as in ``decoder._by_layer``, and,
-    where there are, ``cache`` and ``prefix``, each keys [rows, K, H, slots] and values [rows, K, slots, H]; cos and sin
+    where there are, ``cache`` and ``prefix``, keys and values [rows, K, H, slots]; cos and sin
     [B, L, 1, H / 2], or several of them to choose from; visible [B, L, slots], and what is visible of the prefix [P, slots];
     where layers have windows, the positions of the queries [B, L], of the keys in the slots [B, slots] and of those of the
     prefix [P, slots]; and the slot where the tokens begin. Returns the hidden states, and with them the cache with the tokens
@@ -78,14 +78,13 @@ class Layer(nn.Module):
         x = norm("attention_norm", hidden)
         query = rotated("query", x, c.num_heads)
         key = rotated("key", x, c.num_kv_heads).transpose(0, 2, 3, 1)
-        value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).swapaxes(1, 2)
+        value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).transpose(0, 2, 3, 1)
         kept = (key, value) if self.keeps else None
         if "cache" in layer:
             keys, values = layer["cache"]
-            keys = lax.dynamic_update_slice(keys, key, (0, 0, 0, start))
-            values = lax.dynamic_update_slice(values, value, (0, 0, start, 0))
+            keys, values = (lax.dynamic_update_slice(x, y, (0, 0, 0, start)) for x, y in ((keys, key), (values, value)))
             kept, (rows, _, slots) = (keys, values), visible.shape
-            key, value = keys[:rows, :, :, :slots], values[:rows, :, :slots]
+            key, value = keys[:rows, :, :, :slots], values[:rows, :, :, :slots]
         blocks: list[Block] = [(key, value, visible[:, None])]
         if prefix_visible is not None:
             blocks.append((*layer["prefix"], prefix_visible[:, None, None, :]))

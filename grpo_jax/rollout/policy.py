@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-def unchanged(params: Any) -> Any:
+def unchanged(params: Any, length: int) -> Any:
     """The parameters as they are."""
     return params
 
@@ -25,12 +25,12 @@ class Policy(NamedTuple):
         without a cache only: of the tokens of this call, a token sees those of its own segment alone, and the whole prefix.
       unembed: ``unembed(params, hidden [..., D]) -> logits [..., V]`` in float32.
       init_cache: ``init_cache(batch, length) -> pytree`` whose leaves all have the leading axis ``batch``.
-      prepare: ``prepare(params) -> params`` with which the other functions give the same results in less time; sampling calls
-        it once and decodes with what it returns. A model whose products are bfloat16 casts its matrices here, which would
-        otherwise be cast again for every token.
+      prepare: ``prepare(params, length) -> params`` with which the other functions give the same results in less time, at
+        positions below ``length``; sampling calls it once and decodes with what it returns. A model whose products are bfloat16
+        casts its matrices here, which would otherwise be cast again for every token.
     """
 
     forward: Callable[..., tuple[Any, Any]]
     unembed: Callable[..., Any]
     init_cache: Callable[[int, int], Any]
-    prepare: Callable[[Any], Any] = unchanged
+    prepare: Callable[[Any, int], Any] = unchanged

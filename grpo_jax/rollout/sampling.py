@@ -135,7 +135,7 @@ def sample_groups(
     rows = num_prompts * group_size
     stages = choose_stages(rows, max_completion) if stages is None else stages
     _check_stages(stages, rows, max_completion)
-    params = policy.prepare(params)
+    params = policy.prepare(params, prompts.tokens.shape[1] + max_completion)
     stops = jnp.array(stop_ids, jnp.int32)
     table = None if stop_table is None else jnp.asarray(stop_table)
     draw = partial(draw_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy)
@@ -174,9 +174,8 @@ def sample_groups(
         )
         return extend(row, hidden[:, 0], position), cache
 
-    def count_live(row: Rows) -> jax.Array:
-        live = row.live.sum(dtype=jnp.int32)
-        return live if in_step is None else lax.pmax(live, in_step)
+    def most(count: jax.Array) -> jax.Array:
+        return count if in_step is None else lax.pmax(count, in_step)
 
     hidden, prefix = prefill(policy, params, prompts)
     row = Rows(
@@ -191,9 +190,9 @@ def sample_groups(
         logps=jnp.zeros((rows, max_completion), jnp.float32),
     )
     row = extend(row, jnp.repeat(hidden, group_size, axis=0), jnp.int32(0))
-    state = Decoding(jnp.int32(1), count_live(row), jnp.int32(rows), row, policy.init_cache(rows, max_completion))
-    options: dict[str, Any] = {"length": max_completion, "group_size": group_size, "count_live": count_live}
-    state = run_stages(state, stages, step, prefix, **options)
+    live, cache = most(row.live.sum(dtype=jnp.int32)), policy.init_cache(rows, max_completion)
+    state = Decoding(jnp.int32(1), live, jnp.int32(rows), row, cache)
+    state = run_stages(state, stages, step, prefix, length=max_completion, group_size=group_size, most=most)
 
     order = jnp.argsort(state.rows.origin)
     row = jax.tree.map(lambda x: x[order].reshape(num_prompts, group_size, *x.shape[1:]), state.rows)

@@ -1,8 +1,9 @@
 """Decoding without work for rows that have ended: loops over fewer and fewer rows, and over no more slots than are filled.
 
-All rows start at once and stay in step: with enough memory for all of them, no order of decoding takes fewer steps. When half
-of the rows have ended, those that live move to the front, and only the front is decoded on. Shapes are static: every pair of
-a number of rows and a number of slots is a loop of its own, compiled once, and a loop that is not needed makes no step.
+All rows start at once and stay in step: with enough memory for all of them, no order of decoding takes fewer steps. When
+enough rows have ended, those that live and stand behind take the places of those that ended in front, and only the front is
+decoded on. Shapes are static: every pair of a number of rows and a number of slots is a loop of its own, compiled once, and a
+loop that is not needed makes no step.
 """
 
 from collections.abc import Callable
@@ -51,19 +52,19 @@ Step = Callable[[jax.Array, Any, Any, Any, int], tuple[Any, Any]]
 def choose_stages(rows: int, length: int) -> tuple[Stage, ...]:
     """The stages for B rows and T tokens: more of them save steps and slots, and each pair compiles for about a second.
 
-    Rows halve down to 8, at most three times: below, a step costs as much as reading the weights does. Slots come in
-    quarters for all rows, in halves for half of them, and at once for fewer: late stages are seldom early in the cache.
-    Short completions are not worth the compilation.
+    Rows fall by a quarter and by a third in turn, to 8 and at most sixfold: below, a step costs as much as reading the weights
+    does. Slots come in at most four parts for all rows, in fewer for fewer rows, which are seldom early in the cache. Short
+    completions are not worth the compilation.
 
     >>> [(stage.rows, stage.slots) for stage in choose_stages(64, 128)]
-    [(64, (32, 64, 96, 128)), (32, (64, 128)), (16, (128,)), (8, (128,))]
+    [(64, (64, 128)), (48, (128,)), (32, (128,)), (24, (128,)), (16, (128,)), (12, (128,)), (8, (128,))]
     >>> choose_stages(800, 8)
     (Stage(rows=800, slots=(8,)),)
     """
     sizes = [rows]
-    while sizes[-1] > 8 and len(sizes) < min(4, 1 + length // 16):
-        sizes.append(-(-sizes[-1] // 2))
-    parts = [max(1, min(4, length // 16) >> i) for i in range(len(sizes))]
+    while sizes[-1] > 8 and len(sizes) < min(7, 1 + length // 16):
+        sizes.append(-(-3 * sizes[-1] // 4) if len(sizes) % 2 else -(-2 * sizes[-1] // 3))
+    parts = [max(1, min(4, length // 64) >> i) for i in range(len(sizes))]
     slots = [tuple(-(-length * (j + 1) // n) for j in range(n)) for n in parts]
     return tuple(Stage(size, ends) for size, ends in zip(sizes, slots, strict=True))
 
@@ -76,7 +77,7 @@ def run_stages(
     *,
     length: int,
     group_size: int,
-    count_live: Callable[[Any], jax.Array],
+    most: Callable[[jax.Array], jax.Array],
 ) -> Decoding:
     """Decodes until every row has ended or holds ``length`` tokens.
 
@@ -88,7 +89,7 @@ def run_stages(
       prefix: of the prompts; row ``r`` of B has that of prompt r // group_size.
       length: T.
       group_size: G.
-      count_live: rows -> [] int32, see `Decoding.live`.
+      most: of a number, the largest among the members that decode in step.
 
     Returns:
       `Decoding`, its rows in any order.
@@ -103,7 +104,8 @@ def run_stages(
 
             def advance(state: Decoding, slots: int = slots) -> Decoding:
                 rows, cache = step(state.position, state.rows, state.cache, prefix, slots)
-                return Decoding(state.position + 1, count_live(rows), state.work + stage.rows, rows, cache)
+                live = most(rows.live.sum(dtype=jnp.int32))
+                return Decoding(state.position + 1, live, state.work + stage.rows, rows, cache)
 
             end = min(slots + 1, length)  # the token of a position is written when the next one is drawn
             state = lax.while_loop(partial(_more, end=end, fewer=fewer), advance, state)
@@ -112,11 +114,14 @@ def run_stages(
 
     def compact(state: Decoding, size: int) -> tuple[Decoding, Any]:
         """The live rows first; and the prefix of each row that goes on, so that rows and prompts need no common order."""
-        order = jnp.argsort(~state.rows.live, stable=True)
+        holes, movers, count = _moves(state.rows.live, size)
+        order = jnp.arange(len(state.rows.live), dtype=jnp.int32)
+        order = order.at[holes].set(movers).at[movers].set(holes)
         rows = jax.tree.map(lambda x: x[order], state.rows)
-        cache = jax.tree.map(lambda x: lax.dynamic_update_slice_in_dim(x, x[order[:size]], 0, 0), state.cache)
-        prompts = rows.origin[:size] // group_size
-        return state._replace(rows=rows, cache=cache), jax.tree.map(lambda x: x[prompts], prefix)
+        # Row by row, and only those that move: a gather of all of them takes ten times as long on a CPU.
+        cache = lax.fori_loop(0, most(count), partial(_move, holes, movers), state.cache)
+        own_prefix = lax.map(lambda prompt: jax.tree.map(lambda x: x[prompt], prefix), rows.origin[:size] // group_size)
+        return state._replace(rows=rows, cache=cache), own_prefix
 
     fewer = [stage.rows for stage in stages[1:]] + [0]
     state = decode(state, stages[0], fewer[0], prefix)
@@ -133,3 +138,27 @@ def run_stages(
 
 def _more(state: Decoding, *, end: int, fewer: int) -> jax.Array:
     return (state.position < end) & (state.live > fewer)
+
+
+def _moves(live: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Ended rows among the first ``size`` of B, the live ones behind them that take their places, and how many of both count.
+
+    Both have length min(size, B - size); where there are no more, each names a hole that stays where it is.
+
+    >>> holes, movers, count = _moves(jnp.array([True, False, False, False, True, False]), 3)
+    >>> holes.tolist(), movers.tolist(), int(count)
+    ([1, 2, 0], [4, 2, 0], 1)
+    """
+    most = min(size, len(live) - size)
+    holes = jnp.argsort(live[:size], stable=True)[:most].astype(jnp.int32)
+    movers = size + jnp.argsort(~live[size:], stable=True)[:most].astype(jnp.int32)
+    count = live[size:].sum(dtype=jnp.int32)
+    return holes, jnp.where(jnp.arange(most) < count, movers, holes), count
+
+
+def _move(holes: jax.Array, movers: jax.Array, number: int | jax.Array, cache: Any) -> Any:
+    def move(x: jax.Array) -> jax.Array:
+        row = lax.dynamic_index_in_dim(x, movers[number], keepdims=True)
+        return lax.dynamic_update_index_in_dim(x, row, holes[number], 0)
+
+    return jax.tree.map(move, cache)

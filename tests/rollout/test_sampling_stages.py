@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.rollout import PromptBatch, sample_groups, score_groups
-from grpo_jax.rollout.stages import Stage
+from grpo_jax.rollout.stages import Stage, choose_stages
 
 CONFIG = DecoderConfig(
     vocab_size=13, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=24, max_length=48
@@ -70,6 +70,12 @@ def test_stages_change_no_sample(rollout, stages):
     lengths = np.asarray(rollout.mask.sum(-1)).ravel()
     expected = lengths.sum() / work(lengths, stages)
     np.testing.assert_allclose(other.useful, expected, rtol=1e-6)
+
+
+def test_the_stages_that_are_chosen_change_no_sample():
+    stages = choose_stages(B, 40)
+    assert len(stages) == 3
+    same(sample(max_completion=40), sample(max_completion=40, stages=(Stage(B, (40,)),)))
 
 
 def test_compaction_saves_half_of_the_work(rollout):
@@ -160,12 +166,12 @@ def test_members_of_a_vmap_run_in_step():
 def test_parameters_are_prepared_once():
     calls = []
 
-    def prepare(params):
-        calls.append(1)
+    def prepare(params, length):
+        calls.append(length)
         return jax.tree.map(lambda x: 2 * x, params)
 
     same(sample(policy=POLICY._replace(prepare=prepare)), sample(params=jax.tree.map(lambda x: 2 * x, PARAMS)))
-    assert len(calls) == 1
+    assert calls == [6 + T]  # the longest text
 
 
 @pytest.mark.parametrize("stages", [(Stage(B - 1, (T,)),), (Stage(B, (T,)), Stage(B, (T,))), (Stage(B, (T - 2,)),)])
