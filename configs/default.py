@@ -129,7 +129,7 @@ def get_config() -> ConfigDict:
                 "iterations": 300,  # refreshes of the sampling policy
                 "inner_epochs": 1,  # passes over a rollout
                 "minibatches": 1,  # updates per pass, on equal parts of the prompts
-                "microbatch_tokens": 32768,  # completion tokens whose gradients are taken at a time: memory, same result
+                "microbatch_tokens": 32768,  # completion tokens per device and gradient, a group at least: memory, same result
                 "row_length": placeholder(int),  # completion tokens of a packed row; unset: max_completion, or 32
                 "iterations_per_program": 10,  # run without touching the host, where the verifier is on the device
                 "chunk_size": placeholder(int),  # positions whose logits exist at a time; unset: 64 MiB of them

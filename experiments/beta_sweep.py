@@ -12,6 +12,7 @@ when the run ends: small β ask for more iterations. (Adam's steps do not shrink
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 
 from grpo_jax.environment import prepare_environment
 
-OBJECTIVES = {"sequence_reverse": "GRPO, KL(π‖π_ref)", "token_forward": "k3, KL(π_ref‖π)"}
+OBJECTIVES = {"sequence_reverse": "KL(π‖π_ref)", "token_forward": "k3, KL(π_ref‖π)"}
 QUICK = {
     "task.arithmetic.operand_max": 3,
     "model.num_layers": 1,
@@ -49,6 +50,18 @@ def main(arguments: list[str]) -> None:
     os.environ |= device_per_core()
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
+    from grpo_jax.config import ConfigError
+    from grpo_jax.train.errors import Preempted, RunError
+
+    try:
+        run(given)
+    except (ConfigError, Preempted, RunError, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(75 if isinstance(error, Preempted) else 2 if isinstance(error, ConfigError) else 1)
+
+
+def run(given: flags.FlagValues) -> None:
+    """The sweeps, the table and the figure; errors as `sweep`'s, or ConfigError before anything is run."""
     from grpo_jax.config import validate
     from grpo_jax.report.sweep_figure import draw_sweep, p_star_curve
     from grpo_jax.train.sweep import sweep
@@ -62,20 +75,21 @@ def main(arguments: list[str]) -> None:
     seeds = [int(seed) for seed in given.seeds]
     out = Path(given.out)
 
+    chosen = {kl: config.copy_and_resolve_references() for kl in given.kls}
+    for kl, one in chosen.items():
+        one.objective.kl = kl
+        check_predicted(one, validate(one, num_devices=1)[1])
     curves, points = [], []
-    for kl in given.kls:
-        label, folder = OBJECTIVES[kl], out / kl
-        chosen = config.copy_and_resolve_references()
-        chosen.objective.kl = kl
-        results = sweep(chosen, folder, seeds=seeds, betas=betas)
-        objective = validate(chosen, num_devices=1)[1]
-        shape = {"objective": objective, "group_size": chosen.rollout.group_size}
+    for kl, one in chosen.items():
+        label, folder = f"{config.objective.name}, {OBJECTIVES[kl]}", out / kl
+        results = sweep(one, folder, seeds=seeds, betas=betas)
+        shape = {"objective": validate(one, num_devices=1)[1], "group_size": one.rollout.group_size}
         p_ref = np.stack([r["prompts"]["p_ref"] for r in results[:: len(betas)]])
         over = np.geomspace(min(betas), max(betas), CURVE)
         p_star = p_star_curve(p_ref.reshape(-1), over, **shape)
-        assert p_star is not None  # both objectives hold to the reference
+        assert p_star is not None  # as `check_predicted` has seen
         curves.append((label, over, p_star))
-        arrived = arrivals(chosen, results, read_rewards(folder, len(seeds), len(betas)), **shape)
+        arrived = arrivals(one, results, read_rewards(folder, len(seeds), len(betas)), **shape)
         points += [point(label, r, at) for r, at in zip(results, arrived, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "points.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
@@ -83,6 +97,20 @@ def main(arguments: list[str]) -> None:
     draw_sweep(out / "figure.png", curves, points, title=f"{len(seeds)} seeds, {config.train.iterations} iterations")
     print(table(points))
     print(f"figure.png, table.md and points.json are in {out}")
+
+
+def check_predicted(config: Any, objective: Any) -> None:
+    """Refuses a config whose success probability the theory does not predict."""
+    from grpo_jax.config import ConfigError
+    from grpo_jax.report import group_weights
+
+    conflicts = []
+    if config.objective.entropy_bonus:
+        conflicts.append(f"objective.entropy_bonus={config.objective.entropy_bonus}: the theory leaves it out")
+    if objective.kl_direction == "none" or group_weights(objective, config.rollout.group_size) is None:
+        conflicts.append(f"objective.name={config.objective.name!r} with objective.kl={config.objective.kl!r}")
+    if conflicts:
+        raise ConfigError(conflicts, "there is no prediction to compare with:")
 
 
 def device_per_core() -> dict[str, str]:
@@ -153,7 +181,8 @@ def arrivals(
     paces = np.geomspace(1e-2, 1e6, 81)
     for number, result in enumerate(results):
         seed, at = divmod(number, rewards.shape[2])
-        p_ref = np.clip(result["prompts"]["p_ref"], 0.5 / 1024, 1 - 0.5 / 1024)
+        least = 0.5 / config.evaluate.final_samples
+        p_ref = np.clip(result["prompts"]["p_ref"], least, 1 - least)
         options = {"beta": result["beta"], "weights": weights, "forward": forward}
         early = flow(p_ref, schedule[:first, None] * paces, **options)
         pace = paces[np.argmin(np.square(early - rewards[:first, seed, at, None]).sum(0))]
@@ -188,11 +217,12 @@ def flow(p_ref: np.ndarray, paces: np.ndarray, *, beta: float, weights: Any, for
 
 
 def learning_rates(config: Any) -> np.ndarray:
-    """[iterations] of the schedule, as a share of the peak."""
-    c, n = config.optimizer, np.arange(config.train.iterations)
-    after = np.clip((n - c.warmup_updates) / max(config.train.iterations - c.warmup_updates, 1), 0, 1)
+    """[iterations] mean of the schedule over the updates of each, as a share of the peak."""
+    c, each = config.optimizer, config.train.inner_epochs * config.train.minibatches
+    n = np.arange(config.train.iterations * each)
+    after = np.clip((n - c.warmup_updates) / max(len(n) - c.warmup_updates, 1), 0, 1)
     decay = {"cosine": (1 + np.cos(np.pi * after)) / 2, "linear": 1 - after, "constant": np.ones(len(n))}[c.schedule]
-    return np.where(n < c.warmup_updates, n / max(c.warmup_updates, 1), decay)
+    return np.where(n < c.warmup_updates, n / max(c.warmup_updates, 1), decay).reshape(-1, each).mean(1)
 
 
 def define_flags() -> None:

@@ -78,6 +78,9 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
         found.append(f"rollout.top_p={top_p} must be in (0, 1]")
     if min_p is not None and not 0 <= min_p <= 1:
         found.append(f"rollout.min_p={min_p} must be in [0, 1]")
+    longest, row = config.rollout.max_completion, config.train.row_length
+    if row is not None and row < longest:
+        found.append(f"train.row_length={row} is less than one completion of rollout.max_completion={longest}")
     for key, value, choices in (
         ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
         ("model.dtype", config.model.dtype, DTYPES),
@@ -229,10 +232,8 @@ def _training_conflicts(config: Any, task: Task) -> list[str]:
     longest, most, row = config.rollout.max_completion, config.train.microbatch_tokens, config.train.row_length
     if most < longest:
         found.append(f"train.microbatch_tokens={most} is less than one completion of rollout.max_completion={longest}")
-    if row is not None and not longest <= row <= most:
-        found.append(
-            f"train.row_length={row} must be between rollout.max_completion={longest} and train.microbatch_tokens={most}"
-        )
+    if row is not None and most < row:
+        found.append(f"train.row_length={row} is more than train.microbatch_tokens={most}")
     rows = len(task.examples)
     if config.data.prompts_per_iteration > rows:
         found.append(

@@ -42,11 +42,11 @@ def test_a_completion_fits_a_row_and_a_row_a_microbatch():
     assert conflicts(train__microbatch_tokens=3, train__row_length=3) == []  # completions have 3 tokens at most
     (line,) = conflicts(train__microbatch_tokens=2)
     assert line == "train.microbatch_tokens=2 is less than one completion of rollout.max_completion=3"
-    for row in (2, 11):
-        (line,) = conflicts(train__microbatch_tokens=10, train__row_length=row)
-        assert line == (
-            f"train.row_length={row} must be between rollout.max_completion=3 and train.microbatch_tokens=10"
-        )
+    (line,) = conflicts(train__microbatch_tokens=10, train__row_length=11)
+    assert line == "train.row_length=11 is more than train.microbatch_tokens=10"
+    for training in (True, False):
+        (line,) = conflicts(training=training, train__row_length=2)
+        assert line == "train.row_length=2 is less than one completion of rollout.max_completion=3"
     assert conflicts(training=False, train__microbatch_tokens=2) == []
     for key in ("microbatch_tokens", "row_length", "iterations_per_program"):
         assert f"train.{key}=0 must be at least 1" in conflicts(**{f"train__{key}": 0})
@@ -69,10 +69,10 @@ def test_stop_strings_are_texts():
 
 
 def test_all_conflicts_at_once():
-    found = conflicts(seed=-1, rollout__top_p=2.0, train__row_length=0, model__stop_strings=("",))
+    found = conflicts(seed=-1, rollout__top_p=2.0, train__chunk_size=0, model__stop_strings=("",))
     assert [line.split("=")[0] for line in found[:4]] == [
         "seed",
-        "train.row_length",
+        "train.chunk_size",
         "rollout.top_p",
         "model.stop_strings",
     ]

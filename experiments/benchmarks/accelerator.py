@@ -3,12 +3,12 @@
 python -m experiments.benchmarks.accelerator [--size=0.5B,1.5B] [--rows=64,256,512] [--profile] [--quick]
 python -m experiments.benchmarks.accelerator --compile_only [--target=H200]
 
-Models shaped like Qwen2.5 with random weights in bfloat16, groups of 16, prompts of 256 and completions of 1,024 tokens. What
-the device can do is measured first, by a large copy and a large product. Sampling is a share of the time that its bytes, or its
-products, need at that speed; an update's share is its model FLOPs utilisation. A case is a process of its own; ``--quick`` takes
-one model and one number of rows, some minutes. With GRPO_JAX_TRANSFORMERS_PYTHON naming an interpreter that has transformers and
-torch for the card, transformers' generate and its continuous batching run too. ``--compile_only`` needs no accelerator: it writes
-down what to expect of an H200.
+Models shaped like Qwen2.5 with random weights, float32 as the optimizer holds them and multiplied in bfloat16, groups of 16,
+prompts of 256 and completions of 1,024 tokens. What the device can do is measured first, by a large copy and a large product.
+Sampling is a share of the time that its bytes, or its products, need at that speed; an update's share is its model FLOPs
+utilisation. A case is a process of its own; ``--quick`` takes one model and one number of rows, some minutes. With
+GRPO_JAX_TRANSFORMERS_PYTHON naming an interpreter that has transformers and torch for the card, transformers' generate and its
+continuous batching run too. ``--compile_only`` needs no accelerator: it writes down what to expect of an H200.
 """
 
 import os
@@ -175,7 +175,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     given, settings = flags.FLAGS, _settings()
     if given.compile_only:
-        write_json(given.out, "accelerator_predictions", _predict(settings, given.works, given.target))
+        write_json(given.out, "accelerator_predictions", _predict(settings, given.works, given.target), "accelerator")
         return
     repeats, rows = 2 if given.quick else given.repeats, []
     device, name = measure_device(repeats)

@@ -69,8 +69,9 @@ def main(arguments: list[str]) -> None:
 
     baseline = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
     if given.write:
-        baseline.setdefault(size, {}).update({name: measure(name) for name in by_name})
-        BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        for name in by_name:
+            baseline.setdefault(size, {})[name] = measure(name)
+            BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return
     expected = {name: ratios for name, ratios in baseline.get(size, {}).items() if name in by_name}
     if not expected:
@@ -89,4 +90,5 @@ if __name__ == "__main__":
     flags.DEFINE_bool("quick", False, "Small shapes.")
     flags.DEFINE_bool("write", False, "Write the baseline instead of checking.")
     flags.DEFINE_list("works", list(cases.WORKS), "What to measure.")
+    race.among("works", cases.WORKS)
     app.run(main)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,6 +27,7 @@ from experiments.benchmarks.cases import Case
 
 HERE = Path(__file__).resolve().parent
 DIGITS = 1e-5  # how far logits and gradient norms of two forms may be apart, relative
+LENGTHS = ("fixed", "ragged")
 TRIES = 10  # repetitions that may compile before one does not
 UNTRIMMED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -184,11 +185,12 @@ class Worker:
         return json.loads(answer)
 
     def _cpu_seconds(self) -> float:
-        """Of all threads, in nanoseconds of resolution; nan where the system does not say."""
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        if not (tasks / str(self.process.pid) / "schedstat").exists():
+        """Of all threads, also those that have ended, in hundredths; nan where the system does not say."""
+        file = Path(f"/proc/{self.process.pid}/stat")
+        if not file.exists():
             return float("nan")
-        return 1e-9 * sum(int((task / "schedstat").read_text(encoding="ascii").split()[0]) for task in tasks.iterdir())
+        after_name = file.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def _kilobytes(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines()
@@ -228,11 +230,25 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 def define_flags() -> None:
     """Those of all commands that race."""
     flags.DEFINE_list("vocabularies", ["1024", "32000"], "Sizes V of the vocabulary.")
-    flags.DEFINE_list("lengths", ["fixed", "ragged"], "Of the completions.")
+    flags.DEFINE_list("lengths", list(LENGTHS), "Of the completions.")
     flags.DEFINE_list("forms", None, "Only these; ours and plain are needed.")
-    flags.DEFINE_integer("repeats", 7, "Rounds.")
+    flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
+    known = [form.name for form in forms(os.environ)]
+    among("lengths", LENGTHS)
+    among("forms", known, needed=("ours", "plain"))
+    flags.register_validator(
+        "vocabularies", lambda found: all(v.isdigit() and int(v) >= 64 for v in found), "must be numbers of 64 or more"
+    )
     flags.DEFINE_string("out", "runs/benchmarks", "Where the JSON goes.")
     flags.DEFINE_bool("quick", False, "Small shapes and few repeats.")
+
+
+def among(flag: str, choices: Sequence[str], needed: Sequence[str] = ()) -> None:
+    """Refuses other values of a list flag, and a list without what is needed."""
+    words = f"must be among {', '.join(choices)}" + (f", with {' and '.join(needed)}" if needed else "")
+    flags.register_validator(
+        flag, lambda found: found is None or (bool(found) and set(needed) <= set(found) <= set(choices)), words
+    )
 
 
 def run(work: str, arguments: list[str]) -> None:
@@ -249,13 +265,13 @@ def run(work: str, arguments: list[str]) -> None:
             found = race(case, runners, 3 if given.quick else given.repeats)
             print(f"{case.name}\n\n{table(found)}", flush=True)
             rows += found
-    write_json(given.out, work, rows)
+            write_json(given.out, work, rows)
 
 
-def write_json(out: str, name: str, rows: list[dict[str, Any]]) -> None:
-    """Rows, the machine and the command."""
+def write_json(out: str, name: str, rows: list[dict[str, Any]], module: str | None = None) -> None:
+    """Rows, the machine and the command, of a module of the same name unless it is given."""
     machine = {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()}
-    command = " ".join(["python", "-m", f"experiments.benchmarks.{name}", *sys.argv[1:]])
+    command = " ".join(["python", "-m", f"experiments.benchmarks.{module or name}", *sys.argv[1:]])
     found = {"machine": machine, "command": command, "rows": rows}
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

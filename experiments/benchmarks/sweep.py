@@ -2,9 +2,11 @@
 
     python -m experiments.benchmarks.sweep [--config=configs/small.py] [--singles=2] [--out=runs/benchmarks] [--quick]
 
-A cold run of each fills the compilation cache and is timed too. Then single runs at the ends of the range of β and the sweep take
-turns, everything warm. Bar: the sweep costs at most half of 16 single runs on 2 cores, 3 single runs on a GPU. Some 15 minutes
-on 2 quiet cores; --quick (seven iterations of a tiny decoder, start-up all of it) two or three.
+A cold run of each fills the compilation cache and is timed too. Then single runs at the ends of the range of β, everything warm,
+and the sweep after the first of them. The single runs measure nothing on their way, as the sweep does not; at the end they also
+measure the KL and a greedy sample of each prompt, and write a report. Bar: the sweep costs at most half of 16 single runs on
+2 cores, 3 single runs on a GPU. Some 15 minutes on 2 quiet cores; --quick (seven iterations of a tiny decoder, start-up all of
+it) two or three.
 
 The second table is one iteration of one point under each form of the program: alone with the host after every iteration, ten at
 a time, 16 points one after the other (a device per core), and 16 points batched.
@@ -56,16 +58,17 @@ def ends(scratch: Path) -> dict[str, Any]:
 
     def single(name: str, beta: float) -> float:
         options = [f"--config={flags.FLAGS.config}", f"--workdir={scratch / name}", f"--config.objective.beta={beta}"]
-        return seconds([sys.executable, "launch.py", *options, *changes], cache)
+        once = [f"--config.evaluate.interval={read_config(flags.FLAGS.config).train.iterations}"]
+        return seconds([sys.executable, "launch.py", *options, *changes, *once], cache)
 
     def sweep(name: str) -> float:
         options = [f"--config={flags.FLAGS.config}", f"--out={scratch / name}", "--seeds=0", "--kls=sequence_reverse"]
         return seconds([sys.executable, "-m", "experiments.beta_sweep", *options, *changes], cache)
 
     cold = {"single_cold": single("cold", 1.0), "sweep_cold": sweep("sweep-cold")}
-    betas = [BETAS[i % 2] for i in range(flags.FLAGS.singles)]
-    singles = [single(f"warm-{i}", beta) for i, beta in enumerate(betas)]
+    singles = [single("warm-0", BETAS[0])]
     warm = sweep("sweep-warm")
+    singles += [single(f"warm-{i}", BETAS[i % 2]) for i in range(1, flags.FLAGS.singles)]
     whole = POINTS * statistics.mean(singles)
     return cold | {"singles": singles, "points": POINTS, "sweep": warm, "ratio": warm / whole, "cores": os.cpu_count()}
 

@@ -1,7 +1,8 @@
 """The peers on the same card, transformers' ``generate`` and its continuous batching, as workers of `race`.
 
 Runs in an interpreter of its own, with torch for the card and transformers, and nothing of this project's: the request holds the
-numbers of the model. Weights are random in bfloat16, as those that they are compared with; what ends a completion is the same.
+numbers of the model. Weights are random in bfloat16; ours are float32 and cast once in each repetition, which counts. What ends a
+completion is the same.
 """
 
 import time

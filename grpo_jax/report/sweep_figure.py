@@ -114,6 +114,7 @@ def draw_sweep(
     if betas and not 0 < len(ticks) <= 8:
         rounded = [m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5)]
         ticks = [tick for tick in rounded if min(betas) <= tick <= max(betas)]
+        ticks = ticks if len(ticks) > 1 else [min(betas), max(betas)]
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(-0.02, 1.02)

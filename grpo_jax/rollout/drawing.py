@@ -81,7 +81,7 @@ def keep_likely(
       min_p: keep those at least this times as probable as the most probable one.
 
     Raises:
-      ValueError: where top_k is below 1, or a top_p or min_p that is a Python number is not in (0, 1].
+      ValueError: where top_k is below 1, or a top_p or min_p that is a Python number is out of its range.
 
     Source: arXiv 1805.04833 §5.1 (top-k), 1904.09751 §3.1 (top-p), 2407.01082 §3 (min-p); the order is that of transformers'
     ``generate``.
@@ -93,9 +93,10 @@ def keep_likely(
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be 1 or more")
-    for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if isinstance(share, int | float) and not 0 < share <= 1:
-            raise ValueError(f"{name}={share} must lie in (0, 1]")
+    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in (0, 1]")
+    if isinstance(min_p, int | float) and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must lie in [0, 1]")
     if top_k is not None:
         kept = jnp.ones_like(logits)
         logits = jnp.where(largest(logits, kept, jnp.full(len(logits), top_k, jnp.float32)), logits, -jnp.inf)

@@ -272,7 +272,9 @@ def _spread(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str)
 
         def of_device(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: jax.Array) -> Rollout:
             rollout = sample(params, prompts, key, first_sample=first_sample, **options)
-            return rollout._replace(useful=jax.lax.pmean(rollout.useful, ROWS[0]))
+            tokens = rollout.mask.sum(dtype=jnp.float32)
+            tokens, work = jax.lax.psum((tokens, tokens / rollout.useful), ROWS[0])
+            return rollout._replace(useful=tokens / work)
 
         whole = PartitionSpec()
         return jax.shard_map(

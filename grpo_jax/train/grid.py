@@ -167,7 +167,11 @@ def _records(points: Sequence[Point], states: Sequence[State]) -> list[dict[str,
 
 
 def _record(workdir: Path, points: Sequence[Point], states: Sequence[State]) -> None:
-    write_json(workdir / SWEEP, {"points": _records(points, states)})
+    """Writes the records of these points, and keeps those of other grids in the same directory."""
+    records = _records(points, states)
+    mine = {record["folder"] for record in records}
+    others = [record for record in read_json(workdir / SWEEP)["points"] if record["folder"] not in mine]
+    write_json(workdir / SWEEP, {"points": records + others})
 
 
 def _show(console: Console, points: Sequence[Point], states: Sequence[State]) -> None:

@@ -193,11 +193,12 @@ def packed_gradient(
         )
 
     zeros = jnp.zeros((*arrays.mask.shape[:-1], width), jnp.float32)
-    sums = *jax.tree.map(jnp.zeros_like, (params, prefix)), [zeros, zeros, zeros[..., 0], zeros[..., 0]]
+    to_prefix = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prefix)
+    sums: Any = jax.tree.map(jnp.zeros_like, params), to_prefix, [zeros, zeros, zeros[..., 0], zeros[..., 0]]
     sums = of_block(0, sums) if packing.blocks == 1 else jax.lax.fori_loop(0, packing.used, of_block, sums)
     gradient, to_prefix, aligned = sums
     logps, entropy, *to_first = (x.reshape(-1, *x.shape[2:]) for x in aligned)
-    (more,) = pull_prompts((*to_first, to_prefix))
+    (more,) = pull_prompts((*to_first, jax.tree.map(lambda x, y: x.astype(y.dtype), to_prefix, prefix)))
     return jax.tree.map(jnp.add, gradient, more), logps, entropy
 
 
@@ -261,7 +262,7 @@ def _merge(real: Any, rest: Any) -> Any:
 
 
 def _add_rows(total: jax.Array, prompts: jax.Array, rows: jax.Array) -> jax.Array:
-    """[X · P, ...] plus rows [X · N, ...] of the prompts [X, N]."""
+    """[X · P, ...] float32 plus rows [X · N, ...] of the prompts [X, N]."""
     shards = len(prompts)
     add = jax.vmap(lambda x, at, rows: x.at[at].add(rows))
-    return add(by_shard(total, shards), prompts, by_shard(rows, shards)).reshape(total.shape)
+    return add(by_shard(total, shards), prompts, by_shard(rows.astype(total.dtype), shards)).reshape(total.shape)

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import beta_sweep
 from grpo_jax import theory
+from grpo_jax.config import ConfigError
 from grpo_jax.objective import GRPO
 from grpo_jax.report.sweep_figure import p_star_curve
 from tests.tiny_run import tiny_config
@@ -38,6 +39,24 @@ def test_the_pace_is_the_optimizers(schedule):
     wanted = optax.join_schedules([optax.linear_schedule(0.0, 1.0, 5), after], [5])
     found = beta_sweep.learning_rates(config)
     np.testing.assert_allclose(found, [float(wanted(n)) for n in range(40)], atol=1e-6)
+
+
+def test_an_iteration_of_several_updates_has_their_mean_pace():
+    config = tiny_config(
+        optimizer__schedule="linear", optimizer__warmup_updates=4, train__iterations=5, train__minibatches=2
+    )
+    wanted = [0.125, 0.625, 1 - 0.5 / 6, 1 - 2.5 / 6, 1 - 4.5 / 6]
+    np.testing.assert_allclose(beta_sweep.learning_rates(config), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"objective__entropy_bonus": 0.01}, "entropy_bonus=0.01"), ({"objective__kl": "none"}, "objective.kl='none'")],
+)
+def test_what_the_theory_does_not_predict_is_refused(changes, words):
+    config = tiny_config(**changes)
+    with pytest.raises(ConfigError, match=words):
+        beta_sweep.check_predicted(config, replace(GRPO, kl=config.objective.kl or GRPO.kl))
 
 
 def test_only_small_beta_has_not_arrived():

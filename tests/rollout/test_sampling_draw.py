@@ -116,6 +116,11 @@ def test_what_is_kept_is_unchanged_and_drawn_by_its_own_probabilities():
     np.testing.assert_allclose(logps, np.log(probs[np.asarray(tokens)]), atol=1e-5)
 
 
+def test_the_widest_rules_keep_every_token():
+    logits = jnp.array([[0.0, -200.0, 3.0]])
+    np.testing.assert_array_equal(keep_likely(logits, top_k=3, top_p=1.0, min_p=0.0), logits)
+
+
 @pytest.mark.parametrize("rules", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}])
 def test_rules_out_of_range_are_refused(rules):
     with pytest.raises(ValueError, match=next(iter(rules))):

@@ -164,6 +164,15 @@ def test_a_failed_point_says_why_and_is_tried_again_last(tmp_path):
     assert "failed" not in (workdir / "sweep.md").read_text()
 
 
+def test_another_grid_in_the_same_directory_keeps_what_is_known_of_the_first(tmp_path):
+    points, workdir = points_of("objective.beta=0.3,1"), tmp_path / "sweep"
+    run_grid(points, workdir, console(tmp_path), run=Runs(points, {(0.3, 0): Diverged("nan")}))
+    other = points_of("objective.beta=1,2")
+    run_grid(other, workdir, console(tmp_path), run=Runs(other))
+    states = list_grid(points_of("objective.beta=0.3,1,2"), workdir, console(tmp_path))
+    assert [(state.name, state.why) for state in states] == [("failed", "nan"), ("done", None), ("done", None)]
+
+
 def test_a_preempted_sweep_stops_and_goes_on(tmp_path):
     points, workdir = points_of("objective.beta=0.3,1,2", train__iterations=9), tmp_path / "sweep"
     with pytest.raises(Preempted):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.objective import DAPO, GRPO, GRPO_TRL, NAMED, grpo_loss_terms
@@ -182,6 +183,27 @@ def test_a_decoder(config):
     given = {"policy": make_policy(config), "params": init_params(config, jax.random.key(0))}
     wanted, found = jax.jit(lambda: (plain(make_batch(), GRPO, **given), packed(make_batch(), GRPO, **given)))()
     check(found, wanted, 2e-5)
+
+
+def test_a_decoder_in_bfloat16():
+    """No further from the float32 gradient than the plain form; and what rows give to their prompt is summed in float32."""
+    params, half = init_params(CONFIG, jax.random.key(0)), make_policy(replace(CONFIG, dtype="bfloat16"))
+
+    @jax.jit
+    def gradients():
+        policies = make_policy(CONFIG), half, half
+        forms = plain, plain, partial(packed, row_length=6)  # a row for most completions: many sums
+        return [
+            ravel_pytree(form(make_batch(), GRPO, policy=policy, params=params)[1])[0]
+            for form, policy in zip(forms, policies, strict=True)
+        ]
+
+    exact, plain_error, packed_error = gradients()
+    plain_error, packed_error = (float(jnp.linalg.norm(x - exact)) for x in (plain_error, packed_error))
+    assert 1e-3 * float(jnp.linalg.norm(exact)) < plain_error
+    assert packed_error < 1.1 * plain_error
+    text = str(jax.make_jaxpr(lambda params: packed(make_batch(), GRPO, policy=half, params=params))(params))
+    assert re.findall(r"(\w+)\[1,8,2,4,5\] = scatter-add\[", text) == ["f32"] * 4  # keys and values of two layers
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
