@@ -124,34 +124,35 @@ def _attend_block(
 ) -> tuple[Array, Array, Array]:
     """The highest score, the sum of exp(score - highest), both [B, L, N], and the values so weighted [B, L, N, H]."""
     rows, length, heads, width = query.shape
-    shared, kv_heads = key.shape[:2]
-    query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width)
-    single = length == 1 and shared == rows  # of each row one token, and keys that no other row sees
-    if single:
-        scores = _scores(query.reshape(rows, kv_heads, -1, width), key)[:, :, None, :, None] * scale
+    shared, kv_heads, _, slots = key.shape
+    query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width).transpose(
+        0, 3, 1, 4, 2, 5
+    )
+    layout, query = query.shape[:5], query.reshape(shared, kv_heads, -1, width)
+    if length == 1 and shared == rows:  # of each row one token, and keys that no other row sees
+        score, weigh = _scores, _weighted
     else:
-        scores = jnp.einsum("cgikrh,ckhj->ckgrij", query, key, preferred_element_type=jnp.float32) * scale
+        score, weigh = (functools.partial(_product, axes=axes) for axes in ((3, 2), (3, 3)))
+    scores = score(query, key).reshape(*layout, slots) * scale
     if softcap is not None:
         scores = capped(scores, softcap)
     # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient; it gets zeros.
     scores = jnp.where(visible[:, None, :, None], scores, -1e30)
-    highest, total_of = (
-        (_highest, _total)
-        if length == 1
-        else (functools.partial(jnp.max, axis=-1), functools.partial(jnp.sum, axis=-1))
-    )
-    top = lax.stop_gradient(jnp.maximum(highest(scores), -1e29))
+    top = lax.stop_gradient(jnp.maximum(_highest(scores) if length == 1 else scores.max(-1), -1e29))
     weights = jnp.exp(scores - top[..., None])
-    terms = weights.astype(value.dtype)
-    if single:
-        attended = _weighted(terms[:, :, 0, :, 0], value)[:, :, None, :, None]
-    else:
-        attended = jnp.einsum("ckgrij,ckhj->ckgrih", terms, value, preferred_element_type=jnp.float32)
+    total = _total(weights) if length == 1 else weights.sum(-1)
+    attended = weigh(weights.astype(value.dtype).reshape(shared, kv_heads, -1, slots), value)
 
-    def by_token(x: Array) -> Array:
-        return jnp.einsum("ckgri...->cgikr...", x).reshape(rows, length, heads, *x.shape[5:])
+    def by_token(x: Array, *rest: int) -> Array:
+        return jnp.moveaxis(x.reshape(*layout, *rest), (2, 4), (1, 2)).reshape(rows, length, heads, *rest)
 
-    return by_token(top), by_token(total_of(weights)), by_token(attended)
+    return by_token(top), by_token(total), by_token(attended, width)
+
+
+def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+    """Of the matrices x[c, k] and y[c, k], summed over an axis of each; float32."""
+    (i, j), batch = axes, (0, 1)
+    return lax.dot_general(x, y, (((i,), (j,)), (batch, batch)), preferred_element_type=jnp.float32)
 
 
 # For one token of each row both products are written as multiplications and additions. Keys and values may then be part of an

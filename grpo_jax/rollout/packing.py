@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 # Blocks as small as this share of the worst case cost little where all completions are long, and save where they are
-# short; below this many places they cost. Measured by experiments/benchmarks/update.py.
+# short; below this many places they cost. Round numbers: experiments/benchmarks/update.py shows what they give.
 PARTS, PLACES = 8, 1024
 
 
