@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 DIGITS = 1e-5  # how far logits and gradient norms of two forms may be apart, relative
 LENGTHS = ("fixed", "ragged")
 TRIES = 10  # repetitions that may compile before one does not
+SETTLE = 0.5  # seconds in which memory that is being given back falls
 UNTRIMMED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -151,8 +152,8 @@ class Worker:
         reset = Path(f"/proc/{self.process.pid}/clear_refs")
         if not (reset.exists() and os.access(reset, os.W_OK)):
             return None
+        before = self._settled_kilobytes()
         reset.write_text("5", encoding="ascii")
-        before = self._kilobytes("VmRSS")
         self.warm()
         return (self._kilobytes("VmHWM") - before) / 1024
 
@@ -191,6 +192,15 @@ class Worker:
             return float("nan")
         after_name = file.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def _settled_kilobytes(self) -> int:
+        """In use once that no longer falls, since an answer comes before the memory behind it is free."""
+        falling, now = True, self._kilobytes("VmRSS")
+        while falling:
+            time.sleep(SETTLE)
+            before, now = now, self._kilobytes("VmRSS")
+            falling = now < before
+        return now
 
     def _kilobytes(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines()

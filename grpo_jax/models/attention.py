@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from grpo_jax.objective.products import product
+
 Block = tuple[Array, Array, Array]  # keys [C, K, H, S], values [C, K, H, S], visible [C, B // C or 1, L or 1, S] bool
 
 SLICES, VECTOR = 8, 16  # partial sums, and how many numbers a processor adds at once
@@ -129,10 +131,9 @@ def _attend_block(
         0, 3, 1, 4, 2, 5
     )
     layout, query = query.shape[:5], query.reshape(shared, kv_heads, -1, width)
-    if length == 1 and shared == rows:  # of each row one token, and keys that no other row sees
-        score, weigh = _scores, _weighted
-    else:
-        score, weigh = (functools.partial(_product, axes=axes) for axes in ((3, 2), (3, 3)))
+    alone = length == 1 and shared == rows  # of each row one token, and keys that no other row sees
+    score: Callable[[Array, Array], Array] = _scores if alone else lambda x, y: product(x, y.swapaxes(2, 3))
+    weigh: Callable[[Array, Array], Array] = _weighted if alone else product
     scores = score(query, key).reshape(*layout, slots) * scale
     if softcap is not None:
         scores = capped(scores, softcap)
@@ -147,12 +148,6 @@ def _attend_block(
         return jnp.moveaxis(x.reshape(*layout, *rest), (2, 4), (1, 2)).reshape(rows, length, heads, *rest)
 
     return by_token(top), by_token(total), by_token(attended, width)
-
-
-def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
-    """Of the matrices x[c, k] and y[c, k], summed over an axis of each; float32."""
-    (i, j), batch = axes, (0, 1)
-    return lax.dot_general(x, y, (((i,), (j,)), (batch, batch)), preferred_element_type=jnp.float32)
 
 
 # For one token of each row both products are written as multiplications and additions. Keys and values may then be part of an

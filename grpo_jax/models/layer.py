@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import Block, attend, rotate, within
+from grpo_jax.objective.products import matmul
 
 # {"k" and "v": of each layer [B, K, H, S], "mask": [B, S] bool}, with windows "positions": [B, S].
 # A buffer for each layer, and slots last: a step reads the first of them where they are, whole vectors at once.
@@ -97,19 +98,6 @@ class Layer(nn.Module):
         x = norm("mlp_norm", hidden)
         gated = ACTIVATIONS[c.activation](project("gate", x, c.d_ff)) * project("up", x, c.d_ff)
         return add("mlp_post_norm", project("down", gated, c.d_model)), kept
-
-
-def matmul(x: Array, matrix: Array, dtype: jnp.dtype) -> Array:
-    """[..., d] · [d, f] -> [..., f]: a product of ``dtype`` inputs accumulated in float32.
-
-    Rows and tokens are one axis here: XLA's CPU backend takes 2.5 times as long for the gradient of a contraction over two.
-
-    >>> matmul(jnp.full((1, 2, 3), 0.1), jnp.ones((3, 1)), jnp.dtype("bfloat16"))[0, :, 0]  # 0.1 has 8 bits here
-    Array([0.30029297, 0.30029297], dtype=float32)
-    """
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    product = jnp.matmul(rows, matrix.astype(dtype), preferred_element_type=jnp.float32)
-    return product.reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:

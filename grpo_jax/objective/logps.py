@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from grpo_jax.objective.products import spread, turned, unembed, varying
+
 Unembedding: TypeAlias = jax.Array | Callable[[jax.Array], jax.Array]
 
 # How many logits exist at once if the caller does not say: 64 MiB of them, but those of at least 512 positions (297 MiB at V =
@@ -37,7 +39,8 @@ def completion_logps(
     Args:
       hidden: [B, T, D]; position t holds the state that predicts target t (the shift by one is already done).
       unembedding: [D, V], multiplied in the dtype of ``hidden`` with sums in float32; or a function from hidden [..., D] to
-        logits [..., V], which may close over parameters: these get their gradients too, summed over chunks in float32.
+        logits [..., V], which may close over parameters: these get their gradients too, summed over chunks in float32. It is
+        fastest where it makes one axis of all rows, as `products.unembed` does.
       targets: [B, T] integer token ids, 0 ≤ id < V.
       temperature: scalar, of the sampling distribution; the scored distribution is the sampled one.
       chunk_size: positions of T per chunk; None chooses: 64 MiB of logits, or 512 rows times positions where these need more,
@@ -87,8 +90,8 @@ def completion_logps(
     tokens = cut(targets.astype(jnp.int32))
     inputs = states, constants, scale, tokens, (ref_states, ref_constants)
     # In jax.shard_map, a custom gradient must vary over devices as its input does: so all inputs vary as any of them.
-    axes = frozenset[str]().union(*map(_varying, jax.tree.leaves(inputs)))
-    scored = _score((project, ref_project), *jax.tree.map(partial(_spread, axes=axes), inputs))
+    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(inputs)))
+    scored = _score((project, ref_project), *jax.tree.map(partial(spread, axes=axes), inputs))
     return tuple(restore(x) for x in scored)
 
 
@@ -102,21 +105,10 @@ def _vocabulary(unembedding: Unembedding, hidden: jax.Array) -> int:
     return max(1, *logits.shape[-1:])
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes over which x varies inside jax.shard_map."""
-    return jax.typeof(x).mat.varying
-
-
-def _spread(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """x as it is, marked as varying over the axes."""
-    missing = tuple(axes - _varying(x))
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
 def _opened(unembedding: Unembedding, states: jax.Array) -> tuple[Projection, tuple[jax.Array, ...]]:
     """A function (states of one chunk, *constants) -> logits, and the constants: all it closed over."""
     if not callable(unembedding):
-        return _matmul, (unembedding,)
+        return lambda states, matrix: unembed(states, turned(matrix)), (unembedding,)
     # jax.closure_convert would leave integers and booleans in the closure, where traced ones fail.
     traced = jax.make_jaxpr(unembedding)(jax.ShapeDtypeStruct(states.shape[1:], states.dtype))
     shapes = [x.shape for x in traced.out_avals]
@@ -168,24 +160,26 @@ def _forward(
 
 
 def _statistics(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-    """Log-probability of the target, entropy, largest logit, and log Σ exp of what it leaves [B, C], of logits [B, C, V].
+    """Log-probability of the target, entropy, largest logit, and log Σ exp of what it leaves [B, C], of logits [V, B · C].
 
     All is computed from z − max z: log Σ exp z itself would lose the digits that an offset common to all logits takes.
     """
-    top = z.max(-1)
-    z = z - top[..., None]
+    top = z.max(0)
+    z = z - top[None]
     weights = jnp.exp(z)
-    total = weights.sum(-1)
+    total = weights.sum(0)
     rest = jnp.log(total)
     # A token of probability 0 adds 0, and not 0·(−inf).
-    entropy = rest - (weights * jnp.where(weights > 0, z, 0.0)).sum(-1) / total
-    chosen = jnp.take_along_axis(z, targets[..., None], axis=-1)[..., 0]
-    return jnp.where(targets < 0, jnp.nan, chosen - rest), entropy, top, rest
+    entropy = rest - (weights * jnp.where(weights > 0, z, 0.0)).sum(0) / total
+    places = targets.reshape(1, -1)
+    logps = jnp.where(places[0] < 0, jnp.nan, jnp.take_along_axis(z, places, axis=0)[0] - rest)
+    return tuple(x.reshape(targets.shape) for x in (logps, entropy, top, rest))
 
 
 def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Logits [..., V] / temperature as [V, ...], of one axis: sums over the vocabulary are then sums of vectors."""
     wide = _wide(logits)
-    return logits.astype(wide) / temperature.astype(wide)
+    return logits.reshape(-1, logits.shape[-1]).T.astype(wide) / temperature.astype(wide)
 
 
 def _wide(x: jax.Array) -> Any:
@@ -207,60 +201,33 @@ def _score_backward(projections: tuple[Projection, Projection], saved: Any, grad
     by_entropy = None if isinstance(to_entropy, SymbolicZero) else (entropy, to_entropy)
 
     def chunk(sums: Any, x: tuple[Any, ...]) -> tuple[Any, jax.Array]:
-        states, targets, (top, rest), to_logps, by_entropy = x
+        states, *by_token = x
+        targets, (top, rest), to_logps, by_entropy = jax.tree.map(lambda v: v.reshape(1, -1), by_token)
         logits, pull = jax.vjp(project, states, *constants)
         z = _scaled(logits, temperature)
-        log_probs = (z - top[..., None]) - rest[..., None]
+        log_probs = (z - top) - rest
         probs = jnp.exp(log_probs)
-        is_target = jnp.arange(z.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
-        weights = to_logps[..., None]
+        is_target = jnp.arange(len(z), dtype=targets.dtype)[:, None] == targets
+        weights = to_logps
         if by_entropy is not None:
-            entropy, to_entropy = (v[..., None] for v in by_entropy)
+            entropy, to_entropy = by_entropy
             weights = weights + to_entropy * (jnp.where(probs > 0, log_probs, 0.0) + entropy)
-        to_z = jnp.where(is_target, to_logps[..., None], 0.0) - probs * weights
-        to_states, *parts = pull((to_z / temperature.astype(z.dtype)).astype(logits.dtype))
+        to_z = jnp.where(is_target, to_logps, 0.0) - probs * weights
+        to_logits = (to_z / temperature.astype(z.dtype)).T.reshape(logits.shape)
+        to_states, *parts = pull(to_logits.astype(logits.dtype))
         to_temperature = -(to_z * jnp.where(probs > 0, z, 0.0)).sum() / temperature.astype(z.dtype)
         parts.append(to_temperature)
         return [s if s is None else s + g.astype(s.dtype) for s, g in zip(sums, parts, strict=True)], to_states
 
     inputs = (*constants, temperature)  # those that are not real, such as a table of integers, have no gradient
     zeros = [jnp.zeros(c.shape, _wide(c)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
-    sums = jax.tree.map(partial(_spread, axes=_varying(entropy)), zeros)
+    sums = jax.tree.map(partial(spread, axes=varying(entropy)), zeros)
     sums, to_states = jax.lax.scan(chunk, sums, (states, targets, normaliser, to_logps, by_entropy))
     *to_constants, to_temperature = (s if s is None else s.astype(c.dtype) for s, c in zip(sums, inputs, strict=True))
     return to_states, tuple(to_constants), to_temperature, None, None
 
 
 _score.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
-
-
-@jax.custom_vjp
-def _matmul(states: jax.Array, matrix: jax.Array) -> jax.Array:
-    """[..., D] · [D, V] -> [..., V]: inputs in the dtype of ``states`` in both directions, sums in float32.
-
-    Autodiff's own transpose would multiply float32 gradients with bfloat16 inputs. Rows and positions are one axis, because
-    XLA's CPU backend is slow at gradients that contract two.
-    """
-    rows = states.reshape(-1, states.shape[-1])
-    wide = _wide(states)
-    product = jnp.matmul(rows, matrix.astype(states.dtype), preferred_element_type=wide)
-    return product.reshape(*states.shape[:-1], matrix.shape[-1])
-
-
-def _matmul_forward(states: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _matmul(states, matrix), (states, matrix)
-
-
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    states, matrix = saved
-    wide, dtype = gradient.dtype, states.dtype
-    rows, gradient = (x.reshape(-1, x.shape[-1]).astype(dtype) for x in (states, gradient))
-    to_rows = jnp.matmul(gradient, matrix.astype(dtype).T, preferred_element_type=wide)
-    to_matrix = jnp.matmul(rows.T, gradient, preferred_element_type=wide)
-    return to_rows.reshape(states.shape).astype(dtype), to_matrix.astype(matrix.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _check(

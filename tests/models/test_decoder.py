@@ -10,6 +10,7 @@ import pytest
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, make_policy
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.decoder import param_shapes
+from tests.programs import products_of
 
 CONFIG = DecoderConfig(37, 3, 24, num_heads=6, num_kv_heads=2, head_dim=8, d_ff=40, max_length=64, rope_theta=500.0)
 EVERYTHING = replace(
@@ -519,3 +520,23 @@ def test_a_real_model_tells_its_story(shared):
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball."
     ), text
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(EVERYTHING, tied=False, remat=True)], ids=["plain", "everything"])
+def test_bfloat16_is_what_is_multiplied_for_gradients_too(config):
+    """A float32 slope times a bfloat16 weight would be a float32 product, at half the speed of an accelerator or less."""
+    policy = make_policy(replace(config, dtype="bfloat16"))
+    params, (tokens, positions) = random_params(config), random_tokens(config, 4, 6)
+    mask = jnp.ones(tokens.shape, bool)
+    _, prefix = policy.forward(params, tokens[:2], positions[:2], mask[:2], cache=policy.init_cache(2, 6), start=0)
+
+    def loss(params, prefix):
+        hidden, _ = policy.forward(params, tokens, positions + 6, mask, prefix=prefix)
+        return jnp.square(policy.unembed(params, hidden)).sum()
+
+    kept = {name: prefix[name] for name in ("k", "v")}
+    gradient = jax.grad(lambda params, kept: loss(params, prefix | kept), (0, 1))
+    dots = list(products_of(jax.make_jaxpr(gradient)(params, kept).jaxpr))
+    assert len(dots) > 3 * 8
+    for dot in dots:
+        assert {x.aval.dtype.name for x in dot.invars} == {"bfloat16"}, dot

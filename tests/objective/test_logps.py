@@ -217,7 +217,7 @@ def test_functions_with_parameters_in_closures(wrapper):
 )
 def test_rows_stay_on_their_devices(matrix_spec):
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    rows, length, width, vocabulary = 8, 6, 8, 32
+    rows, length, width, vocabulary = 8, 6, 8, 48
     hidden = jnp.asarray(RNG.normal(size=(rows, length, width)), jnp.float32)
     matrix = jnp.asarray(RNG.normal(size=(width, vocabulary)), jnp.float32)
     targets = jnp.asarray(RNG.integers(0, vocabulary, (rows, length)), jnp.int32)

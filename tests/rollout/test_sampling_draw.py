@@ -9,7 +9,7 @@ from grpo_jax.rollout.drawing import draw_tokens, keep_likely
 
 LAST = np.nextafter(np.float32(1), np.float32(0))
 DRAW = jax.jit(draw_tokens, static_argnames=("top_k", "greedy"))
-KEEP = jax.jit(keep_likely, static_argnames="top_k")
+KEEP = jax.jit(lambda logits, **rules: keep_likely(logits.T, **rules).T, static_argnames="top_k")
 
 
 def softmax(x):
@@ -118,10 +118,10 @@ def test_what_is_kept_is_unchanged_and_drawn_by_its_own_probabilities():
 
 def test_the_widest_rules_keep_every_token():
     logits = jnp.array([[0.0, -200.0, 3.0]])
-    np.testing.assert_array_equal(keep_likely(logits, top_k=3, top_p=1.0, min_p=0.0), logits)
+    np.testing.assert_array_equal(keep_likely(logits.T, top_k=3, top_p=1.0, min_p=0.0), logits.T)
 
 
 @pytest.mark.parametrize("rules", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": -0.1}])
 def test_rules_out_of_range_are_refused(rules):
     with pytest.raises(ValueError, match=next(iter(rules))):
-        keep_likely(jnp.zeros((1, 4)), **rules)
+        keep_likely(jnp.zeros((4, 1)), **rules)
