@@ -18,7 +18,7 @@ ROOMS = {
     "theory": (set(), {"jax"}),
     "tasks": (set(), {"math_verify", "re2", "sympy"}),  # inside the functions that need them
     "rollout": ({"objective"}, {"jax"}),
-    "models": ({"rollout"}, {"jax", "flax", "numpy", "ml_dtypes"}),
+    "models": ({"objective", "rollout"}, {"jax", "flax", "numpy", "ml_dtypes"}),
     "data": (
         {"rollout", "tasks"},
         {
