@@ -132,7 +132,7 @@ def _attend_block(
     )
     layout, query = query.shape[:5], query.reshape(shared, kv_heads, -1, width)
     alone = length == 1 and shared == rows  # of each row one token, and keys that no other row sees
-    score: Callable[[Array, Array], Array] = _scores if alone else lambda x, y: product(x, y.swapaxes(2, 3))
+    score: Callable[[Array, Array], Array] = _scores if alone else functools.partial(product, axis=-2)
     weigh: Callable[[Array, Array], Array] = _weighted if alone else product
     scores = score(query, key).reshape(*layout, slots) * scale
     if softcap is not None:

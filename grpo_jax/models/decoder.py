@@ -41,10 +41,10 @@ def make_policy(config: DecoderConfig) -> Policy:
     rows from an earlier call: row b also sees every True slot of prefix row b // (B // P), which is shared, not
     repeated, and never written. ``segments`` [B, L] int32, without a cache only: of the tokens of this call, a token
     sees those of its own segment alone, and the whole prefix. Masked tokens may hold anything; a token that sees
-    nothing gets finite values. Windows count positions, not slots.
+    nothing gets finite values. Windows count positions, not slots. Derivatives are those of reverse mode.
 
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
-    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, tied logits' matrix turned,
+    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, an untied unembedding turned,
     each layer's also apart, and the rotations of ``length`` positions. The other functions take either form.
 
     Raises ValueError where shapes, lengths or rows do not fit. Source: arXiv 2302.13971 §2.2; checked against a NumPy

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from grpo_jax.objective.products import spread, turned, unembed, varying
+from grpo_jax.objective.products import spread, turned, unembed, varying, wide
 
 Unembedding: TypeAlias = jax.Array | Callable[[jax.Array], jax.Array]
 
@@ -86,7 +86,7 @@ def completion_logps(
     ref_states = None if reference_hidden is None else cut(reference_hidden)
     if ref_states is not None and reference_unembedding is not None:
         ref_project, ref_constants = _opened(reference_unembedding, ref_states)
-    scale = jnp.asarray(temperature, _wide(hidden))
+    scale = jnp.asarray(temperature, wide(hidden.dtype))
     tokens = cut(targets.astype(jnp.int32))
     inputs = states, constants, scale, tokens, (ref_states, ref_constants)
     # In jax.shard_map, a custom gradient must vary over devices as its input does: so all inputs vary as any of them.
@@ -177,13 +177,9 @@ def _statistics(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Logits [..., V] / temperature as [V, ...], of one axis: sums over the vocabulary are then sums of vectors."""
-    wide = _wide(logits)
-    return logits.reshape(-1, logits.shape[-1]).T.astype(wide) / temperature.astype(wide)
-
-
-def _wide(x: jax.Array) -> Any:
-    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    """Logits [B, C, V] / temperature as [V, B · C]: sums over the vocabulary are then sums of vectors."""
+    dtype = wide(logits.dtype)
+    return logits.reshape(-1, logits.shape[-1]).T.astype(dtype) / temperature.astype(dtype)
 
 
 def _score_forward(projections: tuple[Projection, Projection], *perturbed: Any) -> tuple[Any, Any]:
@@ -220,7 +216,7 @@ def _score_backward(projections: tuple[Projection, Projection], saved: Any, grad
         return [s if s is None else s + g.astype(s.dtype) for s, g in zip(sums, parts, strict=True)], to_states
 
     inputs = (*constants, temperature)  # those that are not real, such as a table of integers, have no gradient
-    zeros = [jnp.zeros(c.shape, _wide(c)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
+    zeros = [jnp.zeros(c.shape, wide(c.dtype)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
     sums = jax.tree.map(partial(spread, axes=varying(entropy)), zeros)
     sums, to_states = jax.lax.scan(chunk, sums, (states, targets, normaliser, to_logps, by_entropy))
     *to_constants, to_temperature = (s if s is None else s.astype(c.dtype) for s, c in zip(sums, inputs, strict=True))

@@ -16,7 +16,7 @@ def matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
     Args:
       x: [..., d].
       matrix: [d, f].
-      dtype: of what is multiplied, both forwards and for the gradients, which are not rounded to it; None for that of x.
+      dtype: to which both factors are rounded, forwards and for the gradients, which are not rounded themselves; None for x's.
 
     Returns:
       sums in float32 (float64 where dtype is).
@@ -24,8 +24,8 @@ def matmul(x: jax.Array, matrix: jax.Array, dtype: Any = None) -> jax.Array:
     >>> matmul(jnp.full((1, 2, 3), 0.1), jnp.ones((3, 1)), "bfloat16")[0, :, 0]  # 0.1 has 8 bits here
     Array([0.30029297, 0.30029297], dtype=float32)
     """
-    rows = x.reshape(-1, x.shape[-1])
-    return product(rows, matrix.T, dtype).reshape(*x.shape[:-1], matrix.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(dtype or x.dtype)
+    return product(rows, matrix, axis=-2).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 def unembed(hidden: jax.Array, embedding: jax.Array, dtype: Any = None) -> jax.Array:
@@ -37,8 +37,8 @@ def unembed(hidden: jax.Array, embedding: jax.Array, dtype: Any = None) -> jax.A
     >>> unembed(jnp.ones((1, 2, 3)), jnp.eye(3)[:2]).tolist()
     [[[1.0, 1.0], [1.0, 1.0]]]
     """
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return product(embedding, rows, rows.dtype if dtype is None else dtype).T.reshape(*hidden.shape[:-1], -1)
+    rows = hidden.reshape(-1, hidden.shape[-1]).astype(dtype or hidden.dtype)
+    return product(embedding, rows, dtype=rows.dtype).T.reshape(*hidden.shape[:-1], embedding.shape[0])
 
 
 @jax.custom_vjp
@@ -50,40 +50,50 @@ def turned(matrix: jax.Array) -> jax.Array:
 turned.defvjp(lambda matrix: (matrix.T, None), lambda _, slope: (lax.optimization_barrier(slope).T,))
 
 
-def product(x: jax.Array, y: jax.Array, dtype: Any = None) -> jax.Array:
-    """x · yᵀ [..., n, m] of x [..., n, d] and y [..., m, d]; ``dtype`` and sums as of `matmul`.
+def product(x: jax.Array, y: jax.Array, *, axis: int = -1, dtype: Any = None) -> jax.Array:
+    """Σ_d x[..., n, d] y[..., m, d] -> [..., n, m]; with ``axis=-2``, y is [..., d, m]. ``dtype`` and sums as of `matmul`.
+
+    What a gradient needs are x and y as they are: in a scan over layers, weights that are passed unchanged are not kept twice.
 
     >>> product(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0], [5.0, 6.0]]))
     Array([[11., 17.]], dtype=float32)
     """
     # In jax.shard_map, a custom gradient must vary over devices as its input does: so both vary as either of them.
     axes = varying(x) | varying(y)
-    return _product(spread(x, axes), spread(y, axes), jnp.dtype(x.dtype if dtype is None else dtype))
+    return _product(spread(x, axes), spread(y, axes), axis, jnp.dtype(dtype or x.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return _contract(x, y, (-1, -1), dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _product(x: jax.Array, y: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    return _contract(x, y, (-1, axis), dtype)
 
 
-def _forward(x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, y, dtype), (x, y)
+def _forward(x: jax.Array, y: jax.Array, axis: int, dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, y, axis, dtype), (x, y)
 
 
-def _backward(dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(
+    axis: int, dtype: jnp.dtype, saved: tuple[jax.Array, jax.Array], slope: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     # Autodiff's own transpose would multiply float32 slopes with bfloat16 inputs, which no accelerator does at full speed.
     x, y = saved
-    return _contract(slope, y, (-1, -2), dtype).astype(x.dtype), _contract(slope, x, (-2, -2), dtype).astype(y.dtype)
+    to_x = _contract(slope, y, (-1, -3 - axis), dtype)
+    to_y = _contract(*((slope, x) if axis == -1 else (x, slope)), (-2, -2), dtype)
+    return to_x.astype(x.dtype), to_y.astype(y.dtype)
 
 
 _product.defvjp(_forward, _backward)
 
 
 def _contract(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     (i, j), batch = (x.ndim + axis for axis in axes), tuple(range(x.ndim - 2))
     numbers = ((i,), (j,)), (batch, batch)
-    return lax.dot_general(x.astype(dtype), y.astype(dtype), numbers, preferred_element_type=wide)
+    return lax.dot_general(x.astype(dtype), y.astype(dtype), numbers, preferred_element_type=wide(dtype))
+
+
+def wide(dtype: Any) -> Any:
+    """The type of sums: float64 for float64, and float32 for all others."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def varying(x: jax.Array) -> frozenset[str]:

@@ -540,3 +540,17 @@ def test_bfloat16_is_what_is_multiplied_for_gradients_too(config):
     assert len(dots) > 3 * 8
     for dot in dots:
         assert {x.aval.dtype.name for x in dot.invars} == {"bfloat16"}, dot
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gradient_keeps_no_second_copy_of_the_weights(dtype):
+    """In a scan over layers it would be one of all of them; few tokens, so that weights are what counts."""
+    config = DecoderConfig(16, 8, 128, num_heads=4, num_kv_heads=2, head_dim=32, d_ff=512, max_length=8, dtype=dtype)
+    policy, shapes, tokens = make_policy(config), param_shapes(config), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+
+    def loss(params, tokens):
+        hidden, _ = policy.forward(params, tokens, tokens, tokens >= 0)
+        return policy.unembed(params, hidden).sum()
+
+    memory = jax.jit(jax.grad(loss)).lower(shapes, tokens).compile().memory_analysis().temp_size_in_bytes
+    assert memory < 0.5 * sum(4 * x.size for x in jax.tree.leaves(shapes))  # 0.2; with a copy 1.2
