@@ -55,8 +55,8 @@ class Functions(NamedTuple):
     Attributes:
       start: params -> `TrainState` of the GRPO optimizer; takes the parameters' memory where no reference is kept.
       iterate: `iterations` with everything bound but its arrays; None where the task verifies on the host only.
-      sample, improve: the halves of an iteration, as in `Pieces`.
-      draw: ``sample`` for probes, with group_size, greedy and first_sample to choose.
+      sample, improve: the halves of an iteration, as in `Pieces`; sample may be told its stages.
+      draw: ``sample`` for probes, with group_size, greedy, first_sample and stages to choose.
       grade: (rollout, answers, answer_mask) -> rewards [P, G] on the device; None as for ``iterate``.
       sequence_kl: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
       warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
@@ -222,9 +222,9 @@ def make_functions(config: Any, objective: Objective, bound: Bound, shapes: Any,
     return Functions(
         start=start,
         iterate=iterate,
-        sample=jax.jit(sample, out_shardings=_of_rollout(rows, whole)),
+        sample=jax.jit(sample, static_argnames="stages", out_shardings=_of_rollout(rows, whole)),
         improve=jax.jit(pieces.improve, donate_argnums=0, out_shardings=(state_shardings, whole)),
-        draw=jax.jit(sample, static_argnames=("group_size", "greedy")),
+        draw=jax.jit(sample, static_argnames=("group_size", "greedy", "stages")),
         grade=grade,
         sequence_kl=sequence_kl,
         warm_start=warm_start,

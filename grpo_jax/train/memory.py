@@ -11,12 +11,13 @@ from grpo_jax.config import validate
 from grpo_jax.models import make_policy, param_shapes
 from grpo_jax.objective import Objective
 from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.rollout.stages import Stage, choose_stages
 from grpo_jax.tasks import Task
 from grpo_jax.train.errors import RunError
 from grpo_jax.train.functions import Bound, make_functions, make_optimizer
 from grpo_jax.train.program import make_decoder
 from grpo_jax.train.run import show
-from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, sharded_shapes
+from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, row_shards, sharded_shapes
 from grpo_jax.train.step import init_state
 
 
@@ -91,6 +92,12 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     prompts = PromptBatch(array(prompts_number, width), array(prompts_number, width, dtype=bool), array(prompts_number))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
+    def first_stages(group_size: int) -> tuple[Stage, ...]:
+        """Of a rollout: the two largest need as much memory as all, which take minutes to compile for deep models."""
+        spread = row_shards(mesh) if prompts_number % row_shards(mesh) == 0 else 1
+        stages = choose_stages(prompts_number // spread * group_size, length)
+        return tuple(Stage(stage.rows, (length,)) for stage in stages[:2])
+
     def rollout(group_size: int) -> Rollout:
         shape = (prompts_number, group_size, length)
         return Rollout(
@@ -107,10 +114,16 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     reference = shapes if objective.holds_to_reference else None
     probed = min(config.evaluate.batch_samples, max(config.evaluate.samples, config.evaluate.final_samples))
     programs = {
-        "rollout": functions.sample.lower(shapes, prompts, key),
+        "rollout": functions.sample.lower(shapes, prompts, key, stages=first_stages(group_size)),
         "update": functions.improve.lower(state, reference, prompts, rollout(group_size), rewards, key, number, number),
         "probe, sampling": functions.draw.lower(
-            shapes, prompts, key, group_size=probed, greedy=False, first_sample=array(sharding=whole)
+            shapes,
+            prompts,
+            key,
+            group_size=probed,
+            greedy=False,
+            first_sample=array(sharding=whole),
+            stages=first_stages(probed),
         ),
     }
     if objective.holds_to_reference:

@@ -1,6 +1,7 @@
 """Rows that have ended cost nothing and change nothing: the same samples however they are decoded."""
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -185,3 +186,17 @@ def test_one_token_and_one_row():
     alone = sample(prompts=one, group_size=1, max_completion=1)
     assert alone.completions.shape == (1, 1, 1)
     assert float(alone.useful) == 1.0
+
+
+def test_two_stages_need_the_memory_of_all():
+    """What the estimate of a run's memory rests on; one stage needs less, since nothing is moved."""
+    policy = make_policy(replace(CONFIG, max_length=80))
+
+    def memory(stages):
+        program = jax.jit(partial(sample_groups, policy, **(OPTIONS | {"max_completion": 64}), stages=stages))
+        return program.lower(PARAMS, batch(), KEY).compile().memory_analysis().temp_size_in_bytes
+
+    stages = choose_stages(B, 64)
+    assert len(stages) > 2
+    two = memory(tuple(Stage(stage.rows, (64,)) for stage in stages[:2]))
+    assert memory((Stage(B, (64,)),)) < two == pytest.approx(memory(stages), rel=0.02)
