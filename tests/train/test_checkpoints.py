@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, and every kind of damage on disk."""
 
+import gc
 import shutil
 
 import jax
@@ -12,6 +13,13 @@ from grpo_jax.train.errors import CheckpointError
 
 # After a failed restore Orbax leaves coroutines behind that were never awaited; the exception itself has reached us.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect_unfinished_reads():
+    """Orbax leaves coroutines behind when a read fails; collected later, they would fail another file's test."""
+    yield
+    gc.collect()
 
 
 def state(seed: float):
