@@ -198,7 +198,7 @@ def make_functions(config: Any, objective: Objective, bound: Bound, shapes: Any,
 
     @jax.jit
     def sequence_kl(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-        layout = _packing(config) | {"shards": 1 if rollout.mask.shape[0] % shards else shards}
+        layout = _packing(config) | {"shards": row_shards(mesh, rollout.mask.shape[0])}
         score = partial(score_packed, policy, temperature=config.rollout.temperature, **layout)
         logps, ref_logps = (
             score(params=p, prompts=prompts, completions=rollout.completions, mask=rollout.mask)
@@ -261,13 +261,12 @@ def _spread(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str)
     Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. What fsdp spreads is
     gathered once, before the first token, in the type that the matrix products cast it to anyway.
     """
-    shards = row_shards(mesh)
 
     def cast(leaf: jax.Array, shape: Any) -> jax.Array:
         return leaf.astype(dtype) if "fsdp" in shape.sharding.spec else leaf
 
     def spread(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: Any = 0, **options: Any) -> Rollout:
-        if shards == 1 or prompts.tokens.shape[0] % shards:
+        if row_shards(mesh, prompts.tokens.shape[0]) == 1:
             return sample(params, prompts, key, first_sample=first_sample, **options)
 
         def of_device(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: jax.Array) -> Rollout:

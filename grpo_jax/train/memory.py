@@ -94,8 +94,7 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
 
     def first_stages(group_size: int) -> tuple[Stage, ...]:
         """Of a rollout: the two largest need as much memory as all, which take minutes to compile for deep models."""
-        spread = row_shards(mesh) if prompts_number % row_shards(mesh) == 0 else 1
-        stages = choose_stages(prompts_number // spread * group_size, length)
+        stages = choose_stages(prompts_number // row_shards(mesh, prompts_number) * group_size, length)
         return tuple(Stage(stage.rows, (length,)) for stage in stages[:2])
 
     def rollout(group_size: int) -> Rollout:

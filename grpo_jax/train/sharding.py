@@ -67,9 +67,10 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, ROWS)
 
 
-def row_shards(mesh: Mesh) -> int:
-    """In how many equal parts rows are spread."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_shards(mesh: Mesh, rows: int = 0) -> int:
+    """In how many equal parts rows are spread; 1 where so many ``rows`` do not divide, which are then not spread."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if rows % shards else shards
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
