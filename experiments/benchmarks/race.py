@@ -239,13 +239,17 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def define_flags() -> None:
     """Those of all commands that race."""
+    define_case_flags()
+    flags.DEFINE_list("forms", None, "Only these; ours and plain are needed.")
+    among("forms", [form.name for form in forms(os.environ)], needed=("ours", "plain"))
+
+
+def define_case_flags() -> None:
+    """What is measured, how often, and where the results go."""
     flags.DEFINE_list("vocabularies", ["1024", "32000"], "Sizes V of the vocabulary.")
     flags.DEFINE_list("lengths", list(LENGTHS), "Of the completions.")
-    flags.DEFINE_list("forms", None, "Only these; ours and plain are needed.")
     flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
-    known = [form.name for form in forms(os.environ)]
     among("lengths", LENGTHS)
-    among("forms", known, needed=("ours", "plain"))
     flags.register_validator(
         "vocabularies", lambda found: all(v.isdigit() and int(v) >= 64 for v in found), "must be numbers of 64 or more"
     )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import logps
+from experiments.benchmarks import logps, parts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -58,5 +58,27 @@ def test_what_does_not_fit_is_not_run(monkeypatch):
     assert "| plain | forward | not run | – | – | – | 1 | 1.0 |" in logps.table([row])
 
 
+def test_an_iteration_is_split_into_its_parts(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.benchmarks.parts",
+        "--quick",
+        "--vocabularies=1024",
+        f"--out={tmp_path}",
+    ]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = json.loads((tmp_path / "parts.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["case"]["ragged"] for row in rows] == [False, True]
+    for row in rows:
+        assert all(seconds > 0 for seconds in row["seconds"].values())
+        assert list(row["parts"]) == list(parts.PARTS)
+        assert abs(sum(row["parts"].values()) - row["seconds"]["iteration"]) < 1e-9
+    assert printed == parts.table(
+        {case: row["parts"] for case, row in zip(("fixed 64", "ragged 64"), rows, strict=True)}
+    )
+
+
 def test_examples():
     assert doctest.testmod(logps).failed == 0
+    assert doctest.testmod(parts).failed == 0
