@@ -1,10 +1,11 @@
 """Forms of the same work against each other: processes that take turns, on one machine and in one run.
 
 Every form is a process of its own that has written its weights into memory, compiled, and run once. Then they take turns, a
-repetition each, so that what else the machine does falls on all alike. A form is any program that reads a `cases.Case` from its
-first line of standard input, as `cases.write` requests it, and answers it and every further line with a line of JSON: first
-``versions`` and ``check`` (logits and gradient norms, equal in all forms to five digits), then, after a repetition, ``tokens``
-and whether it ``compiled`` something, which is then repeated. Time, processor time and memory are read from outside.
+repetition each, so that what else the machine does falls on all alike, and each waits until the one before has come to rest. A
+form is any program that reads a `cases.Case` from its first line of standard input, as `cases.write` requests it, and answers
+it and every further line with a line of JSON: first ``versions`` and ``check`` (logits and gradient norms, equal in all forms to
+five digits), then, after a repetition, ``tokens`` and whether it ``compiled`` something, which is then repeated. Time, processor
+time and memory are read from outside.
 """
 
 import json
@@ -29,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 DIGITS = 1e-5  # how far logits and gradient norms of two forms may be apart, relative
 LENGTHS = ("fixed", "ragged")
 TRIES = 10  # repetitions that may compile before one does not
-SETTLE = 0.5  # seconds in which memory that is being given back falls
+SETTLE = 0.25  # seconds without work after which a worker is done: it answers before its memory is given back
+PATIENCE = 20  # such waits at most
 UNTRIMMED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -138,7 +140,9 @@ class Worker:
         """One repetition: the worker's answer, with the seconds that it took, and those of all processors."""
         start, cpu = time.perf_counter(), self._cpu_seconds()
         answer = self._exchange("again")
-        return answer | {"seconds": time.perf_counter() - start, "cpu_seconds": self._cpu_seconds() - cpu}
+        seconds = time.perf_counter() - start
+        self._settle()
+        return answer | {"seconds": seconds, "cpu_seconds": self._cpu_seconds() - cpu}
 
     def warm(self) -> dict[str, Any]:
         """One repetition that compiled nothing."""
@@ -152,7 +156,7 @@ class Worker:
         reset = Path(f"/proc/{self.process.pid}/clear_refs")
         if not (reset.exists() and os.access(reset, os.W_OK)):
             return None
-        before = self._settled_kilobytes()
+        before = self._kilobytes("VmRSS")
         reset.write_text("5", encoding="ascii")
         self.warm()
         return (self._kilobytes("VmHWM") - before) / 1024
@@ -193,14 +197,13 @@ class Worker:
         after_name = file.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
-    def _settled_kilobytes(self) -> int:
-        """In use once that no longer falls, since an answer comes before the memory behind it is free."""
-        falling, now = True, self._kilobytes("VmRSS")
-        while falling:
+    def _settle(self) -> None:
+        """Waits until it works no longer, so that the next in turn has the machine for itself."""
+        for _ in range(PATIENCE):
+            before = self._cpu_seconds()
             time.sleep(SETTLE)
-            before, now = now, self._kilobytes("VmRSS")
-            falling = now < before
-        return now
+            if not self._cpu_seconds() > before:
+                return
 
     def _kilobytes(self, name: str) -> int:
         lines = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines()
