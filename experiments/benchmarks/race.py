@@ -198,11 +198,11 @@ class Worker:
         return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def _settle(self) -> None:
-        """Waits until it works no longer, so that the next in turn has the machine for itself."""
+        """Waits until it hardly works any longer, so that the next in turn has the machine for itself."""
         for _ in range(PATIENCE):
             before = self._cpu_seconds()
             time.sleep(SETTLE)
-            if not self._cpu_seconds() > before:
+            if not self._cpu_seconds() - before > SETTLE / 10:
                 return
 
     def _kilobytes(self, name: str) -> int:
