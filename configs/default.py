@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
                 "stop_ids": (),  # token ids that end a completion; empty: the tokenizer's EOS
                 "stop_strings": (),  # texts that end a completion too, however they are split into tokens
                 "dtype": "float32",  # of matrix products: float32 or bfloat16; parameters are always float32
-                "remat": False,  # compute a layer again in the backward pass instead of keeping its activations
+                "remat": "none",  # what of a layer its gradient computes again: none, dots (all but weights' products), full
                 "tokenizer": "characters",  # of a random decoder: characters (of the task) or bytes
                 "num_layers": 2,
                 "d_model": 64,

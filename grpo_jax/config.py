@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import make_task
-from grpo_jax.models.architecture import DTYPES, DecoderConfig
+from grpo_jax.models.architecture import DTYPES, REMATS, DecoderConfig
 from grpo_jax.objective import Objective, named_objective
 from grpo_jax.tasks import Task
 
@@ -84,6 +84,7 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
     for key, value, choices in (
         ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
         ("model.dtype", config.model.dtype, DTYPES),
+        ("model.remat", config.model.remat, REMATS),
         ("model.tokenizer", config.model.tokenizer, _TOKENIZERS),
         ("data.too_long", config.data.too_long, ("error", "drop")),
     ):

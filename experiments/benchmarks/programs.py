@@ -78,7 +78,7 @@ def decoder(setting: Setting) -> DecoderConfig:
         norm_epsilon=1e-6,
         attention_bias=True,
         dtype="bfloat16",
-        remat=True,
+        remat="full",
         family="qwen2",
     )
 

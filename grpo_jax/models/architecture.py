@@ -7,9 +7,10 @@ from typing import Any
 from grpo_jax.models.attention import RopeScaling
 
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
-SWITCHES = ("tied", "remat", "attention_bias", "qk_norm", "offset_norm", "post_norms", "scale_embedding")
+SWITCHES = ("tied", "attention_bias", "qk_norm", "offset_norm", "post_norms", "scale_embedding")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+REMATS = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class DecoderConfig:
       max_length: the widest array of tokens or slots accepted.
       dtype: of the matrix products, float32 or bfloat16; they accumulate in float32, and norms, softmax and logits are
         float32.
-      remat: recompute a layer in the backward pass instead of storing its activations (only without a cache).
+      remat: what the backward pass computes again instead of having it kept, where there is no cache: nothing (none), all of a
+        layer but its products with weights (dots), or all of it (full).
       rope_scaling: of the rotations of the layers that are not local, and of these too without ``local_rope_theta``.
       window: a query of a layer in ``local_layers`` sees the keys fewer than so many positions before it.
       local_rope_theta: of the local layers, where it is not ``rope_theta``.
@@ -56,7 +58,7 @@ class DecoderConfig:
     norm_epsilon: float = 1e-5
     tied: bool = True
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     rope_scaling: RopeScaling | None = None
     window: int | None = None
     local_layers: tuple[int, ...] = ()
@@ -94,6 +96,7 @@ class DecoderConfig:
         faults += wrong(("rope_scaling",), "a RopeScaling that can be, or None", absent_or(_is_scaling))
         faults += wrong(SWITCHES, "True or False", lambda x: type(x) is bool)
         faults += wrong(("dtype",), " or ".join(DTYPES), lambda x: x in DTYPES)
+        faults += wrong(("remat",), " or ".join(REMATS), lambda x: x in REMATS)
         faults += wrong(("activation",), " or ".join(ACTIVATIONS), lambda x: x in ACTIVATIONS)
         faults += wrong(("family",), "a name", lambda x: type(x) is str)
         if not faults and (self.window is None) != (not self.local_layers):

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import capped, rotations
-from grpo_jax.models.layer import Cache, Layer, rms_norm
+from grpo_jax.models.layer import PROJECTED, Cache, Layer, rms_norm
 from grpo_jax.objective import products
 from grpo_jax.rollout.policy import Policy
 
@@ -28,6 +28,7 @@ EVERYWHERE = 2**31 - 1  # the window of a layer that has none
 # Up to so many layers the loop over them is unrolled where gradients may be taken: stacking and clearing what the backward pass
 # needs costs as much as computing it where the model is small. It costs compilation.
 UNROLLED = 4
+KEPT = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED), "full": None}  # of a layer, by ``remat``
 
 
 def make_policy(config: DecoderConfig) -> Policy:
@@ -229,7 +230,7 @@ class Decoder(nn.Module):
             if prefix is not None:
                 by_layer["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])
             scan = nn.scan(
-                nn.remat(Layer, prevent_cse=False) if c.remat else Layer,
+                nn.remat(Layer, prevent_cse=False, policy=KEPT[c.remat]) if c.remat in KEPT else Layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, *(nn.broadcast,) * len(shared)),

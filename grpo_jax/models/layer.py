@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import Block, attend, rotate, within
@@ -19,6 +20,7 @@ from grpo_jax.objective.products import matmul
 # {"k" and "v": of each layer [B, K, H, S], "mask": [B, S] bool}, with windows "positions": [B, S].
 # A buffer for each layer, and slots last: a step reads the first of them where they are, whole vectors at once.
 Cache = dict[str, Any]
+PROJECTED = "projected"  # what products with weights make, by name for `jax.checkpoint`
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -58,7 +60,7 @@ class Layer(nn.Module):
             return self.param(name, nn.initializers.zeros, shape, jnp.float32)
 
         def project(name: str, x: Array, width: int) -> Array:
-            return matmul(x, weight(name, x.shape[-1], width), hidden.dtype)
+            return checkpoint_name(matmul(x, weight(name, x.shape[-1], width), hidden.dtype), PROJECTED)
 
         def norm(name: str, x: Array) -> Array:
             return rms_norm(x, weight(name, x.shape[-1]), c)

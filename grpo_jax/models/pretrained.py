@@ -37,7 +37,7 @@ def load_pretrained(
     folder: str | os.PathLike[str],
     *,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: str = "none",
     shardings: Callable[[Any], Any] | None = None,
 ) -> tuple[Policy, Params]:
     """Reads a Hugging Face folder: (policy, float32 parameters).

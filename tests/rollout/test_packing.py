@@ -117,7 +117,17 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 CONFIG = DecoderConfig(
-    16, 2, 16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=32, max_length=32, window=3, local_layers=(1,), remat=True
+    16,
+    2,
+    16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    d_ff=32,
+    max_length=32,
+    window=3,
+    local_layers=(1,),
+    remat="full",
 )
 
 

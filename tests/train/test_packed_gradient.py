@@ -20,7 +20,7 @@ from grpo_jax.train.step import Batch, init_state, train_step
 CONFIG = DecoderConfig(
     vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=32, max_length=32
 )
-WINDOWED = replace(CONFIG, window=3, local_layers=(1,), local_rope_theta=20.0, qk_norm=True, remat=True)
+WINDOWED = replace(CONFIG, window=3, local_layers=(1,), local_rope_theta=20.0, qk_norm=True, remat="full")
 P, G, T = 8, 4, 6
 BETA, SGD = jnp.float32(0.5), optax.sgd(1.0)
 # Whole groups of one length, single tokens, the longest, nothing at all, and a mixture.
