@@ -65,13 +65,17 @@ def adamw() -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
 
 
+def odd(rollout: Rollout) -> jax.Array:
+    """The rewards of an iteration: 1 for an odd sum of tokens."""
+    return (rollout.completions.sum(-1) % 2).astype(jnp.float32)
+
+
 def whole(setup: Setup, learn: Callable[..., tuple[TrainState, Any]]) -> Callable[..., tuple[TrainState, Rollout]]:
-    """(state, key) -> (state, rollout): an iteration, rewarded for an odd sum of tokens."""
+    """(state, key) -> (state, rollout): an iteration."""
 
     def iterate(state: TrainState, key: jax.Array) -> tuple[TrainState, Rollout]:
         rollout = setup.sample(state.params, setup.prompts, key)
-        odd = (rollout.completions.sum(-1) % 2).astype(jnp.float32)
-        state, _ = learn(state, None, setup.prompts, rollout, odd, key, jnp.float32(0.0))
+        state, _ = learn(state, None, setup.prompts, rollout, odd(rollout), key, jnp.float32(0.0))
         return state, rollout
 
     return iterate

@@ -45,8 +45,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
     policy, params, prompts, *_ = setup
     optimizer, key, zero = ours.adamw(), jax.random.key(0), jnp.float32(0.0)
     rollout = jax.jit(setup.sample)(params, prompts, key)
-    odd = (rollout.completions.sum(-1) % 2).astype(jnp.float32)
-    state = init_state(params, optimizer)
+    rewards, state = ours.odd(rollout), init_state(params, optimizer)
 
     def fill(params: Any) -> Any:
         return prefill(policy, policy.prepare(params, case.prompt_length + case.completion), prompts)
@@ -56,7 +55,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         return score_packed(policy, params, prompts, rollout.completions, rollout.mask, microbatch_tokens=tokens)
 
     def learn(optimizer: optax.GradientTransformation, state: Any) -> Any:
-        return ours.improve(policy, optimizer)(state, None, prompts, rollout, odd, key, zero)
+        return ours.improve(policy, optimizer)(state, None, prompts, rollout, rewards, key, zero)
 
     nothing = optax.set_to_zero()
     programs: dict[str, Callable[[], Any]] = {
