@@ -66,8 +66,10 @@ def main(arguments: list[str]) -> None:
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
     from grpo_jax.config import ConfigError
-    from grpo_jax.train import estimate, evaluate, train
-    from grpo_jax.train.errors import Preempted, RunError
+    from grpo_jax.runs.errors import Preempted, RunError
+    from grpo_jax.runs.evaluation import evaluate
+    from grpo_jax.runs.loop import train
+    from grpo_jax.runs.memory import estimate
 
     try:
         match _MODE.value:
@@ -92,8 +94,8 @@ def main(arguments: list[str]) -> None:
 def sweep(config: Any, text: str, workdir: str | Path) -> None:
     """Runs, resumes or lists the points of --sweep."""
     from grpo_jax.config import ConfigError
-    from grpo_jax.train.grid import list_grid, run_grid
-    from grpo_jax.train.points import make_points, parse_grid
+    from grpo_jax.sweeps.one_by_one import list_grid, run_grid
+    from grpo_jax.sweeps.points import make_points, parse_grid
 
     try:
         points = make_points(config, parse_grid(text), with_value)

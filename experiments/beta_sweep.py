@@ -2,7 +2,7 @@
 
     python -m experiments.beta_sweep [--config=configs/small.py] [--seeds=0,1,2] [--out=runs/beta_sweep] [--quick]
 
-Every β and seed of an objective trains in one program (`grpo_jax.train.sweep`), the points spread over the cores (on a CPU
+Every β and seed of an objective trains in one program (`grpo_jax.sweeps.one_program`), the points spread over the cores (on a CPU
 there is a device for each). OUT/figure.png, OUT/table.md and OUT/points.json are the outcome; the command resumes. --quick is
 16 prompts, a tiny decoder and seven iterations: it shows that the parts fit.
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
     from grpo_jax.config import ConfigError
-    from grpo_jax.train.errors import Preempted, RunError
+    from grpo_jax.runs.errors import Preempted, RunError
 
     try:
         run(given)
@@ -64,7 +64,7 @@ def run(given: flags.FlagValues) -> None:
     """The sweeps, the table and the figure; errors as `sweep`'s, or ConfigError before anything is run."""
     from grpo_jax.config import validate
     from grpo_jax.report.sweep_figure import draw_sweep, p_star_curve
-    from grpo_jax.train.sweep import sweep
+    from grpo_jax.sweeps.one_program import sweep
 
     config = given.config
     if given.quick:
@@ -102,7 +102,7 @@ def run(given: flags.FlagValues) -> None:
 def check_predicted(config: Any, objective: Any) -> None:
     """Refuses a config whose success probability the theory does not predict."""
     from grpo_jax.config import ConfigError
-    from grpo_jax.report import group_weights
+    from grpo_jax.report.forecast import group_weights
 
     conflicts = []
     if config.objective.entropy_bonus:
@@ -172,7 +172,7 @@ def arrivals(
     config: Any, results: list[dict[str, Any]], rewards: np.ndarray, *, objective: Any, group_size: int
 ) -> list[bool]:
     """For each result, seed by seed: whether the flow is as near to p* at the end as the measurement can tell."""
-    from grpo_jax.report import group_weights
+    from grpo_jax.report.forecast import group_weights
 
     weights, forward = group_weights(objective, group_size), objective.kl_direction == "forward"
     schedule = learning_rates(config)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import make_task
-from grpo_jax.models.architecture import DTYPES, REMATS, DecoderConfig
+from grpo_jax.models.config import DTYPES, REMATS, DecoderConfig
 from grpo_jax.objective import Objective, named_objective
 from grpo_jax.tasks import Task
 

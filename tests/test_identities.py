@@ -9,7 +9,7 @@ import pytest
 
 from grpo_jax import theory
 from grpo_jax.objective import DR_GRPO, GRPO, GRPO_TRL, beta_effective, group_advantages
-from grpo_jax.report import group_weights
+from grpo_jax.report.forecast import group_weights
 
 OBJECTIVES = [GRPO, GRPO_TRL, DR_GRPO, replace(GRPO, scale="mean"), replace(DR_GRPO, baseline="leave_one_out")]
 

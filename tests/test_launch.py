@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.train.checkpoints import Checkpoints
+from grpo_jax.runs.checkpoints import Checkpoints
 from tests.tiny_run import flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -385,7 +385,7 @@ def test_digests_of_the_last_checkpoint_are_those_of_its_leaves(unbroken):
     import jax
 
     from grpo_jax.config import validate
-    from grpo_jax.train.program import make_program
+    from grpo_jax.runs.setup import make_program
     from tests.tiny_run import tiny_config
 
     config = tiny_config(mesh__data=8)

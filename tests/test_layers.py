@@ -14,13 +14,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of the others, and of the world beyond the standard library.
 ROOMS = {
-    "objective": (set(), {"jax"}),
+    "objective": ({"products"}, {"jax"}),
     "theory": (set(), {"jax"}),
     "tasks": (set(), {"math_verify", "re2", "sympy"}),  # inside the functions that need them
     "rollout": ({"objective"}, {"jax"}),
-    "models": ({"objective", "rollout"}, {"jax", "flax", "numpy", "ml_dtypes"}),
+    "models": ({"files", "products", "rollout"}, {"jax", "flax", "numpy", "ml_dtypes"}),
     "data": (
-        {"rollout", "tasks"},
+        {"files", "rollout", "tasks"},
         {
             "jax",
             "numpy",
@@ -33,13 +33,20 @@ ROOMS = {
             "reasoning_gym",
         },
     ),
-    "report": ({"objective", "theory"}, {"jax", "numpy", "scipy", "matplotlib", "tensorboardX", "rich"}),
-    "train": (
-        {"objective", "theory", "tasks", "rollout", "models", "data", "report", "config"},
-        {"jax", "numpy", "optax", "orbax", "absl", "rich"},
+    "report": ({"files", "objective", "theory"}, {"jax", "numpy", "scipy", "matplotlib", "tensorboardX", "rich"}),
+    "train": ({"objective", "rollout"}, {"jax", "optax"}),
+    "runs": (
+        {"files", "objective", "theory", "tasks", "rollout", "models", "data", "report", "config", "train"},
+        {"jax", "numpy", "orbax", "absl", "rich"},
+    ),
+    "sweeps": (
+        {"files", "objective", "tasks", "data", "report", "config", "train", "runs"},
+        {"jax", "numpy", "rich"},
     ),
     "config": ({"objective", "tasks", "models", "data"}, set()),
     "environment": (set(), set()),
+    "files": (set(), set()),
+    "products": (set(), {"jax"}),
     "": ({"objective", "theory"}, set()),
 }
 # The theory's command line derives Ω from the trainer's own description of an objective, and draws if it can.

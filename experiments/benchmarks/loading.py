@@ -30,7 +30,7 @@ from absl import app, flags
 from grpo_jax.environment import prepare_environment
 from grpo_jax.models import DecoderConfig, load_pretrained, param_shapes, read_config
 from grpo_jax.models.families import config_entries
-from grpo_jax.models.tensors import tensor_targets
+from grpo_jax.models.weight_names import tensor_targets
 from grpo_jax.objective import DAPO
 from grpo_jax.rollout import PromptBatch, sample_groups
 from grpo_jax.train.iteration import update

@@ -97,8 +97,8 @@ def iteration(name: str) -> dict[str, Any]:
     from jax.sharding import NamedSharding
 
     from grpo_jax.config import validate
-    from grpo_jax.train.loop import visits
-    from grpo_jax.train.program import make_program
+    from grpo_jax.runs.loop import visits
+    from grpo_jax.runs.setup import make_program
     from grpo_jax.train.sweep_program import POINTS as SPREAD
     from grpo_jax.train.sweep_program import WHOLE, make_sweep_functions, make_sweep_mesh
 

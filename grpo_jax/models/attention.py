@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from grpo_jax.objective.products import product
+from grpo_jax.products import product
 
 Block = tuple[Array, Array, Array]  # keys [C, K, H, S], values [C, K, H, S], visible [C, B // C or 1, L or 1, S] bool
 

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from grpo_jax.models.architecture import DecoderConfig
+from grpo_jax import products
 from grpo_jax.models.attention import capped, rotations
+from grpo_jax.models.config import DecoderConfig
 from grpo_jax.models.layer import PROJECTED, Cache, Layer, rms_norm
-from grpo_jax.objective import products
 from grpo_jax.rollout.policy import Policy
 
 Params = dict[str, Any]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import RopeScaling
-from grpo_jax.models.stored import plain_file, read_json
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.safetensors import plain_file, read_json
 
 Entries = dict[str, Any]
 

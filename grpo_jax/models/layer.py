@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.models.architecture import DecoderConfig
 from grpo_jax.models.attention import Block, attend, rotate, within
-from grpo_jax.objective.products import matmul
+from grpo_jax.models.config import DecoderConfig
+from grpo_jax.products import matmul
 
 # {"k" and "v": of each layer [B, K, H, S], "mask": [B, S] bool}, with windows "positions": [B, S].
 # A buffer for each layer, and slots last: a step reads the first of them where they are, whole vectors at once.

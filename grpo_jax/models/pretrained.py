@@ -24,8 +24,8 @@ from jax.sharding import Sharding
 
 from grpo_jax.models.decoder import DecoderConfig, Params, make_policy, param_shapes
 from grpo_jax.models.families import config_entries, read_config
-from grpo_jax.models.stored import CHUNK, INDEX, SINGLE, Stored, listed, stored_tensors
-from grpo_jax.models.tensors import Target, tensor_targets
+from grpo_jax.models.safetensors import CHUNK, INDEX, SINGLE, Stored, listed, stored_tensors
+from grpo_jax.models.weight_names import Target, tensor_targets
 from grpo_jax.rollout.policy import Policy
 
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # by older transformers; never read

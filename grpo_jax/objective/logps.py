@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from grpo_jax.objective.products import spread, turned, unembed, varying, wide
+from grpo_jax.products import spread, turned, unembed, varying, wide
 
 Unembedding: TypeAlias = jax.Array | Callable[[jax.Array], jax.Array]
 

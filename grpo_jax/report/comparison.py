@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.report.summary import inline
+from grpo_jax.report.markdown import inline
 
 PROMPTS, RESULT = "prompts.jsonl", "result.json"
 LARGEST, MOST = 2e7, 4e9  # distinct sums and additions that an exact test may take; beyond, signs are drawn

@@ -8,7 +8,7 @@ import numpy as np
 INK, MEASURED, PREDICTED = "#222222", "#0072b2", "#d55e00"
 
 
-def draw_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
+def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
     """Writes a PNG with two panels.
 
     Left: measured success probability with its intervals, the exact iterates, p_ref, p* and its band. Right: the prompts'

@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.files import read_jsonl, write_text
+
 METRICS, PERF, TENSORBOARD = "metrics.jsonl", "perf.jsonl", "tensorboard"
 
 
@@ -25,8 +27,8 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         for name in (METRICS, PERF):
-            kept = [] if after is None else [row for row in read_rows(directory / name) if row["iteration"] <= after]
-            _rewrite(directory / name, kept)
+            rows = [] if after is None else read_metrics(directory / name)
+            write_text(directory / name, "".join(_line(row) for row in rows if row["iteration"] <= (after or 0)))
         self._files = {name: (directory / name).open("a", encoding="utf-8") for name in (METRICS, PERF)}
         self._board = SummaryWriter(str(directory / TENSORBOARD), purge_step=0 if after is None else after + 1)
 
@@ -52,24 +54,13 @@ class MetricsLog:
         self._board.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a torn last line, which a kill can leave, is dropped.
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, [] where there is none yet; a torn last line, which a kill can leave, is dropped.
 
     Raises:
       ValueError: a broken line before the last, named with its number.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")  # not splitlines(): a row ends at \n only
-    rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines) - 1:
-                break
-            raise ValueError(f"{path}:{number} is not JSON ({error})") from error
-    return rows
+    return read_jsonl(path, torn_end=True) if path.exists() else []
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -77,12 +68,3 @@ def _line(row: dict[str, Any]) -> str:
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
     }  # JSON has no NaN
     return json.dumps(finite, sort_keys=True) + "\n"
-
-
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

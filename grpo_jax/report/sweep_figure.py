@@ -12,8 +12,8 @@ from rich.text import Text
 from grpo_jax import theory
 from grpo_jax.objective import Objective
 from grpo_jax.report.figure import INK, MEASURED, PREDICTED
-from grpo_jax.report.monitor import group_weights
-from grpo_jax.report.summary import inline
+from grpo_jax.report.forecast import group_weights
+from grpo_jax.report.markdown import inline
 
 COLOURS = (MEASURED, PREDICTED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 MARKERS = "os^Dv<>PX*"

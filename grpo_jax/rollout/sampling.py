@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from grpo_jax.rollout.drawing import draw_tokens
+from grpo_jax.rollout.compaction import Decoding, Stage, choose_stages, run_stages
 from grpo_jax.rollout.policy import Policy
-from grpo_jax.rollout.stages import Decoding, Stage, choose_stages, run_stages
+from grpo_jax.rollout.token_sampling import draw_tokens
 
 
 class PromptBatch(NamedTuple):

@@ -1,20 +1,24 @@
-"""The train step, the iteration, sharding, checkpoints, evaluation and the loop."""
+"""What learns: the iteration, its gradient, the compiled forms, sharding. Names load on first use."""
 
-from grpo_jax.train.evaluate import evaluate
-from grpo_jax.train.iteration import iteration, update
-from grpo_jax.train.loop import train
-from grpo_jax.train.memory import estimate
-from grpo_jax.train.step import Batch, TrainState, gradient_step, init_state, train_step
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Batch",
-    "TrainState",
-    "estimate",
-    "evaluate",
-    "gradient_step",
-    "init_state",
-    "iteration",
-    "train",
-    "train_step",
-    "update",
-]
+_MODULES = {
+    "Batch": "train.step",
+    "TrainState": "train.step",
+    "estimate": "runs.memory",
+    "evaluate": "runs.evaluation",
+    "gradient_step": "train.step",
+    "init_state": "train.step",
+    "iteration": "train.iteration",
+    "train": "runs.loop",
+    "train_step": "train.step",
+    "update": "train.iteration",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"grpo_jax.{_MODULES[name]}"), name)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.data import PromptSet, prompt_batch
-from grpo_jax.train.functions import Pieces, iterations, make_optimizer, make_pieces
-from grpo_jax.train.program import Program
+from grpo_jax.runs.setup import Program
+from grpo_jax.train.compiled import Pieces, iterations, make_optimizer, make_pieces
 from grpo_jax.train.step import TrainState, init_state
 
 AXES = ("seeds", "points")

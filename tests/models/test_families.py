@@ -16,7 +16,7 @@ from grpo_jax.models import init_params, load_pretrained, make_policy, read_conf
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.decoder import param_shapes
 from grpo_jax.models.families import FAMILIES, config_entries
-from grpo_jax.models.tensors import tensor_targets
+from grpo_jax.models.weight_names import tensor_targets
 from grpo_jax.rollout import PromptBatch, sample_groups, score_groups
 from tests.models import make_golden_families
 from tests.models.make_golden_families import GOLDEN, make_weight

@@ -18,7 +18,7 @@ import safetensors.numpy
 from experiments.benchmarks import loading
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, pretrained, read_config, save_pretrained
 from grpo_jax.models.pretrained import _empty
-from grpo_jax.models.stored import Stored
+from grpo_jax.models.safetensors import Stored
 from grpo_jax.train.sharding import make_mesh, parameter_shardings
 
 CONFIG = DecoderConfig(48, 3, 16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, max_length=32, tied=False)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grpo_jax import report
-from grpo_jax.report import scores
+from grpo_jax.report import evaluation_numbers, evaluation_page, run_result
+from grpo_jax.report.evaluation_numbers import majority_at_k
 from grpo_jax.theory import dead_fraction
 
 
@@ -37,14 +37,14 @@ def test_majorities_are_unbiased(answers):
     for k in (1, 2, 3, 4, 6):
         over_subsets = np.mean([vote(*zip(*subset, strict=True)) for subset in itertools.combinations(samples, k)])
         orders = itertools.permutations(samples)
-        over_orders = np.mean([report.majority_at_k(*zip(*order, strict=True), k) for order in orders])
+        over_orders = np.mean([majority_at_k(*zip(*order, strict=True), k) for order in orders])
         np.testing.assert_allclose(over_orders, over_subsets, atol=1e-12)
     with pytest.raises(ValueError, match="maj@7 needs at least 7 samples, got 6"):
-        report.majority_at_k(answers, [0.0] * 6, 7)
+        majority_at_k(answers, [0.0] * 6, 7)
 
 
 def test_a_single_vote_is_the_share_of_right_answers():
-    assert report.majority_at_k(["4", None, "5", "4"], [1.0, 1.0, 0.0, 1.0], 1) == 0.5  # one right text names no answer
+    assert majority_at_k(["4", None, "5", "4"], [1.0, 1.0, 0.0, 1.0], 1) == 0.5  # one right text names no answer
 
 
 @pytest.mark.parametrize("a, b", [(0.2, 5.0), (0.5, 0.5), (2.0, 2.0), (30.0, 30.0), (0.05, 5.0)])
@@ -56,7 +56,7 @@ def test_intervals_cover_new_prompts_and_new_samples(a, b, prompts, trials, k):
     steps = np.arange(k)
     truth = 1 - np.prod((b + steps) / (a + b + steps))  # E[1 − (1 − p)^k]
     found = [
-        scores.interval_over_prompts(report.pass_at_k(counts, trials, k), 0.95, trials / k)
+        evaluation_numbers.interval_over_prompts(run_result.pass_at_k(counts, trials, k), 0.95, trials / k)
         for counts in random.binomial(trials, success)
     ]
     covered = np.mean([low <= truth <= high for _, low, high in found])
@@ -68,21 +68,21 @@ def test_intervals_are_wilsons_where_every_prompt_has_one_trial():
     """For large Q they are scipy's, and they stay inside [0, 1] and exact at the ends."""
     values = np.repeat([1.0, 0.0], [700, 1300])
     theirs = stats.binomtest(700, 2000).proportion_ci(0.95, "wilson")
-    np.testing.assert_allclose(scores.interval_over_prompts(values, 0.95)[1:], theirs, rtol=2e-3)
+    np.testing.assert_allclose(evaluation_numbers.interval_over_prompts(values, 0.95)[1:], theirs, rtol=2e-3)
     for value in (0.0, 0.1, 1.0):
-        mean, low, high = scores.interval_over_prompts(np.full(50, value), 0.95)
+        mean, low, high = evaluation_numbers.interval_over_prompts(np.full(50, value), 0.95)
         assert 0 <= low <= mean <= high <= 1
         assert high - low > 0.05
-    assert scores.interval_over_prompts(np.zeros(50), 0.95)[:2] == (0.0, 0.0)
-    assert scores.interval_over_prompts(np.ones(50), 0.95)[2] == 1.0
-    assert scores.interval_over_prompts(np.array([0.3]), 0.95) == (0.3, 0.0, 1.0)
+    assert evaluation_numbers.interval_over_prompts(np.zeros(50), 0.95)[:2] == (0.0, 0.0)
+    assert evaluation_numbers.interval_over_prompts(np.ones(50), 0.95)[2] == 1.0
+    assert evaluation_numbers.interval_over_prompts(np.array([0.3]), 0.95) == (0.3, 0.0, 1.0)
 
 
 def test_the_bound_of_a_policy_that_never_succeeds():
-    assert scores.success_bound(0, 21_104, 0.95) == pytest.approx(1 - 0.05 ** (1 / 21_104), rel=1e-9)
+    assert evaluation_numbers.success_bound(0, 21_104, 0.95) == pytest.approx(1 - 0.05 ** (1 / 21_104), rel=1e-9)
     theirs = stats.binomtest(3, 500, alternative="less").proportion_ci(0.95, "exact").high
-    assert scores.success_bound(3, 500, 0.95) == pytest.approx(theirs, rel=1e-9)
-    assert scores.success_bound(5, 5, 0.95) == 1.0
+    assert evaluation_numbers.success_bound(3, 500, 0.95) == pytest.approx(theirs, rel=1e-9)
+    assert evaluation_numbers.success_bound(5, 5, 0.95) == 1.0
 
 
 def test_dead_groups_are_counted_without_bias():
@@ -90,11 +90,11 @@ def test_dead_groups_are_counted_without_bias():
     for right in range(6):
         outcomes = [1] * right + [0] * (5 - right)
         dead = np.mean([len(set(group)) == 1 for group in itertools.combinations(outcomes, 3)])
-        assert scores.dead_share(np.array([right]), 5, 3) == pytest.approx(dead)
+        assert evaluation_numbers.dead_share(np.array([right]), 5, 3) == pytest.approx(dead)
     random, p = np.random.default_rng(1), np.array([0.01, 0.2, 0.9])
-    found = scores.dead_share(random.binomial(16, p, (4000, 3)).reshape(-1), 16, 8)
+    found = evaluation_numbers.dead_share(random.binomial(16, p, (4000, 3)).reshape(-1), 16, 8)
     assert found == pytest.approx(float(np.mean(dead_fraction(p, 8))), abs=0.005)
-    assert scores.dead_share(np.array([1]), 4, 8) == pytest.approx(float(dead_fraction(0.25, 8)), rel=1e-5)
+    assert evaluation_numbers.dead_share(np.array([1]), 4, 8) == pytest.approx(float(dead_fraction(0.25, 8)), rel=1e-5)
 
 
 def row(index, successes, trials=16, **more):
@@ -120,7 +120,7 @@ DETAILS = {"checkpoint": "reference", "task": "gsm8k", "split": "test"}
 
 
 def summary(rows, **more):
-    return report.summarise(rows, confidence=0.95, group_size=8) | DETAILS | more
+    return evaluation_numbers.summarise(rows, confidence=0.95, group_size=8) | DETAILS | more
 
 
 def test_a_policy_that_never_succeeds_is_told_as_such():
@@ -130,15 +130,15 @@ def test_a_policy_that_never_succeeds_is_told_as_such():
     assert result["success"] == {"mean": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 21_104))}
     assert result["pass"]["1"]["mean"] == 0.0
     assert 0.002 < result["pass"]["16"]["high"] < 0.004  # of prompts like these: 1,319 of them say no more
-    words = " ".join(value for name, value in report.evaluation_table(result) if name == "in words")
+    words = " ".join(value for name, value in evaluation_page.evaluation_table(result) if name == "in words")
     assert "not one of 21,104 completions succeeded" in words
     assert "below 0.00014 (95%, one-sided)" in words
     assert "GRPO learns only from groups with successes and failures" in words
     few = summary([row(i, int(i == 0)) for i in range(1319)])
-    words = " ".join(value for name, value in report.evaluation_table(few) if name == "in words")
+    words = " ".join(value for name, value in evaluation_page.evaluation_table(few) if name == "in words")
     assert "1 of 21,104 completions succeeded" in words
     good = summary([row(i, 8) for i in range(100)])
-    assert "in words" not in dict(report.evaluation_table(good))
+    assert "in words" not in dict(evaluation_page.evaluation_table(good))
 
 
 def test_the_summary_adds_up():
@@ -154,7 +154,7 @@ def test_the_summary_adds_up():
     assert result["verdicts"] == {"correct": 20, "wrong": 12}
     assert (result["never"], result["always"]) == (0, 1)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    table = dict(report.evaluation_table(result))
+    table = dict(evaluation_page.evaluation_table(result))
     assert table["maj@4"].startswith("0.6250")
     assert table["KL(π‖π_ref), nats"].startswith("0.2000   95% ±1.27")
     assert summary(rows[:1])["kl"] == {"mean": pytest.approx(0.1), "half_width": None}
@@ -163,7 +163,7 @@ def test_the_summary_adds_up():
 def test_the_page_cuts_and_escapes_what_the_model_said():
     text = "```\n# owned\x1b[31m|<script>" + "x" * 5000
     rows = [row(7, 3, prompt="a\nb\x07")]
-    page = report.evaluation_page(
+    page = evaluation_page.evaluation_page(
         summary([row(i, i) for i in range(9)]), [("task", "sums")], rows, [SAMPLE | {"index": 7, "text": text}]
     )
     assert page.startswith("# reference on gsm8k\n")
@@ -185,7 +185,7 @@ def test_the_page_cuts_and_escapes_what_the_model_said():
     [[row(i, 0) for i in range(5)], [row(i, i % 17, majority={str(2**k): 0.5 for k in range(5)}) for i in range(40)]],
 )
 def test_the_figure_is_drawn_also_of_nothing(tmp_path, rows):
-    report.draw_evaluation(tmp_path / "figure.png", rows, summary(rows))
+    evaluation_page.plot_evaluation(tmp_path / "figure.png", rows, summary(rows))
     content = (tmp_path / "figure.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000

@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from grpo_jax import report
 from grpo_jax.objective import DAPO, GRPO, GRPO_TRL
-from grpo_jax.report.figure import draw_run
-from grpo_jax.report.metrics import MetricsLog, read_rows
+from grpo_jax.report import forecast, run_page, run_result
+from grpo_jax.report.figure import plot_run
+from grpo_jax.report.metrics import MetricsLog, read_metrics
 from tests.tiny_run import tiny_config
 
 
 def rows(directory):
-    return [(r["iteration"], r["phase"]) for r in read_rows(directory / "metrics.jsonl")]
+    return [(r["iteration"], r["phase"]) for r in read_metrics(directory / "metrics.jsonl")]
 
 
 def test_a_resumed_log_drops_what_will_be_computed_again(tmp_path):
@@ -38,13 +38,13 @@ def test_numbers_survive_the_file_exactly(tmp_path):
     log = MetricsLog(tmp_path, after=None)
     log.write({"iteration": 1, "phase": "train", "loss/total": value})
     log.close()
-    assert read_rows(tmp_path / "metrics.jsonl")[0]["loss/total"] == value
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["loss/total"] == value
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n{"iter\n{"iteration": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
-        read_rows(tmp_path / "metrics.jsonl")
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -52,9 +52,9 @@ def test_pass_at_k_is_the_average_over_all_subsets(k):
     for successes in range(6):
         outcomes = [1] * successes + [0] * (5 - successes)
         exact = np.mean([max(subset) for subset in itertools.combinations(outcomes, k)])
-        np.testing.assert_allclose(report.pass_at_k(np.array([successes]), 5, k)[0], exact)
+        np.testing.assert_allclose(run_result.pass_at_k(np.array([successes]), 5, k)[0], exact)
     with pytest.raises(ValueError, match="pass@6 needs at least 6"):
-        report.pass_at_k(np.array([1]), 5, 6)
+        run_result.pass_at_k(np.array([1]), 5, 6)
 
 
 def counts(successes, trials=1000, **more):
@@ -75,20 +75,22 @@ def outcome(objective, shift):
     config = tiny_config()
     before = counts([200, 500, 350])
     shape = {"objective": objective, "group_size": 4, "beta": 1.0}
-    forecast = report.forecast(np.array(before["successes"]), 1000, confidence=0.95, **shape)
-    final = [700, 800, 750] if forecast is None else np.round((np.asarray(forecast.p_star) + shift) * 1000).astype(int)
-    return report.make_result(config, before, counts([int(x) for x in final]), forecast), forecast
+    prediction = forecast.make_forecast(np.array(before["successes"]), 1000, confidence=0.95, **shape)
+    final = (
+        [700, 800, 750] if prediction is None else np.round((np.asarray(prediction.p_star) + shift) * 1000).astype(int)
+    )
+    return run_result.make_result(config, before, counts([int(x) for x in final]), prediction), prediction
 
 
 def test_the_verdict_says_inside_only_inside():
-    inside, forecast = outcome(GRPO, 0.0)
+    inside, prediction = outcome(GRPO, 0.0)
     assert inside["difference"]["inside"]
-    assert inside["p_star"]["mean"] == pytest.approx(float(np.mean(forecast.p_star)), abs=1e-6)
+    assert inside["p_star"]["mean"] == pytest.approx(float(np.mean(prediction.p_star)), abs=1e-6)
     for shift in (-0.06, 0.06):
         outside, _ = outcome(GRPO, shift)
         assert not outside["difference"]["inside"]
         assert outside["difference"]["mean"] == pytest.approx(shift, abs=1e-3)
-        assert "OUTSIDE" in dict(report.table(outside))["p̂ − p*"]
+        assert "OUTSIDE" in dict(run_page.table(outside))["p̂ − p*"]
     # The interval is that of both measurements: about 1.96 √(2 · p(1−p)/3000), a little wider for the slope of p*(p_ref).
     assert 0.015 < inside["difference"]["half_width"] < 0.05
 
@@ -97,15 +99,15 @@ def test_the_objective_decides_what_is_predicted():
     paper, _ = outcome(GRPO, 0.0)
     k3, _ = outcome(GRPO_TRL, 0.0)
     assert abs(k3["p_star"]["mean"] - paper["p_star"]["mean"]) > 0.03
-    none, forecast = outcome(DAPO, 0.0)
-    assert forecast is None
+    none, prediction = outcome(DAPO, 0.0)
+    assert prediction is None
     assert "p_star" not in none
-    assert "no prediction" in dict(report.table(none))["KL(π‖π_ref), nats"]
+    assert "no prediction" in dict(run_page.table(none))["KL(π‖π_ref), nats"]
 
 
 def test_the_page_shows_model_output_as_inert_text(tmp_path):
     result, _ = outcome(GRPO, 0.0)
-    page = report.report(
+    page = run_page.report(
         result, [("task", "sums")], {"before": counts([1])["examples"], "after": counts([1])["examples"]}
     )
     assert "\x1b" not in page
@@ -115,14 +117,16 @@ def test_the_page_shows_model_output_as_inert_text(tmp_path):
 
 @pytest.mark.parametrize("objective", [GRPO, DAPO])
 def test_the_figure_is_drawn_with_and_without_a_prediction(tmp_path, objective):
-    result, forecast = outcome(objective, 0.0)
-    probes = [report.probe_row(n, counts([300, 400, 500]), 0.95) for n in (0, 5, 10)]
+    result, prediction = outcome(objective, 0.0)
+    probes = [forecast.probe_row(n, counts([300, 400, 500]), 0.95) for n in (0, 5, 10)]
     iterates = None
-    if forecast is not None:
-        iterates = report.exact_iterates(np.asarray(forecast.p_ref), 10, objective=objective, group_size=4, beta=1.0)
+    if prediction is not None:
+        iterates = forecast.exact_iterates(
+            np.asarray(prediction.p_ref), 10, objective=objective, group_size=4, beta=1.0
+        )
         assert iterates[0] == pytest.approx(0.35)
         assert iterates[-1] == pytest.approx(result["p_star"]["mean"], abs=1e-3)
-    draw_run(tmp_path / "figure.png", rows=probes, result=result, iterates=iterates)
+    plot_run(tmp_path / "figure.png", rows=probes, result=result, iterates=iterates)
     content = (tmp_path / "figure.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000

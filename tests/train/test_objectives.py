@@ -13,7 +13,7 @@ from grpo_jax import theory
 from grpo_jax.config import ConfigError, validate
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.objective import DAPO, DR_GRPO, GRPO, MIRROR_GRPO, NAMED, TWO_KL_GRPO
-from grpo_jax.report import exact_iterates, forecast, group_weights
+from grpo_jax.report.forecast import exact_iterates, group_weights, make_forecast
 from grpo_jax.rollout import sample_groups
 from grpo_jax.train.iteration import update
 from grpo_jax.train.step import init_state
@@ -169,6 +169,6 @@ def test_iterates_wait_for_their_turn():
 def test_what_the_theory_does_not_know_is_not_predicted(choices):
     unknown = replace(GRPO, **choices)
     options = {"objective": unknown, "group_size": 8, "beta": 1.0}
-    assert forecast(np.array([3]), 10, confidence=0.95, **options) is None
+    assert make_forecast(np.array([3]), 10, confidence=0.95, **options) is None
     assert exact_iterates(np.array([0.3]), 5, **options) is None
     assert "no p* is predicted" in unknown.fixed_point

@@ -1,0 +1,93 @@
+"""The result of a run: what was measured before and after, what was predicted, and whether they agree."""
+
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+
+from grpo_jax import theory
+from grpo_jax.report.forecast import mean_with_interval
+
+
+def make_result(
+    config: Any, before: dict[str, Any], after: dict[str, Any], forecast: theory.Prediction | None
+) -> dict[str, Any]:
+    """What result.json holds, from the counts before and after training.
+
+    Args:
+      config: of the run.
+      before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts".
+      forecast: the prediction made from ``before``; None where the objective has none.
+
+    Returns:
+      JSON-able. The prediction interval of p̂ − p* holds both measurements' sampling errors: p*'s band, which is what p_ref
+      leaves open, and p̂'s own interval, added in quadrature on the side of the difference.
+    """
+    confidence = config.evaluate.confidence
+    counts_before, counts_after = np.array(before["successes"]), np.array(after["successes"])
+    p_ref = mean_with_interval(counts_before, before["trials"], confidence)
+    p_final = mean_with_interval(counts_after, after["trials"], confidence)
+    prompts = {"p_ref": counts_before / before["trials"], "p_final": counts_after / after["trials"]}
+    result: dict[str, Any] = {
+        "objective": config.objective.name,
+        "beta": config.objective.beta,
+        "beta_mirror": config.objective.beta_mirror,
+        "entropy_bonus": config.objective.entropy_bonus,
+        "group_size": config.rollout.group_size,
+        "seed": config.seed,
+        "iterations": config.train.iterations,
+        "confidence": confidence,
+        "p_ref": named(p_ref),
+        "p_final": named(p_final),
+        "before": _accuracies(before),
+        "after": _accuracies(after),
+    }
+    if forecast is not None:
+        star, low, high = (
+            float(x) for x in (forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)
+        )
+        difference = p_final[0] - star
+        sides = (high - star, p_final[0] - p_final[1]) if difference > 0 else (star - low, p_final[2] - p_final[0])
+        half_width = math.hypot(*sides)
+        residual = prompts["p_final"] - forecast.p_star
+        noise = prompts["p_final"] * (1 - prompts["p_final"]) / after["trials"]
+        z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+        noise = noise + ((forecast.p_star_high - forecast.p_star_low) / (2 * z)) ** 2
+        result |= {
+            "p_star": named((star, low, high)),
+            "difference": {"mean": difference, "half_width": half_width, "inside": abs(difference) <= half_width},
+            "rms": {"measured": float(np.sqrt(np.mean(residual**2))), "noise": float(np.sqrt(np.mean(noise)))},
+            "kl_predicted": float(forecast.mean_kl),
+            "folds": int(forecast.fold.sum()),
+            "saturating": int(forecast.saturates.sum()),
+        }
+        prompts |= {k: getattr(forecast, k) for k in ("p_star", "p_star_low", "p_star_high")}
+    return result | {"prompts": {name: np.asarray(values).tolist() for name, values in prompts.items()}}
+
+
+def named(interval: tuple[float, float, float]) -> dict[str, float]:
+    """(mean, low, high) as a dict."""
+    return dict(zip(("mean", "low", "high"), interval, strict=True))
+
+
+def pass_at_k(successes: np.ndarray, trials: int, k: int) -> np.ndarray:
+    """Unbiased pass@k of each prompt: 1 − C(n − c, k) / C(n, k), for c successes in n ≥ k trials.
+
+    Source: arXiv 2107.03374, §2.1.
+
+    >>> pass_at_k(np.array([0, 1, 8]), 8, 8).tolist(), pass_at_k(np.array([2]), 4, 1).tolist()
+    ([0.0, 1.0, 1.0], [0.5])
+    """
+    if not 1 <= k <= trials:
+        raise ValueError(f"pass@{k} needs at least {k} trials, got {trials}")
+    failures = trials - np.asarray(successes, np.float64)
+    steps = np.arange(k)
+    factors = np.clip((failures[..., None] - steps) / (trials - steps), 0.0, None)
+    return 1.0 - factors.prod(-1)
+
+
+def _accuracies(counts: dict[str, Any]) -> dict[str, Any]:
+    successes = np.array(counts["successes"])
+    passes = {f"pass@{k}": float(pass_at_k(successes, counts["trials"], k).mean()) for k in (1, 8)}
+    return passes | {name: counts[name] for name in ("greedy", "kl", "length", "truncated", "verdicts")}

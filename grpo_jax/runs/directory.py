@@ -1,0 +1,105 @@
+"""The run directory: one process at a time, one config for ever, and files that are written whole or not at all."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.files import read_json, write_json
+from grpo_jax.runs.errors import RunDirectoryError
+
+CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
+
+# Keys that may differ when a run is started again: they say how often to look and save, never what is computed.
+CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "train.iterations_per_program")
+
+
+@contextmanager
+def open_run_directory(
+    path: Path, config: dict[str, Any], *, changeable: tuple[str, ...] = CHANGEABLE, flag: str = "--workdir=PATH"
+) -> Iterator[Path]:
+    """Creates or reopens a run directory, locked for this process, that belongs to this config.
+
+    Args:
+      path: of the directory.
+      config: {dotted key: JSON value}; written to config.json by the first start, compared by every later one.
+      changeable: keys that may differ.
+      flag: which chooses another directory, for the messages.
+
+    Yields:
+      The absolute path.
+
+    Raises:
+      RunDirectoryError: the path is not a directory or not writable, holds something else, belongs to another config (every
+        key that differs is named; a start that failed before it made anything binds nobody), or is in use by another process.
+        Nothing has been changed then.
+    """
+    with lock_directory(path, flag=flag) as path:
+        if contents(path) > {CONFIG}:
+            check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
+        else:
+            write_json(path / CONFIG, config)
+        yield path
+
+
+@contextmanager
+def lock_directory(path: Path, *, flag: str = "--workdir=PATH") -> Iterator[Path]:
+    """Creates a directory if need be, and holds its lock; see `open_run_directory`."""
+    path = path.expanduser().resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        names = contents(path)
+        if names and CONFIG not in names:
+            raise RunDirectoryError(
+                f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with {flag}"
+            )
+        lock = (path / "lock").open("a+")
+    except OSError as error:
+        raise RunDirectoryError(
+            f"cannot use {path} as run directory: {error.strerror or error}. Choose another with {flag}"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the system drops it when the process dies, however it dies
+        except OSError as error:
+            lock.seek(0)
+            raise RunDirectoryError(f"{path} is in use by process {lock.read().strip() or '?'}") from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield path
+
+
+def contents(path: Path) -> set[str]:
+    """Names in a run directory, without those that bind nobody: the lock, a torn config, evaluations of other models."""
+    return {p.name for p in path.iterdir()} - {"lock", f".{CONFIG}.tmp", EVALUATIONS}
+
+
+def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...], advice: str) -> None:
+    """Compares a config with that of a run directory.
+
+    Args:
+      path: of the directory, which holds config.json.
+      config: {dotted key: JSON value}.
+      changeable: keys that may differ; one that ends in a dot stands for all keys that start so.
+      advice: last line of the message.
+
+    Raises:
+      RunDirectoryError: naming every key that differs.
+    """
+    try:
+        stored = read_json(path / CONFIG)
+    except ValueError as error:
+        raise RunDirectoryError(f"{path / CONFIG} is not readable as JSON ({error})") from error
+    config = json.loads(json.dumps(config))  # as it would come back: tuples are lists
+    keys = sorted(set(stored) | set(config))
+    free = tuple(key for key in changeable if key.endswith("."))
+    differing = [k for k in keys if k not in changeable and not k.startswith(free) and stored.get(k) != config.get(k)]
+    if differing:
+        lines = [f"  - {k}: {stored.get(k)!r} there, {config.get(k)!r} now" for k in differing]
+        raise RunDirectoryError("\n".join([f"{path} belongs to another config:", *lines, advice]))

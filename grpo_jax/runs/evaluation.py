@@ -1,0 +1,275 @@
+"""The mode that measures: one checkpoint on the task that the config names now, prompt by prompt, and nothing is trained.
+
+An evaluation has a directory of its own inside that of the run: blocks/ while it goes on, one file per block of prompts, so
+that a start after a kill continues behind the last; then prompts.jsonl, samples.jsonl, samples.txt, figure.png, report.md
+and, last of all, result.json. Every random number is addressed by (seed, checkpoint, prompt, sample), so that all of them are
+the same however often it was killed.
+"""
+
+import json
+import math
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from grpo_jax.config import task_options, validate
+from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.report import evaluation_numbers, evaluation_page
+from grpo_jax.report.evaluation_numbers import majority_at_k, powers_of_two
+from grpo_jax.report.progress import progress
+from grpo_jax.runs.directory import EVALUATIONS, RESULT, lock_directory, open_run_directory
+from grpo_jax.runs.errors import RunDirectoryError
+from grpo_jax.runs.measured_policy import (
+    CHANGEABLE,
+    Subject,
+    check_alphabet,
+    find_place,
+    find_subject,
+    identity_of,
+    stored_config,
+)
+from grpo_jax.runs.measurement import Completion, draw_completions
+from grpo_jax.runs.run import Run, check_preempted, check_verifier, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.setup import make_program
+from grpo_jax.tasks import Task, Verdict
+from grpo_jax.tasks.verifiers import import_path
+from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.sharding import row_shards
+
+BLOCKS = "blocks"
+TRUNCATIONS = ("top_k", "top_p", "min_p")  # of the distribution that is sampled
+
+
+def evaluate(
+    config: Any,
+    workdir: str | Path,
+    console: Console | None = None,
+    *,
+    checkpoint: str = "latest",
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Measures, resumes, or shows the finished measurement of a checkpoint of the run in a run directory.
+
+    Measured on every prompt (or the ``evaluate.prompts`` chosen): ``evaluate.final_samples`` completions at the config's
+    temperature, and the greedy one. Where the config's task is the run's, they are those that the run itself measured. Text is
+    judged by the verifier on the host, so that every verdict is counted; a reward is what training would give.
+
+    Args:
+      config: as for `train`; it may differ from the run's in task, evaluate, data, rollout, verifier and mesh.
+      workdir: the run directory. Where it holds no run, the config's own initial model is measured.
+      console: where progress is shown; the terminal by default.
+      checkpoint: "latest", "reference", or the number of an iteration that was saved.
+      name: of the directory inside ``workdir``/evaluations; by default made of checkpoint, task and split, and of a
+        digest of all settings where another evaluation has that name.
+
+    Returns:
+      The content of result.json: see `report.summarise`. prompts.jsonl has a row per prompt, which
+      ``python -m grpo_jax.theory plan --from`` reads; samples.jsonl and samples.txt the first ``evaluate.kept_samples``
+      completions of each, and the greedy one.
+
+    Raises:
+      ConfigError, RunDirectoryError, CheckpointError, Preempted, ValueError: each message says what to do.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise RunDirectoryError(f"--name={name[:100]!r} must be letters, digits and . _ + - only: it names one folder")
+    task, objective = validate(config, num_devices=jax.device_count(), training=False)
+    workdir = Path(workdir).expanduser().resolve()
+    with ExitStack() as stack:
+        with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
+            stored = stored_config(workdir, config)
+            program = make_program(config, task, objective, training=False)
+            check_alphabet(config, program, stored)
+            subject = find_subject(config, program, workdir, checkpoint, has_run=stored is not None)
+        identity = identity_of(config, program.task, subject)
+        evaluations = workdir / EVALUATIONS
+        place = evaluations / name if name else find_place(evaluations, config, program.task, subject, identity, stored)
+        options: dict[str, Any] = {"changeable": CHANGEABLE, "flag": "--name=NAME"}
+        directory = stack.enter_context(open_run_directory(place, identity, **options))
+        if (directory / RESULT).exists():
+            shutil.rmtree(directory / BLOCKS, ignore_errors=True)  # left where the last step was killed
+            result = read_json(directory / RESULT)
+            said = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
+            console.print(f"{said}:", markup=False, highlight=False)
+            show(console, evaluation_page.evaluation_table(result))
+            return result
+        settings = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
+        pool = stack.enter_context(VerifierPool(program.task.verify, **settings))
+        signals = stack.enter_context(sigterm_as_flag())
+        run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
+        return _phases(run, subject, dropped=len(task.examples) - len(program.task.examples))
+
+
+def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
+    begun = time.monotonic()
+    header = _header(run, subject, dropped)
+    show(run.console, header)
+    rows, samples = _measure(run, subject)
+
+    c, directory = run.config, run.directory
+    result = evaluation_numbers.summarise(rows, confidence=c.evaluate.confidence, group_size=c.rollout.group_size) | {
+        "checkpoint": subject.name,
+        "model": c.model.path or "random decoder",
+        "task": run.program.task.name,
+        "split": task_options(c).get("split"),
+        "verifier": import_path(run.program.task.verify),
+        "chat": c.data.chat,
+        "system": c.data.system,
+        "dropped": dropped,
+        "seed": c.seed,
+        "temperature": c.rollout.temperature,
+        **{key: c.rollout[key] for key in TRUNCATIONS},
+        "max_completion": c.rollout.max_completion,
+    }
+    shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
+    for file, lines in (("prompts.jsonl", rows), ("samples.jsonl", samples)):
+        write_text(directory / file, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
+    evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
+    write_text(directory / "report.md", evaluation_page.evaluation_page(result, header, shown, samples))
+    write_json(directory / RESULT, result)
+    shutil.rmtree(directory / BLOCKS)
+    show(run.console, evaluation_page.evaluation_table(result))
+    files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
+    run.console.print(
+        f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}", markup=False, highlight=False
+    )
+    return result
+
+
+def _measure(run: Run, subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of the prompts, rows of the samples kept): read from the blocks on disk, after computing those that are missing."""
+    program, folder = run.program, run.directory / BLOCKS
+    rows, batch = len(program.probed), run.config.data.prompts_per_iteration
+    paths = [folder / f"{number:06}.json" for number in range(math.ceil(rows / batch))]
+    blocks = [_read_block(path) for path in paths if path.exists()]
+    done = sum(len(block["prompts"]) for block in blocks)
+    if blocks:
+        run.console.print(f"resuming after {done:,} of {rows:,} prompts", highlight=False)
+    counts: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+
+    def count(block: dict[str, Any]) -> None:
+        for row in block["prompts"]:
+            counts.update({k: row[k] for k in ("successes", "trials")})
+            verdicts.update(row["verdicts"])
+
+    for block in blocks:
+        count(block)
+    with progress(run.console, "prompts", total=rows, done=done) as line:
+        for number, path in enumerate(paths):
+            if path.exists():
+                continue
+            check_preempted(run)
+            block = _measure_block(run, subject, program.probed[number * batch : (number + 1) * batch])
+            count(block)
+            check_verifier(run, verdicts)
+            folder.mkdir(exist_ok=True)
+            write_text(path, json.dumps(block))
+            done += len(block["prompts"])
+            line.update(done, f"success {counts['successes'] / counts['trials']:.3f}")
+    blocks = [_read_block(path) for path in paths]  # what an unbroken evaluation and a resumed one both read
+    return [row for b in blocks for row in b["prompts"]], [row for b in blocks for row in b["samples"]]
+
+
+def _measure_block(run: Run, subject: Subject, block: np.ndarray) -> dict[str, Any]:
+    c, key = run.config, role_key(run.base_key, "probe", subject.iteration)
+    assert run.pool is not None
+    draw = partial(draw_completions, run.program, run.pool, subject.params, batch_prompts=_batch_prompts(run))
+    sampled = draw(
+        subject.ref_params, key, block, samples=c.evaluate.final_samples, batch_samples=c.evaluate.batch_samples
+    )
+    greedy = draw(None, key, block, samples=1, batch_samples=1, greedy=True)
+    task, kept = run.program.task, c.evaluate.kept_samples
+    prompts, samples = [], []
+    for index, drawn, (best,) in zip(block.tolist(), sampled, greedy, strict=True):
+        prompts.append(_row(task, index, drawn, best))
+        samples.append(_sample(task, index, 0, best, greedy=True))
+        samples += [_sample(task, index, j, completion) for j, completion in enumerate(drawn[:kept])]
+    return {"prompts": prompts, "samples": samples}
+
+
+def _batch_prompts(run: Run) -> int:
+    """Prompts drawn at a time: those of an iteration, or fewer where there are not so many, and as many for every device."""
+    shards = row_shards(run.program.mesh)
+    return math.ceil(min(run.config.data.prompts_per_iteration, len(run.program.probed)) / shards) * shards
+
+
+def _row(task: Task, index: int, drawn: Sequence[Completion], best: Completion) -> dict[str, Any]:
+    """One prompt's line of prompts.jsonl."""
+    ratios = [x.log_ratio for x in drawn if x.log_ratio is not None]
+    majority = common = None
+    if task.answer is not None:
+        answers, rewards = [_answer(task, x) for x in drawn], [x.reward for x in drawn]
+        majority = {str(k): majority_at_k(answers, rewards, k) for k in powers_of_two(len(drawn))}
+        common = Counter(a[:100] for a in answers if a is not None).most_common(3)
+    return {
+        "index": index,
+        "prompt": task.examples[index].prompt,
+        "target": task.examples[index].target,
+        "successes": sum(x.reward > 0 for x in drawn),
+        "trials": len(drawn),
+        "greedy": best.reward > 0,
+        "greedy_verdict": best.verdict,
+        "verdicts": dict(sorted(Counter(x.verdict for x in drawn).items())),
+        "tokens": sum(x.tokens for x in drawn),
+        "truncated": sum(x.truncated for x in drawn),
+        "disagreements": sum(x.reward != x.verdict.reward for x in [*drawn, best]),
+        "kl": sum(ratios) / len(ratios) if ratios else None,
+        "majority": majority,
+        "answers": common,
+    }
+
+
+def _sample(task: Task, index: int, number: int, x: Completion, *, greedy: bool = False) -> dict[str, Any]:
+    """One completion's line of samples.jsonl."""
+    row = {"index": index, "sample": number, "greedy": greedy, "text": x.text, "verdict": x.verdict, "reward": x.reward}
+    return row | {
+        "tokens": x.tokens,
+        "truncated": x.truncated,
+        "answer": _answer(task, x),
+    }
+
+
+def _answer(task: Task, x: Completion) -> str | None:
+    """The answer that a completion votes for: none where the verifier found none, or the completion was cut off."""
+    if task.answer is None or x.verdict not in (Verdict.correct, Verdict.wrong):
+        return None
+    try:
+        return task.answer(x.text)
+    except Exception:  # as a verifier's crash is a verdict and ends nothing, so here: no answer, no vote
+        return None
+
+
+def _read_block(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is damaged ({error}): delete it, and it will be measured again") from None
+
+
+def _header(run: Run, subject: Subject, dropped: int) -> list[tuple[str, str]]:
+    c, program = run.config, run.program
+    prompts = f"{len(program.probed):,} of {len(program.task.examples):,} prompts"
+    left_out = f"; {dropped:,} more are too long for data.max_prompt and left out" if dropped else ""
+    split = task_options(c).get("split")
+    cut = "".join(f", {key}={c.rollout[key]:g}" for key in TRUNCATIONS if c.rollout[key] is not None)
+    sampled = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}{cut}"
+    return [
+        *machine_lines(run),
+        ("checkpoint", subject.name),
+        ("task", f"{program.task.name}{f', {split}' if split else ''}: {prompts}{left_out}"),
+        ("samples", f"{sampled}, and the greedy one, at most T = {c.rollout.max_completion} tokens"),
+    ]

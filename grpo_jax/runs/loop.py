@@ -1,0 +1,253 @@
+"""A run from start to end: reference, prediction, iterations, measurement, report."""
+
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from grpo_jax import theory
+from grpo_jax.config import flat, validate
+from grpo_jax.data import PromptSet, prompt_order
+from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.report import figure, forecast, metrics, run_page, run_result
+from grpo_jax.report.markdown import inline
+from grpo_jax.report.metrics import METRICS, PERF
+from grpo_jax.report.progress import progress
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.directory import RESULT, open_run_directory
+from grpo_jax.runs.errors import Diverged
+from grpo_jax.runs.measurement import judge
+from grpo_jax.runs.memory import binary, check_memory, held_memory
+from grpo_jax.runs.reference import make_reference, read_reference
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, measure, measure_in_full, show, sigterm_as_flag
+from grpo_jax.runs.setup import make_program, prompt_text, put_prompts
+from grpo_jax.tasks.identity import task_identity
+from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.sharding import replicated, sharded_shapes
+from grpo_jax.train.step import TrainState
+
+
+def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+    """Runs, resumes, or shows the finished run of a config in a run directory.
+
+    Args:
+      config: a `ml_collections.ConfigDict` with the keys of configs/default.py.
+      workdir: the run directory; created if need be.
+      console: where the run speaks; the terminal by default.
+
+    Returns:
+      The content of result.json: p_ref, p_final, p_star (each mean, low, high), their difference, KL, accuracies before and
+      after, and the per-prompt arrays.
+
+    Raises:
+      ConfigError, RunDirectoryError, CheckpointError, Preempted, Diverged, WarmStartFailed, ValueError: each message says what
+        to do.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    task, objective = validate(config, num_devices=jax.device_count())
+    with ExitStack() as stack:
+        # The keys of a config name data and code that may have changed since.
+        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task)))
+        if (directory / RESULT).exists():
+            result = read_json(directory / RESULT)
+            console.print(f"{directory} holds a finished run:", markup=False, highlight=False)
+            show(console, run_page.table(result))
+            return result
+        program = make_program(config, task, objective)
+        dropped = len(task.examples) - len(program.task.examples)
+        options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
+        pool = stack.enter_context(
+            nullcontext(None) if program.functions.grade else VerifierPool(task.verify, **options)
+        )
+        signals = stack.enter_context(sigterm_as_flag())
+        run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
+        return _phases(run, dropped)
+
+
+def _phases(run: Run, dropped: int) -> dict[str, Any]:
+    begun = time.monotonic()
+    config, program, console = run.config, run.program, run.console
+    header = machine_lines(run)
+    header += run_page.header(config, program.objective, num_prompts=len(program.task.examples), task=program.task.name)
+    if config.model.path is not None:
+        header.append(("first prompt", inline(prompt_text(program, 0)[:300])))
+    if dropped:
+        header.append(("dropped", f"{dropped:,} examples longer than data.max_prompt or rollout.max_completion allow"))
+    held = held_memory(config, program.objective, program.shapes, program.mesh)
+    said = f"{binary(sum(held.values()))} per device for {', '.join(held)}; --mode=estimate: the rest"
+    header.append(("memory", said))
+    show(console, header)
+    check_memory(held)
+
+    before = make_reference(run)
+    shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
+    successes, trials = np.array(before["successes"]), before["trials"]
+    known = not config.objective.entropy_bonus  # which the theory leaves out
+    prediction = (
+        forecast.make_forecast(successes, trials, confidence=config.evaluate.confidence, **shape) if known else None
+    )
+    outlook = run_page.outlook(
+        before, prediction, confidence=config.evaluate.confidence, group_size=config.rollout.group_size
+    )
+    show(console, outlook)
+
+    ref_params = read_reference(run) if program.objective.holds_to_reference else None
+    params = iterate(run, ref_params, before, prediction)
+
+    ref_params = read_reference(run) if ref_params is None else ref_params
+    after = measure_in_full(run, params, ref_params, config.train.iterations)
+    result = run_result.make_result(config, before, after, prediction)
+    rows = [row for row in metrics.read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
+    rows.append(forecast.probe_row(config.train.iterations, after, config.evaluate.confidence))
+    iterates = None
+    if known:
+        visited = config.data.prompts_per_iteration / len(program.task.examples)
+        weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
+        iterates = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **shape)
+    figure.plot_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
+    samples = {"before": before["examples"], "after": after["examples"]}
+    write_json(run.directory / "samples.json", samples)
+    write_text(run.directory / "report.md", run_page.report(result, [*header, *outlook], samples))
+    write_json(run.directory / RESULT, result)
+    show(console, run_page.table(result))
+    console.print(
+        f"{time.monotonic() - begun:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}",
+        markup=False,
+        highlight=False,
+    )
+    return result
+
+
+def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction: theory.Prediction | None) -> Any:
+    """All iterations, from the newest checkpoint on; the parameters after the last.
+
+    Args:
+      run: see `Run`.
+      ref_params: of the reference policy; None where the objective has no KL to it.
+      before: its measurement, the first probe row.
+      prediction: shown beside the current success probability.
+
+    Raises:
+      Preempted, Diverged.
+    """
+    c, program = run.config, run.program
+    checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
+    done = 0
+    found = checkpoints.restore_latest(
+        sharded_shapes(jax.eval_shape(program.functions.start, program.shapes), program.mesh)
+    )
+    if found is None:
+        state = program.functions.start(read_reference(run) if ref_params is None else ref_params)
+    else:
+        _, state, meta = found
+        done = meta["data_position"]
+        run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
+        run.console.print(f"resuming after iteration {done} of {c.train.iterations}", highlight=False)
+    table = jax.device_put(program.prompts, replicated(program.mesh)) if program.functions.iterate else None
+    log = metrics.MetricsLog(run.directory, after=done or None)
+    try:
+        if done == 0:
+            log.write(forecast.probe_row(0, before, c.evaluate.confidence))
+        target = "" if prediction is None else f" → p* {prediction.mean_p_star:.3f}"
+        success, n = "", done
+        with progress(run.console, "iterations", total=c.train.iterations, done=done) as line:
+            while n < c.train.iterations:
+                begun = time.monotonic()
+                state, rows, skipped = advance(run, state, ref_params, table, n)
+                seconds = (time.monotonic() - begun) / len(rows)
+                for row, in_a_row in zip(rows, skipped, strict=True):
+                    n += 1
+                    log.write({"iteration": n, "phase": "train"} | row)
+                    log.write({"iteration": n, "phase": "train"} | _perf(run, row, seconds), file=PERF)
+                    if in_a_row > c.train.max_skipped:
+                        raise Diverged(
+                            f"{in_a_row} updates in a row had a non-finite loss or gradient (iteration {n}); lower "
+                            f"optimizer.learning_rate, in a new --workdir. The checkpoints in {run.directory} are from before"
+                        )
+                if n % c.evaluate.interval == 0 and n < c.train.iterations:
+                    probe = measure(run, state.params, ref_params, n)
+                    log.write(probe_row := forecast.probe_row(n, probe._asdict(), c.evaluate.confidence))
+                    success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
+                kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
+                line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")
+                if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
+                    log.flush()  # a checkpoint vouches for the rows before it
+                    key = jax.random.key_data(run.base_key).tolist()
+                    checkpoints.save(n, state, {"data_position": n, "base_key": key})
+                    if n < c.train.iterations:
+                        check_preempted(run)
+        return state.params
+    finally:
+        log.close()
+        checkpoints.close()
+
+
+def advance(
+    run: Run, state: TrainState, ref_params: Any | None, table: PromptSet | None, done: int
+) -> tuple[TrainState, list[dict[str, float]], list[int]]:
+    """The next iterations: several as one program, or one in two halves with the worker processes between them.
+
+    Args:
+      run, state, ref_params: see `iterate`.
+      table: the prompts on the device, with a verifier there; else None.
+      done: iterations so far.
+
+    Returns:
+      (state, metrics row of each iteration, updates skipped in a row after each).
+    """
+    c, functions = run.config, run.program.functions
+    beta, learning_rate = jnp.float32(c.objective.beta), jnp.float32(c.optimizer.learning_rate)
+    if functions.iterate is None:
+        state, row = _by_halves(run, state, ref_params, done, beta, learning_rate)
+        return state, [row], [int(state.skipped)]
+    count = stretch(c, done)
+    index = visits(c, len(run.program.task.examples), done, count)
+    state, *found = functions.iterate(
+        *(state, ref_params, table, index, jnp.int32(count), run.base_key, jnp.int32(done + 1), beta, learning_rate)
+    )
+    metrics, skipped = jax.device_get(found)
+    rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(count)]
+    return state, rows, skipped[:count].tolist()
+
+
+def stretch(config: Any, done: int) -> int:
+    """Iterations that run as one program after ``done`` of them: up to the next probe, checkpoint or end."""
+    c = config
+    ends = [c.train.iterations - done, *(k - done % k for k in (c.evaluate.interval, c.checkpoint.interval))]
+    return min(c.train.iterations_per_program, *ends)
+
+
+def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
+    """[K, P] int32 rows that the ``count`` iterations after ``done`` visit; 0 beyond them."""
+    batch = config.data.prompts_per_iteration
+    index = np.zeros((config.train.iterations_per_program, batch), np.int32)
+    for i in range(count):
+        index[i] = prompt_order(config.seed, done + i, num_prompts=num_prompts, batch=batch)
+    return index
+
+
+def _by_halves(
+    run: Run, state: TrainState, ref_params: Any | None, done: int, beta: jax.Array, learning_rate: jax.Array
+) -> tuple[TrainState, dict[str, float]]:
+    c, program, number = run.config, run.program, done + 1
+    index = prompt_order(c.seed, done, num_prompts=len(program.task.examples), batch=c.data.prompts_per_iteration)
+    prompts, answers, answer_mask = put_prompts(program, index)
+    rollout = program.functions.sample(state.params, prompts, role_key(run.base_key, "rollout", number))
+    rewards, verdicts = judge(program, run.pool, prompts, rollout, answers, answer_mask)
+    key = role_key(run.base_key, "minibatches", number)
+    state, metrics = program.functions.improve(
+        *(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta, learning_rate)
+    )
+    return state, {name: float(x) for name, x in metrics.items()} | {f"verdict/{k}": v for k, v in verdicts.items()}
+
+
+def _perf(run: Run, row: dict[str, float], seconds: float) -> dict[str, float]:
+    tokens = row["rollout/length"] * run.config.data.prompts_per_iteration * run.config.rollout.group_size
+    return {"time/iteration": seconds, "perf/tokens_per_second": tokens / seconds}

@@ -1,0 +1,189 @@
+"""What an evaluation measures, a checkpoint of the run in a run directory or the config's own initial model, and where.
+
+What decides its numbers is its identity; an evaluation with another has a directory of its own.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from grpo_jax.config import flat, task_options, validate
+from grpo_jax.files import read_json
+from grpo_jax.runs.checkpoints import Checkpoints, digests
+from grpo_jax.runs.directory import CONFIG, check_same, contents
+from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
+from grpo_jax.runs.setup import Program, make_tokenizer
+from grpo_jax.tasks import Task
+from grpo_jax.tasks.identity import task_identity
+from grpo_jax.train.sharding import sharded_shapes
+
+# What may differ from the run's config; all else decides which parameters there are, or would be another run.
+OF_THE_MEASUREMENT: tuple[str, ...] = (
+    *("task.", "evaluate.", "data.", "rollout.", "verifier.", "mesh.", "checkpoint."),
+    *("train.microbatch_tokens", "train.row_length", "train.chunk_size", "train.iterations_per_program"),  # no number
+)
+
+
+# What may differ when an evaluation is started again: it changes no number.
+CHANGEABLE = ("verifier.num_workers", "evaluate.interval", "evaluate.samples", "evaluate.examples")
+
+
+class Subject(NamedTuple):
+    """The policy to measure.
+
+    Attributes:
+      name: "initial", "reference" or "iteration-N".
+      iteration: of the measurement's key; 0 for the first two.
+      params, ref_params: of the policy, and of the reference where that is another.
+    """
+
+    name: str
+    iteration: int
+    params: Any
+    ref_params: Any | None
+
+
+def stored_config(workdir: Path, config: Any) -> dict[str, Any] | None:
+    """The config of the run in a directory, compared with the one given; None where there is no run.
+
+    Raises:
+      RunDirectoryError: naming every key that differs and is not of the measurement.
+    """
+    if not contents(workdir) > {CONFIG}:
+        return None
+    advice = "An evaluation may differ from its run in task, evaluate, data, rollout, verifier and mesh only"
+    check_same(workdir, flat(config), changeable=OF_THE_MEASUREMENT, advice=advice)
+    return read_json(workdir / CONFIG)
+
+
+def find_subject(config: Any, program: Program, workdir: Path, checkpoint: str, *, has_run: bool) -> Subject:
+    """Restores the policy that ``checkpoint`` names, and the reference where that is another.
+
+    Args:
+      config, program: of the measurement.
+      workdir: the run directory, locked.
+      checkpoint: "latest", "reference", or the number of an iteration.
+      has_run: the directory holds a run; without one, the config's initial model is the policy.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+    """
+    number = int(checkpoint) if re.fullmatch("[0-9]{1,9}", checkpoint) else None
+    if number is None and checkpoint not in ("latest", "reference"):
+        raise CheckpointError(f"--checkpoint={checkpoint!r} must be latest, reference, or the number of an iteration")
+    if not has_run:
+        if number is not None:
+            raise CheckpointError(f"--checkpoint={number}: there is no run in {workdir}")
+        return Subject("initial", 0, program.initial_params(config.seed), None)
+    reference = _restore(workdir / "reference", program.shapes)
+    if reference is None:
+        raise CheckpointError(f"the run in {workdir} has no reference policy yet: start it again to go on with it")
+    if checkpoint == "reference":
+        return Subject("reference", 0, reference[1], None)
+    like = jax.eval_shape(program.functions.start, program.shapes)
+    state = _restore(workdir / "checkpoints", sharded_shapes(like, program.mesh), number)
+    if state is None:
+        return Subject("reference", 0, reference[1], None)
+    return Subject(f"iteration-{state[0]}", state[0], state[1].params, reference[1])
+
+
+def check_alphabet(config: Any, program: Program, stored: dict[str, Any] | None) -> None:
+    """Refuses a task of other characters than the run's, for a random decoder: its token ids would change their meaning.
+
+    Args:
+      config, program: of the measurement.
+      stored: the run's config, or None.
+
+    Raises:
+      RunDirectoryError: naming both alphabets.
+    """
+    now = getattr(program.tokenizer, "alphabet", None)
+    task_now = {key: value for key, value in flat(config).items() if key.startswith("task.")}
+    if stored is None or now is None or all(stored.get(key) == value for key, value in task_now.items()):
+        return
+    run_config = config.copy_and_resolve_references()
+    with run_config.unlocked(), run_config.ignore_type():
+        run_config.update_from_flattened_dict({key: stored[key] for key in task_now if key in stored})
+    task, _ = validate(run_config, num_devices=jax.device_count(), training=False)
+    then = make_tokenizer(run_config, task).alphabet  # type: ignore[attr-defined] # of characters, as the other
+    if now != then:
+        raise RunDirectoryError(
+            f"task.*: the run's model reads and writes the characters {then!r}, and this task's are {now!r}; a random decoder "
+            "is evaluated on tasks of the same characters"
+        )
+
+
+def identity_of(config: Any, task: Task, subject: Subject) -> dict[str, Any]:
+    """What decides the numbers of an evaluation, as {dotted key: JSON value}; kept as its config.json."""
+    groups = ("model", "data", "rollout", "evaluate", "verifier", "mesh", "seed")
+    bound = {key: value for key, value in flat(config).items() if key.split(".")[0] in groups}
+    bound |= {"task.name": config.task.name} | {f"task.{k}": v for k, v in sorted(task_options(config).items())}
+    return bound | {
+        **task_identity(task),
+        "checkpoint.name": subject.name,
+        "checkpoint.parameters": hashlib.sha256(json.dumps(digests(subject.params)).encode()).hexdigest(),
+    }
+
+
+def find_place(
+    evaluations: Path,
+    config: Any,
+    task: Task,
+    subject: Subject,
+    identity: dict[str, Any],
+    stored: dict[str, Any] | None,
+) -> Path:
+    """The directory of an evaluation that was given no name: checkpoint-task-split, and what else is not the run's.
+
+    Where that holds another evaluation, six digits of a digest of all settings are added.
+
+    Args:
+      evaluations: where it is to be.
+      config, task, subject: of the measurement.
+      identity: see `identity_of`.
+      stored: the run's config, or None.
+    """
+    place = evaluations / _name(config, task, subject, stored)
+    try:
+        if place.is_dir() and contents(place) > {CONFIG}:
+            check_same(place, identity, changeable=CHANGEABLE, advice="")
+    except RunDirectoryError:
+        bound = {key: value for key, value in identity.items() if key not in CHANGEABLE}
+        digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        return place.with_name(f"{place.name}-{digest[:6]}")
+    return place
+
+
+def _name(config: Any, task: Task, subject: Subject, stored: dict[str, Any] | None) -> str:
+    parts, said = [], ("name", "source", "data_dir", "prompt", "target")  # by the task's name, or at too great a length
+    for key, value in sorted(task_options(config).items()):
+        same = stored is None or stored.get(f"task.{config.task.name}.{key}") == json.loads(json.dumps(value))
+        if key == "split" or not (same or key in said):
+            parts.append(str(value) if key == "split" else f"{key}-{value}")
+    return re.sub(r"[^\w.+-]+", "_", "-".join([subject.name, task.name, *parts]))[:93]
+
+
+def _restore(folder: Path, like: Any, number: int | None = None) -> tuple[int, Any] | None:
+    """(step, state): the one asked for, else the newest that is intact; None where there is none."""
+    steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.is_dir() else []
+    if number is not None and number not in steps:
+        saved = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"--checkpoint={number}: {folder} does not hold it; there are {saved}")
+    if not folder.is_dir():
+        return None
+    checkpoints = Checkpoints(folder, keep=None)
+    try:
+        if number is None:
+            found = checkpoints.restore_latest(like)
+            return found and found[:2]
+        return number, checkpoints.restore(number, like)[0]
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax raises whatever a damaged file leads to
+        raise CheckpointError(f"checkpoint {number} in {folder} cannot be restored: {error}") from error
+    finally:
+        checkpoints.close()

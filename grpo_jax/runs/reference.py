@@ -1,0 +1,69 @@
+"""The reference policy: made once by the warm start (or taken as it is), measured, and read back by every later start."""
+
+from typing import Any
+
+from grpo_jax.data import prompt_order
+from grpo_jax.files import read_json, write_json
+from grpo_jax.report import metrics
+from grpo_jax.report.progress import progress
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.directory import REFERENCE
+from grpo_jax.runs.errors import WarmStartFailed
+from grpo_jax.runs.run import Run, check_preempted, measure, measure_in_full
+from grpo_jax.runs.setup import put_prompts
+
+
+def make_reference(run: Run) -> dict[str, Any]:
+    """The measurement of π_ref: from the run directory where it holds it, else both are made and stored there.
+
+    The parameters are stored before they are measured, so a run that is killed in between does not train them again.
+    """
+    if not (run.directory / REFERENCE).exists():
+        params = read_reference(run)
+        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0))
+        check_preempted(run)
+    return read_json(run.directory / REFERENCE)
+
+
+def read_reference(run: Run) -> Any:
+    """The parameters of π_ref, from the run directory; made and stored there if it does not hold them."""
+    checkpoints = Checkpoints(run.directory / "reference", keep=None)
+    try:
+        found = checkpoints.restore_latest(run.program.shapes)
+        if found is not None:
+            return found[1]
+        metrics.MetricsLog(run.directory, after=None).close()
+        fresh = run.config.warm_start.max_steps == 0
+        params = run.program.initial_params(run.config.seed) if fresh else warm_start(run)
+        checkpoints.save(0, params, {})
+        return params
+    finally:
+        checkpoints.close()
+
+
+def warm_start(run: Run) -> Any:
+    """Supervised steps on the task's demonstrations until its success probability reaches the target.
+
+    Raises:
+      WarmStartFailed: it does not within the steps allowed.
+    """
+    c, program = run.config.warm_start, run.program
+    state, rows = program.functions.warm_start(program.initial_params(run.config.seed)), len(program.task.examples)
+    success = 0.0
+    with progress(run.console, "warm start", total=c.max_steps) as line:
+        for step in range(1, c.max_steps + 1):
+            index = prompt_order(run.config.seed, step - 1, num_prompts=rows, batch=min(c.batch, rows))
+            state, metrics = program.functions.warm_start_step(state, *put_prompts(program, index))
+            if step % c.interval == 0 or step == c.max_steps:
+                check_preempted(run)
+                sizes = {"samples": c.samples, "batch_samples": c.samples}
+                found = measure(run, state.params, state.params, step, role="warm_start", **sizes)
+                success = float(found.successes.mean() / found.trials)
+                line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
+                if success >= c.target:
+                    run.console.print(f"warm start: success {success:.3f} after {step} steps", highlight=False)
+                    return state.params
+    raise WarmStartFailed(
+        f"warm_start.max_steps={c.max_steps} steps did not reach warm_start.target={c.target} (success {success:.3f}): "
+        "raise max_steps or learning_rate, lower the target, or widen the model, in a new --workdir"
+    )

@@ -1,0 +1,223 @@
+"""From a checked config to what runs: task, tokenizer, prompts, model and mesh, and the functions of all these."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from grpo_jax.config import decoder_options
+from grpo_jax.data import (
+    ByteTokenizer,
+    CharTokenizer,
+    ChatFormat,
+    HFTokenizer,
+    PromptSet,
+    Tokenizer,
+    encode_prompts,
+    prompt_batch,
+    read_chat,
+    stop_table,
+)
+from grpo_jax.models import (
+    DecoderConfig,
+    check_pretrained,
+    init_params,
+    load_pretrained,
+    make_policy,
+    param_shapes,
+    read_config,
+)
+from grpo_jax.objective import Objective
+from grpo_jax.rollout import PromptBatch
+from grpo_jax.tasks import Task
+from grpo_jax.train.compiled import Bound, Functions, make_functions
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.sharding import (
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    row_sharding,
+    row_shards,
+    sharded_shapes,
+)
+
+
+class Program(NamedTuple):
+    """A run's functions and its fixed data.
+
+    Attributes:
+      task, objective, tokenizer, chat, prompts, mesh: what the config names; chat is None for prompts as they are.
+      stop_ids: the tokens that end a completion.
+      probed: rows of the prompts that probes measure.
+      shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
+      initial_params: seed -> the initial parameters, random or pretrained, on the mesh.
+      functions: see `Functions`.
+      bound: what the functions were made of.
+    """
+
+    task: Task
+    objective: Objective
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    prompts: PromptSet
+    mesh: Mesh
+    stop_ids: tuple[int, ...]
+    probed: np.ndarray
+    shapes: Any
+    initial_params: Callable[[int], Any]
+    functions: Functions
+    bound: Bound
+
+
+def make_program(
+    config: Any, task: Task, objective: Objective, *, training: bool = True, devices: list[Any] | None = None
+) -> Program:
+    """Builds the program of a validated config; parameters are neither drawn nor read yet.
+
+    Args:
+      config, task, objective: as `validate` takes and returns them.
+      training: whether iterations follow, which need enough prompts for one.
+      devices: of the mesh; all by default.
+
+    Raises:
+      ValueError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
+    """
+    mesh, c = make_mesh(**config.mesh, devices=devices), config.data
+    if config.model.path is not None:
+        check_pretrained(config.model.path)
+    tokenizer, decoder = make_tokenizer(config, task), make_decoder(config, task)
+    stop_ids = _stop_ids(config, tokenizer)
+    # One answer has one spelling in characters, and may have several in sub-words, or end in several ways: those are judged
+    # as text, on the host.
+    one_way = config.model.path is None and len(stop_ids) == 1 and not config.model.stop_strings
+    verify_tokens = task.verify_tokens if one_way else None
+    if config.warm_start.max_steps == 0 and verify_tokens is None:
+        task = task._replace(demonstrations=None)  # nothing reads them, so their length is no matter
+    chat = _chat(config, tokenizer)
+    task, prompts = encode_prompts(
+        task,
+        tokenizer,
+        stop_id=stop_ids[0],
+        max_prompt=c.max_prompt,
+        max_completion=config.rollout.max_completion,
+        too_long=c.too_long,
+        chat=chat,
+    )
+    if training and c.prompts_per_iteration > len(task.examples):
+        raise ValueError(
+            f"data.prompts_per_iteration={c.prompts_per_iteration} exceeds the {len(task.examples)} prompts that "
+            f"data.max_prompt={c.max_prompt} leaves"
+        )
+    _check_fit(config, tokenizer, decoder, prompts, stop_ids)
+    shapes = sharded_shapes(param_shapes(decoder), mesh)
+
+    def initial_params(seed: int) -> Any:
+        if config.model.path is not None:
+            return load_pretrained(config.model.path, shardings=partial(parameter_shardings, mesh=mesh))[1]
+        params = init_params(decoder, role_key(jax.random.key(seed), "initialisation", 0))
+        return jax.device_put(params, parameter_shardings(params, mesh))
+
+    table = stop_table(tokenizer, config.model.stop_strings, vocab_size=decoder.vocab_size)
+    bound = Bound(
+        make_policy(decoder), stop_ids, tokenizer.pad_id, None if table is None else jnp.asarray(table), verify_tokens
+    )
+    return Program(
+        task=task,
+        objective=objective,
+        tokenizer=tokenizer,
+        chat=chat,
+        prompts=prompts,
+        mesh=mesh,
+        stop_ids=stop_ids,
+        probed=probed_rows(config, len(task.examples)),
+        shapes=shapes,
+        initial_params=initial_params,
+        functions=make_functions(config, objective, bound, shapes, mesh),
+        bound=bound,
+    )
+
+
+def put_prompts(program: Program, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:
+    """(prompts, answers, answer_mask) of the given rows of the dataset, spread over the mesh where it divides them."""
+    batch = (prompt_batch(program.prompts, index), program.prompts.answers[index], program.prompts.answer_mask[index])
+    divides = len(index) % row_shards(program.mesh) == 0
+    return jax.device_put(batch, row_sharding(program.mesh) if divides else replicated(program.mesh))
+
+
+def prompt_text(program: Program, row: int) -> str:
+    """The prompt of a row as the model is given it, with its chat template; without the BOS that a tokenizer adds."""
+    text = program.task.examples[row].prompt
+    return text if program.chat is None else program.chat.frame.before + text + program.chat.frame.after
+
+
+def make_decoder(config: Any, task: Task) -> DecoderConfig:
+    """The decoder of a config: that of its folder, or one of its sizes with the vocabulary of the task."""
+    if config.model.path is not None:
+        return replace(read_config(config.model.path), dtype=config.model.dtype, remat=config.model.remat)
+    max_length = config.data.max_prompt + config.rollout.max_completion
+    return DecoderConfig(
+        vocab_size=make_tokenizer(config, task).vocab_size, max_length=max_length, **decoder_options(config)
+    )
+
+
+def make_tokenizer(config: Any, task: Task) -> Tokenizer:
+    """The tokenizer of the model's folder, or bytes, or the characters of the task's texts."""
+    if config.model.path is not None:
+        return HFTokenizer(config.model.path)
+    if config.model.tokenizer == "bytes":
+        return ByteTokenizer()
+    demonstrations = [task.demonstrations(example) for example in task.examples] if task.demonstrations else []
+    return CharTokenizer(
+        "".join(sorted({c for text in [*demonstrations, *(e.prompt for e in task.examples)] for c in text}))
+    )
+
+
+def probed_rows(config: Any, rows: int) -> np.ndarray:
+    """All rows, or evaluate.prompts of them, chosen by the seed."""
+    few = config.evaluate.prompts
+    if few is None or few >= rows:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng((config.seed, rows)).choice(rows, few, replace=False))
+
+
+def _chat(config: Any, tokenizer: Tokenizer) -> ChatFormat | None:
+    c = config.data
+    if not c.chat:
+        return None
+    assert isinstance(tokenizer, HFTokenizer)  # validate: chat needs a model folder
+    thinking = {} if c.enable_thinking is None else {"enable_thinking": c.enable_thinking}
+    return read_chat(tokenizer, system=c.system, arguments=thinking)
+
+
+def _check_fit(
+    config: Any,
+    tokenizer: Tokenizer,
+    decoder: DecoderConfig,
+    prompts: PromptSet,
+    stop_ids: tuple[int, ...],
+) -> None:
+    total = prompts.tokens.shape[1] + config.rollout.max_completion
+    used = max(*stop_ids, tokenizer.pad_id, int(prompts.tokens.max()), int(prompts.answers.max()))
+    if used >= decoder.vocab_size:
+        raise ValueError(
+            f"the tokenizer uses token id {used}, but the model's vocabulary has {decoder.vocab_size}: not a pair"
+        )
+    if total > decoder.max_length:
+        raise ValueError(
+            f"prompts of {prompts.tokens.shape[1]} and completions of rollout.max_completion={config.rollout.max_completion} "
+            f"tokens make {total}, more than the model's {decoder.max_length}"
+        )
+
+
+def _stop_ids(config: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    stop_ids = tuple(config.model.stop_ids) or tokenizer.stop_ids
+    if not stop_ids:
+        raise ValueError("the tokenizer names no EOS: set model.stop_ids to the token ids that end a completion")
+    if not all(0 <= i < tokenizer.vocab_size for i in stop_ids):
+        raise ValueError(f"model.stop_ids={stop_ids} must be token ids from 0 to {tokenizer.vocab_size - 1}")
+    return stop_ids

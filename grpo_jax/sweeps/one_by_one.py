@@ -1,0 +1,241 @@
+"""A sweep as runs one after the other: every combination of the values of some keys, each in a run directory of its own.
+
+The directory of a sweep holds sweep.json (the state of every point), sweep.md (the same as a page), figure.png where β is
+swept, and a run directory per point, which is the whole truth of that point: a sweep that is started again reads from them
+what is done, goes on with what was interrupted, and tries once more what failed, last.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.report.markdown import inline
+from grpo_jax.report.sweep_figure import draw_sweep, p_star_curve, sweep_page, sweep_table
+from grpo_jax.runs.directory import CHANGEABLE, CONFIG, RESULT, check_same, contents
+from grpo_jax.runs.errors import Preempted, RunDirectoryError, RunError
+from grpo_jax.runs.loop import train
+from grpo_jax.sweeps.points import Point, folder_name, title
+
+SWEEP, PAGE, FIGURE = "sweep.json", "sweep.md", "figure.png"
+BETA, SEED = "objective.beta", "seed"
+CURVE = 81  # values of β at which a predicted curve is computed
+
+
+class State(NamedTuple):
+    """Where a point stands: "done", "interrupted", "failed" or "waiting", in words, with why it failed or what came out."""
+
+    name: str
+    words: str
+    why: str | None = None
+    result: dict[str, Any] | None = None
+
+
+def run_grid(
+    points: Sequence[Point], workdir: str | Path, console: Console | None = None, *, run: Callable[..., Any] = train
+) -> list[State]:
+    """Runs the points one after the other, and writes sweep.json, sweep.md and, where β is swept, figure.png.
+
+    Args:
+      points: see `make_points`.
+      workdir: of the sweep; each point's run directory lies in it.
+      console: where the sweep and its runs speak; the terminal by default.
+      run: (config, directory, console), as `train`.
+
+    Returns:
+      The states, in the order of the points. A run that fails is one of them; the others go on.
+
+    Raises:
+      RunDirectoryError, OSError: the directory is not of this sweep, in use, or not writable.
+      Preempted: SIGTERM arrived; the same sweep goes on from there.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    workdir = _open_directory(Path(workdir))
+    failures = _failures(workdir)
+    states = [read_state(point, workdir, failures) for point in points]
+    with _interrupted_by_sigterm(workdir):
+        for i in sorted(range(len(points)), key=lambda i: states[i].name == "failed"):
+            point, folder = points[i], folder_name(points[i].values)
+            heading = f"point {i + 1} of {len(points)}: {title(point.values)}"
+            if states[i].name == "done":
+                _say(console, f"{heading}: {states[i].words}")
+                continue
+            _say(console, heading)
+            failures.pop(folder, None)
+            try:
+                run(point.config, workdir / folder, console)
+            except (Preempted, RunDirectoryError):
+                states[i] = read_state(point, workdir, failures)
+                _record(workdir, points, states)
+                raise
+            except (RunError, ValueError, RuntimeError) as error:
+                failures[folder] = str(error) or type(error).__name__
+                _say(console, f"{heading} failed: {inline(failures[folder])}")
+            states[i] = read_state(point, workdir, failures)
+            _record(workdir, points, states)
+            jax.clear_caches()  # each program holds memory maps, and a process may have 65,530
+        _record(workdir, points, states)
+        drawn = _draw(workdir / FIGURE, points, states)
+        write_text(workdir / PAGE, sweep_page(_records(points, states), FIGURE if drawn else None))
+    _show(console, points, states)
+    _say(console, f"{SWEEP}, {PAGE}{f' and {FIGURE}' if drawn else ''} are in {workdir}")
+    return states
+
+
+def list_grid(points: Sequence[Point], workdir: str | Path, console: Console | None = None) -> list[State]:
+    """Shows the points and their states, and changes nothing; arguments, result and errors as for `run_grid`."""
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    workdir = Path(workdir).expanduser().resolve()
+    _check_directory(workdir)
+    states = [read_state(point, workdir, _failures(workdir)) for point in points]
+    _show(console, points, states)
+    return states
+
+
+def read_state(point: Point, workdir: Path, failures: dict[str, str]) -> State:
+    """The state of a point, from its run directory and {folder: why} of the points that failed.
+
+    Raises RunDirectoryError where the directory belongs to another config.
+    """
+    directory = workdir / folder_name(point.values)
+    why = failures.get(directory.name)
+    failed = None if why is None else State("failed", "failed", why)
+    if not directory.is_dir() or not contents(directory) > {CONFIG}:
+        return failed or State("waiting", "waiting")
+    check_same(directory, point.identity, changeable=CHANGEABLE, advice="Choose another directory with --workdir=PATH")
+    if (directory / RESULT).exists():
+        result = read_json(directory / RESULT)
+        star = f", p* {result['p_star']['mean']:.4f}" if "p_star" in result else ""
+        return State("done", f"done, p̂ {result['p_final']['mean']:.4f}{star}", result=result)
+    saved = [int(path.name) for path in directory.glob("checkpoints/*") if path.name.isdigit()]
+    words = f"interrupted at iteration {max(saved, default=0)} of {point.config.train.iterations}"
+    return failed or State("interrupted", words)
+
+
+def _open_directory(workdir: Path) -> Path:
+    workdir = workdir.expanduser().resolve()
+    _check_directory(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / SWEEP).exists():
+        write_json(workdir / SWEEP, {"points": []})
+    return workdir
+
+
+def _check_directory(workdir: Path) -> None:
+    holds = {path.name for path in workdir.iterdir()} - {f".{SWEEP}.tmp"} if workdir.is_dir() else set()
+    if holds and SWEEP not in holds:
+        raise RunDirectoryError(
+            f"{workdir} is not empty and holds no sweep (no {SWEEP}). Choose another with --workdir=PATH"
+        )
+
+
+def _failures(workdir: Path) -> dict[str, str]:
+    path = workdir / SWEEP
+    try:
+        points = read_json(path)["points"] if path.exists() else []
+        return {point["folder"]: point["why"] for point in points if point["state"] == "failed"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path} is not readable as the record of a sweep ({error}); remove it to start anew"
+        ) from None
+
+
+def _records(points: Sequence[Point], states: Sequence[State]) -> list[dict[str, Any]]:
+    """What sweep.json holds of each point."""
+    records = []
+    for point, state in zip(points, states, strict=True):
+        kept = ("confidence", "p_ref", "p_star", "p_final", "difference")
+        found = {key: state.result[key] for key in kept if key in state.result} if state.result else {}
+        where = {"point": title(point.values), "folder": folder_name(point.values), "values": point.values}
+        records.append(where | {"state": state.name, "words": state.words, "why": state.why} | found)
+    return records
+
+
+def _record(workdir: Path, points: Sequence[Point], states: Sequence[State]) -> None:
+    """Writes the records of these points, and keeps those of other grids in the same directory."""
+    records = _records(points, states)
+    mine = {record["folder"] for record in records}
+    others = [record for record in read_json(workdir / SWEEP)["points"] if record["folder"] not in mine]
+    write_json(workdir / SWEEP, {"points": records + others})
+
+
+def _show(console: Console, points: Sequence[Point], states: Sequence[State]) -> None:
+    console.print(sweep_table(_records(points, states)))
+    for point, state in zip(points, states, strict=True):
+        if state.why is not None:
+            _say(console, f"{title(point.values)} failed: {inline(state.why)}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _draw(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
+    """Draws the finished points where β is swept and some KL holds to the reference; whether there is a figure."""
+    ended = [
+        (point, state.result, title({key: x for key, x in point.values.items() if key not in (BETA, SEED)}))
+        for point, state in zip(points, states, strict=True)
+        if state.result is not None and point.values.get(BETA, 0) > 0
+    ]
+    if not ended:
+        return False
+    betas = [point.values[BETA] for point in points if point.values[BETA] > 0]
+    over = np.geomspace(min(betas) / 1.4, max(betas) * 1.4, CURVE)
+    references: dict[str, dict[int, Any]] = {}  # of each label and seed, whose reference is one, whatever β
+    for point, result, label in ended:
+        references.setdefault(label, {}).setdefault(point.config.seed, result["prompts"]["p_ref"])
+    curves = []
+    for label, by_seed in references.items():
+        point = next(point for point, _, other in ended if other == label)
+        shape = {"objective": point.objective, "group_size": point.config.rollout.group_size}
+        p_star = p_star_curve(np.concatenate(list(by_seed.values())), over, **shape)
+        if p_star is not None and not point.config.objective.entropy_bonus:  # which the theory leaves out
+            curves.append((label, over, p_star))
+    measured = [
+        {"label": label, "beta": point.values[BETA], "seed": point.config.seed}
+        | {"p": result["p_final"]["mean"], "low": result["p_final"]["low"], "high": result["p_final"]["high"]}
+        | ({"p_star": result["p_star"]["mean"]} if "p_star" in result else {})
+        for point, result, label in ended
+    ]
+    config = ended[0][0].config
+    common = {
+        "objective.name": config.objective.name,
+        "rollout.group_size": f"G = {config.rollout.group_size}",
+        "train.iterations": f"{config.train.iterations} iterations",
+    }
+    same = [text for key, text in common.items() if key not in points[0].values]
+    draw_sweep(path, curves, measured, title=", ".join(same))
+    return True
+
+
+@contextmanager
+def _interrupted_by_sigterm(workdir: Path) -> Iterator[None]:
+    """Makes SIGTERM between runs, and while one starts, what it is inside of them: `Preempted`."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt  # which no one takes for a failure of the run
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: signals are its owner's business
+        yield
+        return
+    try:
+        yield
+    except KeyboardInterrupt:
+        if received:
+            raise Preempted(
+                f"stopped by signal {received[0]}; the same command resumes the sweep in {workdir}"
+            ) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,259 @@
+"""A sweep as one program: the points (β, learning rate) of every seed train side by side, each whole on one device.
+
+Needs a verifier on the device. For each seed a reference is made and measured as in a single run, with the same keys, so that a
+point is the single run of its config; what all points share (the prompts, and within a seed the reference, the order of the
+prompts and every random number) is there once. The points' axis is a mesh axis: a device holds and runs its own points, and
+never talks to another.
+
+The directory of a sweep holds config.json, seed-N/ (reference and its measurement), metrics.jsonl (lists over [seed][point]),
+checkpoints/ and, last, result.json.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from rich.console import Console
+
+from grpo_jax.config import flat, validate
+from grpo_jax.data import PromptSet
+from grpo_jax.files import read_json, write_json
+from grpo_jax.report import forecast, run_page, run_result
+from grpo_jax.report.metrics import MetricsLog
+from grpo_jax.report.progress import progress
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.directory import RESULT, open_run_directory
+from grpo_jax.runs.loop import stretch, visits
+from grpo_jax.runs.memory import binary, check_memory, held_memory
+from grpo_jax.runs.reference import make_reference, read_reference
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.setup import make_program, probed_rows
+from grpo_jax.tasks.identity import task_identity
+from grpo_jax.train.iteration import role_key
+from grpo_jax.train.step import TrainState
+from grpo_jax.train.sweep_program import (
+    POINTS,
+    WHOLE,
+    SweepFunctions,
+    group_drawn,
+    make_sweep_functions,
+    make_sweep_mesh,
+)
+
+
+class Plan(NamedTuple):
+    """What is swept: every seed with every point; ``betas`` and ``learning_rates`` are those of the points."""
+
+    seeds: tuple[int, ...]
+    betas: tuple[float, ...]
+    learning_rates: tuple[float, ...]
+
+    def config(self, config: Any, seed: int, point: int) -> Any:
+        """The config of one of the single runs that the sweep stands for."""
+        changed = config.copy_and_resolve_references()
+        changed.seed, changed.objective.beta = self.seeds[seed], self.betas[point]
+        changed.optimizer.learning_rate = self.learning_rates[point]
+        return changed
+
+
+def sweep(
+    config: Any,
+    workdir: str | Path,
+    *,
+    seeds: Sequence[int],
+    betas: Sequence[float],
+    learning_rates: Sequence[float] = (),
+    console: Console | None = None,
+    batched: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Runs, resumes, or reads the finished sweep of a config in a directory.
+
+    Args:
+      config: a `ml_collections.ConfigDict` with the keys of configs/default.py, for one device.
+      workdir: of the sweep; created if need be.
+      seeds, betas, learning_rates: every combination is a point; without learning rates, the config's.
+      console: where the sweep speaks; the terminal by default.
+      batched: points of a device go through each operation together; else one after the other, which is faster on a CPU. By
+        default as the backend likes it.
+
+    Returns:
+      One dict per point, seed by seed: what result.json of a single run holds (see `report.make_result`; greedy accuracy and KL
+      are not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
+      ``train.max_skipped`` allows.
+
+    Raises:
+      ConfigError, RunDirectoryError, CheckpointError, Preempted, WarmStartFailed, ValueError: each message says what to do.
+    """
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    points = list(itertools.product(betas, learning_rates or (config.optimizer.learning_rate,)))
+    plan = Plan(tuple(seeds), tuple(float(b) for b, _ in points), tuple(float(rate) for _, rate in points))
+    if not points or not seeds or len(set(points)) < len(points) or len(set(seeds)) < len(seeds):
+        raise ValueError("a sweep needs at least one seed and one β, and none of them twice")
+    for seed, point in itertools.product(range(len(seeds)), range(len(points))):
+        task, objective = validate(plan.config(config, seed, point), num_devices=1)
+    with ExitStack() as stack:
+        swept = {"seed": list(seeds), "objective.beta": plan.betas, "optimizer.learning_rate": plan.learning_rates}
+        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task) | swept))
+        if (directory / RESULT).exists():
+            console.print(f"{directory} holds a finished sweep", markup=False, highlight=False)
+            return read_json(directory / RESULT)
+        program = make_program(config, task, objective, devices=jax.devices()[:1])
+        if program.functions.iterate is None:
+            raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
+        signals = stack.enter_context(sigterm_as_flag())
+        run = Run(config, program, directory, console, None, jax.random.key(0), signals)
+        results = _phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
+        write_json(directory / RESULT, results)
+        return results
+
+
+def _phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
+    config, program, objective = run.config, run.program, run.program.objective
+    mesh = make_sweep_mesh(len(plan.betas))
+    _show_header(run, plan, mesh)
+
+    runs = [_of_seed(run, seed) for seed in plan.seeds]
+    for of_seed in runs:
+        of_seed.directory.mkdir(exist_ok=True)
+    before = [make_reference(of_seed) for of_seed in runs]
+    functions = make_sweep_functions(config, program, mesh, batched=batched)
+    table = jax.device_put(program.prompts, NamedSharding(mesh, WHOLE))
+
+    states, worst = _iterate(run, plan, functions, mesh, runs, table)
+    after = _measure(run, functions, mesh, runs, states.params, table)
+
+    shape = {"objective": objective, "group_size": config.rollout.group_size}
+    results = []
+    for seed, point in itertools.product(range(len(runs)), range(len(plan.betas))):
+        successes, trials = np.array(before[seed]["successes"]), before[seed]["trials"]
+        prediction = None
+        if not config.objective.entropy_bonus:
+            bound = shape | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
+            prediction = forecast.make_forecast(successes, trials, **bound)
+        result = run_result.make_result(plan.config(config, seed, point), before[seed], after[seed][point], prediction)
+        more = {"learning_rate": plan.learning_rates[point]}
+        results.append(result | more | {"diverged": bool(worst[seed][point] > config.train.max_skipped)})
+    return results
+
+
+def _iterate(
+    run: Run, plan: Plan, functions: SweepFunctions, mesh: Mesh, runs: list[Run], table: PromptSet
+) -> tuple[TrainState, np.ndarray]:
+    """All iterations of all points; the states after the last, and the most updates each skipped in a row."""
+    c, shape = run.config, (len(plan.seeds), len(plan.betas))
+    betas, rates = (
+        jax.device_put(np.broadcast_to(np.array(x, np.float32), shape), NamedSharding(mesh, POINTS))
+        for x in (plan.betas, plan.learning_rates)
+    )
+    base_keys = _keys(mesh, [r.base_key for r in runs])
+    references = [jax.tree.map(np.asarray, read_reference(r)) for r in runs]
+    ref_params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
+    checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, POINTS)),
+        jax.eval_shape(functions.start, ref_params, betas),
+    )
+    n, worst, found = 0, np.zeros(shape, int), checkpoints.restore_latest(like)
+    if found is None:
+        states = functions.start(ref_params, betas)
+    else:
+        n, states, meta = found
+        worst = np.array(meta["worst"])
+        run.console.print(f"resuming after iteration {n} of {c.train.iterations}", highlight=False)
+    if not run.program.objective.holds_to_reference:
+        ref_params = None
+    log = MetricsLog(run.directory, after=n or None)
+    try:
+        with progress(run.console, "iterations of all points", total=c.train.iterations, done=n) as line:
+            while n < c.train.iterations:
+                count = stretch(c, n)
+                index = np.stack([visits(r.config, len(run.program.task.examples), n, count) for r in runs])
+                moved = (base_keys, index, table, jnp.int32(count), jnp.int32(n + 1), betas, rates)
+                states, *reported = functions.iterate(states, ref_params, *moved)
+                metrics, skipped = jax.device_get(reported)
+                for i in range(count):
+                    row = {name: _listed(values[..., i]) for name, values in metrics.items()}
+                    log.write({"iteration": n + i + 1, "phase": "train"} | row)
+                n, worst = n + count, np.maximum(worst, skipped.max(-1))
+                rewards = metrics["reward/mean"][..., count - 1]
+                line.update(n, f"reward {rewards.min():.3f} to {rewards.max():.3f}")
+                if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
+                    log.flush()
+                    checkpoints.save(n, states, {"worst": worst.tolist()})
+                    if n < c.train.iterations:
+                        check_preempted(run)
+        return states, worst
+    finally:
+        log.close()
+        checkpoints.close()
+
+
+def _measure(
+    run: Run, functions: SweepFunctions, mesh: Mesh, runs: list[Run], params: Any, table: PromptSet
+) -> list[list[dict[str, Any]]]:
+    """The final measurement of every point: the completions that a single run would draw, counted."""
+    c = run.config
+    group, batch, samples = group_drawn(c), c.data.prompts_per_iteration, c.evaluate.final_samples
+    probed = [r.program.probed for r in runs]
+    blocks = math.ceil(len(probed[0]) / batch)
+    rows = np.stack([np.resize(p, blocks * batch).reshape(blocks, batch) for p in probed]).astype(np.int32)
+    keys = _keys(mesh, [role_key(r.base_key, "probe", c.train.iterations) for r in runs])
+    totals: Any = None
+    with progress(run.console, "measuring, samples of every prompt", total=samples) as line:
+        for first in range(0, samples, group):
+            found = functions.draw(params, keys, rows, table, jnp.int32(first))
+            counts = [np.asarray(x, np.int64) for x in found]
+            totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
+            check_preempted(run)
+            line.update(first + group, f"success {totals[0].mean() / (first + group):.3f}")
+    successes, tokens, truncated = (x.reshape(*x.shape[:2], -1)[..., : len(probed[0])] for x in totals)
+
+    def of_point(seed: int, point: int) -> dict[str, Any]:
+        at = seed, point
+        means = {"length": float(tokens[at].mean() / samples), "truncated": float(truncated[at].mean() / samples)}
+        unmeasured: dict[str, Any] = {"greedy": None, "kl": None, "verdicts": {}}
+        return {"successes": successes[at].tolist(), "trials": samples} | means | unmeasured
+
+    return [[of_point(s, p) for p in range(successes.shape[1])] for s in range(successes.shape[0])]
+
+
+def _of_seed(run: Run, seed: int) -> Run:
+    """The single run that makes and measures the reference of a seed."""
+    config = run.config.copy_and_resolve_references()
+    config.seed = seed
+    program = run.program._replace(probed=probed_rows(config, len(run.program.task.examples)))
+    directory = run.directory / f"seed-{seed}"
+    return run._replace(config=config, program=program, directory=directory, base_key=jax.random.key(seed))
+
+
+def _show_header(run: Run, plan: Plan, mesh: Mesh) -> None:
+    config, program = run.config, run.program
+    lines = machine_lines(run)
+    lines += run_page.header(config, program.objective, num_prompts=len(program.task.examples), task=program.task.name)
+    lines = [(label, text) for label, text in lines if label not in ("devices", "β")]
+    held = held_memory(config, program.objective, program.shapes, program.mesh)
+    points = len(plan.seeds) * len(plan.betas)
+    each = {
+        name: size * (len(plan.seeds) if name == "reference" else points // mesh.size) for name, size in held.items()
+    }
+    said = f"{len(plan.betas)} of (β, learning rate) × {len(plan.seeds)} seeds on {mesh.size} × {jax.devices()[0].device_kind}"
+    show(run.console, [("points", said), *lines, ("memory", f"{binary(sum(each.values()))} per device are kept")])
+    check_memory(each)
+
+
+def _keys(mesh: Mesh, keys: list[jax.Array]) -> jax.Array:
+    data = np.stack([jax.random.key_data(key) for key in keys])
+    return jax.random.wrap_key_data(jax.device_put(data, NamedSharding(mesh, WHOLE)))
+
+
+def _listed(values: np.ndarray) -> list[list[float | None]]:
+    """[seed][point]; JSON has no NaN."""
+    return [[x if math.isfinite(x) else None for x in row] for row in values.tolist()]

@@ -1,0 +1,81 @@
+"""The memory that a run is said to need: what is held, to the byte; what programs add, as XLA compiles them."""
+
+import json
+
+import jax
+import pytest
+
+from configs import qwen_gsm8k
+from grpo_jax.config import validate
+from grpo_jax.runs.errors import RunError
+from grpo_jax.runs.memory import binary, check_memory, estimate_memory, held_memory, memory_table, per_device
+from grpo_jax.runs.setup import make_program
+from tests.tiny_run import tiny_config
+
+QWEN = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+}  # of Qwen2.5-0.5B-Instruct
+QWEN_PARAMETERS = 494_032_768  # as published
+
+
+def on_first_device(tree):
+    first = jax.devices()[0]
+    return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (4, 2), (2, 1)])
+def test_what_is_held_is_what_the_arrays_of_a_run_take_on_a_device(fsdp, tensor):
+    config = tiny_config(mesh__fsdp=fsdp, mesh__tensor=tensor)
+    program = make_program(config, *validate(config, num_devices=8))
+    params = program.initial_params(0)
+    state = program.functions.start(params)
+    held = held_memory(config, program.objective, program.shapes, program.mesh)
+    assert held["parameters"] == held["reference"] == on_first_device(params) == per_device(program.shapes)
+    assert held["parameters"] + held["optimizer"] == on_first_device(state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime, mesh", [("ours", {"fsdp": 8}), ("paper", {"data": 4, "tensor": 2})])
+def test_the_qwen_config_compiles_for_its_shapes_alone(regime, mesh, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(40)))
+    config = qwen_gsm8k.get_config(regime)
+    source = {"source": str(rows), "prompt": "{question}", "target": "{answer}", "verifier": "number_boxed"}
+    with config.ignore_type():
+        config.task.name, config.model.path = "dataset", str(tmp_path)
+        config.task.dataset.update(source)
+        config.mesh.update(mesh)
+    with jax.numpy_dtype_promotion("standard"):
+        memory = estimate_memory(config, *validate(config, num_devices=8))
+    if regime == "ours":  # all matrices divide by 8; norms and biases are whole everywhere
+        assert 4 * QWEN_PARAMETERS / 8 <= memory.held["parameters"] < 4 * QWEN_PARAMETERS / 8 * 1.01
+    assert memory.held["optimizer"] == pytest.approx(2 * memory.held["parameters"], rel=1e-3)
+    assert memory.working["update"] > memory.held["parameters"]  # the gradient, at least
+    assert memory.peak == sum(memory.held.values()) + max(memory.working.values()) < 80 << 30
+    assert memory_table(memory)[-1] == ("peak per device", binary(memory.peak))
+
+
+def test_a_device_that_is_too_small_is_named(monkeypatch):
+    class Small:
+        def memory_stats(self):
+            return {"bytes_limit": 1 << 20}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Small()])
+    check_memory({"parameters": 1 << 19, "optimizer": 1 << 19})
+    with pytest.raises(
+        RunError, match=r"parameters, optimizer need 2\.0 MiB per device, which has 1\.0 MiB: .*mesh\.fsdp"
+    ):
+        check_memory({"parameters": 1 << 20, "optimizer": 1 << 20})
