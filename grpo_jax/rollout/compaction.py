@@ -32,7 +32,7 @@ class Decoding(NamedTuple):
 
     Attributes:
       position: [] int32, of the token to draw next.
-      live: [] int32, rows that have not ended; with ``in_step``, of the member of the axis that has most.
+      live: [] int32, rows that have not ended; with ``vmap_axis``, of the member of the axis that has most.
       work: [] int32, rows times steps so far.
       rows: pytree of arrays [B, ...]: what belongs to a row, in the order of the cache's rows.
       cache: of the policy, B rows.

@@ -87,7 +87,7 @@ def sample_groups(
     greedy: bool = False,
     first_sample: int | jax.Array = 0,
     stop_table: jax.Array | None = None,
-    in_step: str | tuple[str, ...] | None = None,
+    vmap_axis: str | tuple[str, ...] | None = None,
     stages: tuple[Stage, ...] | None = None,
 ) -> Rollout:
     """Samples ``group_size`` completions of every prompt.
@@ -112,7 +112,7 @@ def sample_groups(
       first_sample: sample index of the group's first member, to draw further samples of the same prompts.
       stop_table: [states, V] integers; a row starts in state 0, a token takes it from state s to ``stop_table[s, token]``, and
         the last state ends the completion.
-      in_step: name of an axis of `jax.vmap` around this call, or several. Its members then make their steps together, until
+      vmap_axis: name of an axis of `jax.vmap` around this call, or several. Its members then make their steps together, until
         the last of them is done; without it, vmap would turn every step into a choice between the old and the new cache.
       stages: how the rows are decoded, the results being the same; None chooses, see `choose_stages`.
 
@@ -175,7 +175,7 @@ def sample_groups(
         return extend(row, hidden[:, 0], position), cache
 
     def most(count: jax.Array) -> jax.Array:
-        return count if in_step is None else lax.pmax(count, in_step)
+        return count if vmap_axis is None else lax.pmax(count, vmap_axis)
 
     hidden, prefix = prefill(policy, params, prompts)
     row = Rows(
