@@ -385,12 +385,12 @@ def test_digests_of_the_last_checkpoint_are_those_of_its_leaves(unbroken):
     import jax
 
     from grpo_jax.config import validate
-    from grpo_jax.runs.setup import make_program
+    from grpo_jax.runs.setup import make_setup
     from tests.tiny_run import tiny_config
 
     config = tiny_config(mesh__data=8)
-    program = make_program(config, *validate(config, num_devices=8))
+    setup = make_setup(config, *validate(config, num_devices=8))
     checkpoints = Checkpoints(unbroken[0] / "checkpoints", keep=2)
-    step, state, meta = checkpoints.restore_latest(program.functions.start(program.initial_params(config.seed)))
+    step, state, meta = checkpoints.restore_latest(setup.compiled.start(setup.initial_params(config.seed)))
     checkpoints.close()
     assert (step, int(state.updates), meta["base_key"]) == (7, 7, jax.random.key_data(jax.random.key(0)).tolist())

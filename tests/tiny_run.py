@@ -1,8 +1,14 @@
 """The smallest run that has everything: a few prompts, a tiny decoder, a few iterations."""
 
+from functools import cache
+from typing import Any
+
+import jax
 from ml_collections import ConfigDict
 
 from configs import default
+from grpo_jax.config import validate
+from grpo_jax.runs.setup import Setup, make_setup
 
 TINY = {
     "task.arithmetic.operand_max": 3,
@@ -43,3 +49,16 @@ def flags(**changes: object) -> list[str]:
         f"--config.{key}={value}"
         for key, value in (TINY | {k.replace("__", "."): v for k, v in changes.items()}).items()
     ]
+
+
+@cache
+def on_one_device(**changes: Any) -> tuple[ConfigDict, Setup]:
+    """The tiny config, built for the first device."""
+    config = tiny_config(mesh__data=1, **changes)
+    return config, make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
+
+
+def on_mesh(mesh: dict[str, int], **changes: Any) -> tuple[ConfigDict, Setup]:
+    """The tiny config, built for a mesh of eight devices."""
+    config = tiny_config(**{f"mesh__{k}": v for k, v in mesh.items()}, **changes)
+    return config, make_setup(config, *validate(config, num_devices=8))

@@ -32,8 +32,8 @@ from grpo_jax.models import DecoderConfig, load_pretrained, param_shapes, read_c
 from grpo_jax.models.families import config_entries
 from grpo_jax.models.weight_names import tensor_targets
 from grpo_jax.objective import DAPO
-from grpo_jax.rollout import PromptBatch, sample_groups
-from grpo_jax.train.iteration import update
+from grpo_jax.rollout import Layout, PromptBatch, sample_groups
+from grpo_jax.train.iteration import Recipe, learn
 from grpo_jax.train.sharding import make_mesh, parameter_shardings
 from grpo_jax.train.step import init_state
 
@@ -110,11 +110,11 @@ def measure_step(folder: Path, optimizer_name: str) -> dict[str, Any]:
     rollout = jax.block_until_ready(sample(params, prompts, jax.random.key(1)))
     found: dict[str, Any] = {"parameters": held, "optimizer": optimizer_name, "sampled": time.perf_counter() - start}
 
-    options = {"policy": policy, "optimizer": optimizer, "objective": DAPO, "microbatch_tokens": 1024}
-    improve = jax.jit(partial(update, **options), donate_argnums=0)
+    recipe = Recipe(policy, DAPO, sample, lambda _: optimizer, Layout(microbatch_tokens=1024))
+    update = jax.jit(partial(learn, recipe), donate_argnums=0)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
-    rest = (None, prompts, rollout, jnp.array([[1.0, 0.0]]), jax.random.key(2), jnp.float32(0.0))
-    program = improve.lower(state, *rest).compile()
+    rest = (None, prompts, rollout, jnp.array([[1.0, 0.0]]), jax.random.key(2), jnp.float32(0.0), jnp.float32(0.0))
+    program = update.lower(state, *rest).compile()
     analysis: Any = program.memory_analysis()
     found["needed"] = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     more, free = found["needed"] - held + SPARE * 2**30, _memory("MemAvailable", "meminfo")

@@ -14,8 +14,8 @@ from experiments.benchmarks import cases
 from experiments.benchmarks.worker import Prepared, serve
 from grpo_jax.models import make_policy
 from grpo_jax.objective import DAPO
-from grpo_jax.rollout import Policy, PromptBatch, Rollout, sample_groups
-from grpo_jax.train.iteration import update
+from grpo_jax.rollout import Layout, Policy, PromptBatch, Rollout, sample_groups
+from grpo_jax.train.iteration import Recipe, learn
 from grpo_jax.train.step import TrainState, init_state
 
 MICROBATCH_TOKENS = 32768  # the default of the config
@@ -55,9 +55,12 @@ def load(case: cases.Case, folder: str) -> Setup:
     return Setup(policy, params, prompts, rollout, rewards, sample)
 
 
-def improve(policy: Policy, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Any]]:
-    """`update` as all cases have it."""
-    return partial(update, policy=policy, optimizer=optimizer, objective=DAPO, microbatch_tokens=MICROBATCH_TOKENS)
+def learner(setup: Setup, optimizer: optax.GradientTransformation) -> Callable[..., tuple[TrainState, Any]]:
+    """`learn` as all cases have it: (state, ref_params, prompts, rollout, rewards, key) -> (state, metrics)."""
+    recipe = Recipe(setup.policy, DAPO, setup.sample, lambda _: optimizer, Layout(MICROBATCH_TOKENS))
+    return partial(
+        learn, recipe, beta=jnp.float32(0.0), learning_rate=0.0
+    )  # which neither DAPO nor the optimizer reads
 
 
 def adamw() -> optax.GradientTransformation:
@@ -70,12 +73,12 @@ def odd(rollout: Rollout) -> jax.Array:
     return (rollout.completions.sum(-1) % 2).astype(jnp.float32)
 
 
-def whole(setup: Setup, learn: Callable[..., tuple[TrainState, Any]]) -> Callable[..., tuple[TrainState, Rollout]]:
+def whole(setup: Setup, update: Callable[..., tuple[TrainState, Any]]) -> Callable[..., tuple[TrainState, Rollout]]:
     """(state, key) -> (state, rollout): an iteration."""
 
     def iterate(state: TrainState, key: jax.Array) -> tuple[TrainState, Rollout]:
         rollout = setup.sample(state.params, setup.prompts, key)
-        state, _ = learn(state, None, setup.prompts, rollout, odd(rollout), key, jnp.float32(0.0))
+        state, _ = update(state, None, setup.prompts, rollout, odd(rollout), key)
         return state, rollout
 
     return iterate
@@ -85,30 +88,30 @@ def prepare(request: dict[str, Any]) -> Prepared:
     """What the worker answers first, and its repetition."""
     case = cases.Case(**{name: request[name] for name in cases.Case._fields})
     setup, optimizer = load(case, request["folder"]), adamw()
-    policy, params, prompts, given, rewards, sample = setup
-    learn = improve(policy, optimizer)
+    policy, params, prompts, fixed_rollout, rewards, sample = setup
+    update = learner(setup, optimizer)
     programs: list[Any] = [
         jax.jit(sample),
-        jax.jit(learn, donate_argnums=0),
-        jax.jit(whole(setup, learn), donate_argnums=0),
+        jax.jit(update, donate_argnums=0),
+        jax.jit(whole(setup, update), donate_argnums=0),
     ]
     state = [init_state(params, optimizer)] if case.work != "sampling" else []
     compiled, count = [0], itertools.count()
 
     def repeat() -> dict[str, Any]:
-        key, found = jax.random.key(next(count)), {}
+        key, answer = jax.random.key(next(count)), {}
         if case.work == "sampling":
             seen = programs[0](params, prompts, key).mask
         elif case.work == "update":
-            seen = given.mask
-            state[0], metrics = programs[1](state[0], None, prompts, given, rewards, key, jnp.float32(0.0))
-            found["check"] = [float(metrics["loss/grad_norm"])]
+            seen = fixed_rollout.mask
+            state[0], metrics = programs[1](state[0], None, prompts, fixed_rollout, rewards, key)
+            answer["check"] = [float(metrics["loss/grad_norm"])]
         else:
             state[0], rollout = programs[2](state[0], key)
             seen = rollout.mask
             jax.block_until_ready(state[0])
         before, compiled[0] = compiled[0], sum(program._cache_size() for program in programs)
-        return found | {"tokens": int(np.array(seen).sum()), "compiled": compiled[0] > before}
+        return answer | {"tokens": int(np.array(seen).sum()), "compiled": compiled[0] > before}
 
     positions = jnp.broadcast_to(jnp.arange(case.prompt_length, dtype=jnp.int32)[None], prompts.tokens.shape)
     logits = policy.unembed(params, policy.forward(params, prompts.tokens, positions, prompts.mask)[0][0, -1])

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from absl import app, flags
 
 from experiments.benchmarks import cases, ours, race
 from experiments.benchmarks.cases import Case
+from grpo_jax.rollout import Layout
 from grpo_jax.rollout.sampling import prefill
 from grpo_jax.rollout.scoring import score_packed
 from grpo_jax.train.step import init_state
@@ -43,7 +43,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         cases.write(case, Path(name))
         setup = ours.load(case, name)
     policy, params, prompts, *_ = setup
-    optimizer, key, zero = ours.adamw(), jax.random.key(0), jnp.float32(0.0)
+    optimizer, key = ours.adamw(), jax.random.key(0)
     rollout = jax.jit(setup.sample)(params, prompts, key)
     rewards, state = ours.odd(rollout), init_state(params, optimizer)
 
@@ -51,11 +51,11 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         return prefill(policy, policy.prepare(params, case.prompt_length + case.completion), prompts)
 
     def score(params: Any) -> jax.Array:
-        tokens = ours.MICROBATCH_TOKENS
-        return score_packed(policy, params, prompts, rollout.completions, rollout.mask, microbatch_tokens=tokens)
+        layout = Layout(ours.MICROBATCH_TOKENS)
+        return score_packed(policy, params, prompts, rollout.completions, rollout.mask, layout=layout)
 
     def learn(optimizer: optax.GradientTransformation, state: Any) -> Any:
-        return ours.improve(policy, optimizer)(state, None, prompts, rollout, rewards, key, zero)
+        return ours.learner(setup, optimizer)(state, None, prompts, rollout, rewards, key)
 
     nothing = optax.set_to_zero()
     programs: dict[str, Callable[[], Any]] = {
@@ -64,7 +64,7 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         "score": partial(jax.jit(score), params),
         "gradient": partial(jax.jit(partial(learn, nothing)), init_state(params, nothing)),
         "update": partial(jax.jit(partial(learn, optimizer)), state),
-        "iteration": partial(jax.jit(ours.whole(setup, ours.improve(policy, optimizer))), state, key),
+        "iteration": partial(jax.jit(ours.whole(setup, ours.learner(setup, optimizer))), state, key),
     }
     times: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(repeats + 1):

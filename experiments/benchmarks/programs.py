@@ -16,9 +16,9 @@ import optax
 from experiments.benchmarks.limits import Work, geometric_lengths
 from grpo_jax.models import DecoderConfig, init_params, make_policy, param_shapes
 from grpo_jax.objective import DAPO
-from grpo_jax.rollout import PromptBatch, Rollout, sample_groups
+from grpo_jax.rollout import Layout, PromptBatch, Rollout, sample_groups
 from grpo_jax.rollout.packing import pack
-from grpo_jax.train.iteration import iteration, update
+from grpo_jax.train.iteration import Recipe, iteration, learn
 from grpo_jax.train.step import init_state
 
 SIZES = {  # layers, width, heads, key/value heads, head dim, feed-forward width, vocabulary
@@ -104,32 +104,30 @@ def build(work: str, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
         "stop_ids": stops,
         "pad_id": PAD,
     }
-    sample = partial(sample_groups, policy, **options)
-    improve: Any = partial(
-        update,
-        policy=policy,
-        optimizer=optimizer,
-        objective=DAPO,
-        microbatch_tokens=setting.microbatch,
-        chunk_size=setting.chunk,
+    recipe = Recipe(
+        policy,
+        DAPO,
+        sample=partial(sample_groups, policy, **options),
+        optimizer=lambda _: optimizer,
+        layout=Layout(setting.microbatch, chunk_size=setting.chunk),
+        verify_tokens=lambda completions, *_: completions.sum(-1) % 2 == 1,  # odd sums are right
     )
+    numbers: Any = {"beta": jnp.float32(0.0), "learning_rate": 0.0}  # which neither DAPO nor the optimizer reads
     state = jax.eval_shape(partial(init_state, optimizer=optimizer), shapes)
     key, count = jax.eval_shape(lambda: jax.random.key(0)), setting.rows // setting.group
     prompts = jax.eval_shape(lambda: _prompts(setting, config))
     rollout, rewards = jax.eval_shape(lambda: _rollout(setting, config))
 
-    def learn(state: Any, prompts: PromptBatch, rollout: Rollout, rewards: jax.Array, key: jax.Array) -> Any:
-        return improve(state, None, prompts, rollout, rewards, key, jnp.float32(0.0))
+    def update(state: Any, prompts: PromptBatch, rollout: Rollout, rewards: jax.Array, key: jax.Array) -> Any:
+        return learn(recipe, state, None, prompts, rollout, rewards, key, **numbers)
 
     def whole(state: Any, prompts: PromptBatch, key: jax.Array) -> Any:
         answers = jnp.zeros((count, setting.completion), jnp.int32)
-        odd = lambda completions, *_: completions.sum(-1) % 2 == 1  # noqa: E731
-        step = partial(iteration, verify_tokens=odd, sample=sample, improve=improve)
-        return step(state, None, prompts, answers, answers == 0, key, jnp.int32(0), jnp.float32(0.0))
+        return iteration(recipe, state, None, prompts, answers, answers == 0, key, jnp.int32(0), **numbers)
 
     programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "sampling": (jax.jit(sample), (shapes, prompts, key)),
-        "update": (jax.jit(learn, donate_argnums=0), (state, prompts, rollout, rewards, key)),
+        "sampling": (jax.jit(recipe.sample), (shapes, prompts, key)),
+        "update": (jax.jit(update, donate_argnums=0), (state, prompts, rollout, rewards, key)),
         "iteration": (jax.jit(whole, donate_argnums=0), (state, prompts, key)),
     }
     return programs[work]
@@ -148,7 +146,7 @@ def arrays(work: str, setting: Setting) -> tuple[Any, ...]:
 def blocks(setting: Setting) -> int:
     """Micro-batches of the update."""
     mask = np.arange(setting.completion) < setting.work.lengths[..., None]
-    return int(pack(jnp.array(mask), microbatch_tokens=setting.microbatch).used)
+    return int(pack(jnp.array(mask), Layout(setting.microbatch)).used)
 
 
 def _optimizer() -> optax.GradientTransformation:

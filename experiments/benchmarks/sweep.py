@@ -98,30 +98,31 @@ def iteration(name: str) -> dict[str, Any]:
 
     from grpo_jax.config import validate
     from grpo_jax.runs.loop import visits
-    from grpo_jax.runs.setup import make_program
+    from grpo_jax.runs.setup import make_setup, put_table
     from grpo_jax.train.sweep_program import POINTS as SPREAD
     from grpo_jax.train.sweep_program import WHOLE, make_sweep_functions, make_sweep_mesh
 
     config = read_config(flags.FLAGS.config)
     config.mesh.data = 1
-    program = make_program(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
-    params, count = program.initial_params(0), 1 if name == "alone" else 10
-    index = visits(config, len(program.task.examples), 0, count)
+    setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
+    params, count = setup.initial_params(0), 1 if name == "alone" else 10
+    index = visits(config, len(setup.task.examples), 0, count)
+    table = put_table(setup)
     key, numbers = jax.random.key(0), (jnp.int32(count), jnp.int32(1))
     if name in ("alone", "program"):
-        state = program.functions.start(params)
-        weights, iterate = (jnp.float32(1.0), jnp.float32(config.optimizer.learning_rate)), program.functions.iterate
+        state = setup.compiled.start(params)
+        weights, iterate = (jnp.float32(1.0), jnp.float32(config.optimizer.learning_rate)), setup.compiled.iterate
         assert iterate is not None
 
         def run() -> Any:
             mine = jax.tree.map(jnp.copy, state)
-            return iterate(mine, params, program.prompts, index, numbers[0], key, numbers[1], *weights)
+            return iterate(mine, params, table, index, numbers[0], key, numbers[1], *weights)
 
         return {"form": name, "devices": 1} | clocked(run, count)
     mesh = make_sweep_mesh(POINTS)
-    functions = make_sweep_functions(config, program, mesh, batched=name == "batched")
+    functions = make_sweep_functions(setup.recipe, mesh, batch_samples=64, batched=name == "batched")
     whole, spread = NamedSharding(mesh, WHOLE), NamedSharding(mesh, SPREAD)
-    references, table = jax.device_put((jax.tree.map(lambda x: np.asarray(x)[None], params), program.prompts), whole)
+    references, table = jax.device_put((jax.tree.map(lambda x: np.asarray(x)[None], params), table), whole)
     betas = jax.device_put(np.geomspace(*BETAS, POINTS, dtype=np.float32)[None], spread)
     rates = jax.device_put(np.full((1, POINTS), config.optimizer.learning_rate, np.float32), spread)
     keys = jax.random.wrap_key_data(jax.device_put(np.asarray(jax.random.key_data(key))[None], whole))

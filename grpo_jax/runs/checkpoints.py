@@ -62,7 +62,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self.restore(step, like)
+                restored = self.restore(step, like)
             except Exception as error:  # whatever is wrong with it, the older step may be good
                 damaged[step] = _first_line(error)
                 continue
@@ -70,7 +70,7 @@ class Checkpoints:
                 self._put_aside(bad, reason)
             if damaged:
                 self._manager.reload()  # Orbax remembers the steps it has seen
-            return step, *found
+            return step, *restored
         aside = [path.name for path in self._directory.glob("*.corrupt*")]
         if damaged or aside:
             reasons = [f"  - {step}: {reason}" for step, reason in damaged.items()] + [f"  - {name}" for name in aside]
@@ -86,9 +86,9 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
         with _quiet():
             restored = self._manager.restore(step, args=arguments)
-        expected, found = restored["meta"].pop("digests"), digests(restored["state"])
-        if expected != found:
-            wrong = [name for name in found if found[name] != expected.get(name)]
+        expected, actual = restored["meta"].pop("digests"), digests(restored["state"])
+        if expected != actual:
+            wrong = [name for name in actual if actual[name] != expected.get(name)]
             raise ValueError(f"the data of {', '.join(wrong[:3])} changed on disk (SHA-256)")
         return restored["state"], restored["meta"]
 

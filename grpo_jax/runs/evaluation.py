@@ -15,16 +15,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from grpo_jax.config import task_options, validate
-from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.files import read_json, write_json, write_jsonl, write_text
 from grpo_jax.report import evaluation_numbers, evaluation_page
 from grpo_jax.report.evaluation_numbers import majority_at_k, powers_of_two
 from grpo_jax.report.progress import progress
@@ -32,16 +31,16 @@ from grpo_jax.runs.directory import EVALUATIONS, RESULT, lock_directory, open_ru
 from grpo_jax.runs.errors import RunDirectoryError
 from grpo_jax.runs.measured_policy import (
     CHANGEABLE,
-    Subject,
+    MeasuredPolicy,
     check_alphabet,
-    find_place,
-    find_subject,
+    choose_directory,
+    find_policy,
     identity_of,
     stored_config,
 )
-from grpo_jax.runs.measurement import Completion, draw_completions
-from grpo_jax.runs.run import Run, check_preempted, check_verifier, machine_lines, show, sigterm_as_flag
-from grpo_jax.runs.setup import make_program
+from grpo_jax.runs.measurement import check_verifier, judged_samples
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.setup import make_setup
 from grpo_jax.tasks import Task, Verdict
 from grpo_jax.tasks.verifiers import import_path
 from grpo_jax.tasks.workers import VerifierPool
@@ -50,6 +49,26 @@ from grpo_jax.train.sharding import row_shards
 
 BLOCKS = "blocks"
 TRUNCATIONS = ("top_k", "top_p", "min_p")  # of the distribution that is sampled
+
+
+class Completion(NamedTuple):
+    """One completion, judged.
+
+    Attributes:
+      text: without the stop token.
+      verdict: of the verifier on the host.
+      reward: what training gives it: that of the verifier on the device where there is one, else the verdict's.
+      tokens: its length, stop token included.
+      truncated: it never stopped.
+      log_ratio: log π/π_ref in nats; None without a reference.
+    """
+
+    text: str
+    verdict: Verdict
+    reward: float
+    tokens: int
+    truncated: bool
+    log_ratio: float | None
 
 
 def evaluate(
@@ -75,7 +94,7 @@ def evaluate(
         digest of all settings where another evaluation has that name.
 
     Returns:
-      The content of result.json: see `report.summarise`. prompts.jsonl has a row per prompt, which
+      The content of result.json: see `evaluation_numbers.summarise`. prompts.jsonl has a row per prompt, which
       ``python -m grpo_jax.theory plan --from`` reads; samples.jsonl and samples.txt the first ``evaluate.kept_samples``
       completions of each, and the greedy one.
 
@@ -88,43 +107,57 @@ def evaluate(
     task, objective = validate(config, num_devices=jax.device_count(), training=False)
     workdir = Path(workdir).expanduser().resolve()
     with ExitStack() as stack:
+        # The policy to measure, and the directory of its evaluation.
         with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
             stored = stored_config(workdir, config)
-            program = make_program(config, task, objective, training=False)
-            check_alphabet(config, program, stored)
-            subject = find_subject(config, program, workdir, checkpoint, has_run=stored is not None)
-        identity = identity_of(config, program.task, subject)
-        evaluations = workdir / EVALUATIONS
-        place = evaluations / name if name else find_place(evaluations, config, program.task, subject, identity, stored)
+            setup = make_setup(config, task, objective, training=False)
+            check_alphabet(config, setup, stored)
+            policy = find_policy(config, setup, workdir, checkpoint, has_run=stored is not None)
+        identity, folder = identity_of(config, setup.task, policy), workdir / EVALUATIONS
+        path = folder / name if name else choose_directory(folder, config, setup.task, policy, identity, stored)
         options: dict[str, Any] = {"changeable": CHANGEABLE, "flag": "--name=NAME"}
-        directory = stack.enter_context(open_run_directory(place, identity, **options))
+        directory = stack.enter_context(open_run_directory(path, identity, **options))
+
+        # Finished before?
         if (directory / RESULT).exists():
             shutil.rmtree(directory / BLOCKS, ignore_errors=True)  # left where the last step was killed
             result = read_json(directory / RESULT)
-            said = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
-            console.print(f"{said}:", markup=False, highlight=False)
+            message = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
+            console.print(f"{message}:", markup=False, highlight=False)
             show(console, evaluation_page.evaluation_table(result))
             return result
+
+        # Measure and write.
         settings = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
-        pool = stack.enter_context(VerifierPool(program.task.verify, **settings))
+        pool = stack.enter_context(VerifierPool(setup.task.verify, **settings))
         signals = stack.enter_context(sigterm_as_flag())
-        run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
-        return _phases(run, subject, dropped=len(task.examples) - len(program.task.examples))
+        run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
+        return measure_and_write(run, policy, dropped=len(task.examples) - len(setup.task.examples))
 
 
-def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
+def measure_and_write(run: Run, policy: MeasuredPolicy, *, dropped: int) -> dict[str, Any]:
+    """Measures a policy and writes the files of its evaluation, result.json last.
+
+    Args:
+      run: whose directory is that of the evaluation.
+      policy: see `MeasuredPolicy`.
+      dropped: examples of the task that are too long.
+
+    Returns:
+      The content of result.json.
+    """
     begun = time.monotonic()
-    header = _header(run, subject, dropped)
+    header = _header(run, policy, dropped)
     show(run.console, header)
-    rows, samples = _measure(run, subject)
+    rows, samples = _measure(run, policy)
 
     c, directory = run.config, run.directory
     result = evaluation_numbers.summarise(rows, confidence=c.evaluate.confidence, group_size=c.rollout.group_size) | {
-        "checkpoint": subject.name,
+        "checkpoint": policy.name,
         "model": c.model.path or "random decoder",
-        "task": run.program.task.name,
+        "task": run.setup.task.name,
         "split": task_options(c).get("split"),
-        "verifier": import_path(run.program.task.verify),
+        "verifier": import_path(run.setup.task.verify),
         "chat": c.data.chat,
         "system": c.data.system,
         "dropped": dropped,
@@ -134,8 +167,8 @@ def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
         "max_completion": c.rollout.max_completion,
     }
     shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
-    for file, lines in (("prompts.jsonl", rows), ("samples.jsonl", samples)):
-        write_text(directory / file, "".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(directory / "prompts.jsonl", rows)
+    write_jsonl(directory / "samples.jsonl", samples)
     write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
     evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
     write_text(directory / "report.md", evaluation_page.evaluation_page(result, header, shown, samples))
@@ -149,84 +182,97 @@ def _phases(run: Run, subject: Subject, *, dropped: int) -> dict[str, Any]:
     return result
 
 
-def _measure(run: Run, subject: Subject) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of the prompts, rows of the samples kept): read from the blocks on disk, after computing those that are missing."""
-    program, folder = run.program, run.directory / BLOCKS
-    rows, batch = len(program.probed), run.config.data.prompts_per_iteration
-    paths = [folder / f"{number:06}.json" for number in range(math.ceil(rows / batch))]
-    blocks = [_read_block(path) for path in paths if path.exists()]
-    done = sum(len(block["prompts"]) for block in blocks)
-    if blocks:
-        run.console.print(f"resuming after {done:,} of {rows:,} prompts", highlight=False)
+def _measure(run: Run, policy: MeasuredPolicy) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows of prompts.jsonl, rows of samples.jsonl): read from the blocks on disk, after measuring those that are missing."""
+    probed, batch = run.setup.probed, run.config.data.prompts_per_iteration
+    paths = [run.directory / BLOCKS / f"{number:06}.json" for number in range(math.ceil(len(probed) / batch))]
     counts: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
 
     def count(block: dict[str, Any]) -> None:
         for row in block["prompts"]:
-            counts.update({k: row[k] for k in ("successes", "trials")})
+            counts.update({"prompts": 1} | {k: row[k] for k in ("successes", "trials")})
             verdicts.update(row["verdicts"])
 
-    for block in blocks:
-        count(block)
-    with progress(run.console, "prompts", total=rows, done=done) as line:
+    for path in paths:
+        if path.exists():
+            count(_read_block(path))
+    if counts:
+        run.console.print(f"resuming after {counts['prompts']:,} of {len(probed):,} prompts", highlight=False)
+    with progress(run.console, "prompts", total=len(probed), done=counts["prompts"]) as line:
         for number, path in enumerate(paths):
             if path.exists():
                 continue
             check_preempted(run)
-            block = _measure_block(run, subject, program.probed[number * batch : (number + 1) * batch])
+            block = _measure_block(run, policy, probed[number * batch : (number + 1) * batch])
             count(block)
             check_verifier(run, verdicts)
-            folder.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             write_text(path, json.dumps(block))
-            done += len(block["prompts"])
-            line.update(done, f"success {counts['successes'] / counts['trials']:.3f}")
+            line.update(counts["prompts"], f"success {counts['successes'] / counts['trials']:.3f}")
     blocks = [_read_block(path) for path in paths]  # what an unbroken evaluation and a resumed one both read
     return [row for b in blocks for row in b["prompts"]], [row for b in blocks for row in b["samples"]]
 
 
-def _measure_block(run: Run, subject: Subject, block: np.ndarray) -> dict[str, Any]:
-    c, key = run.config, role_key(run.base_key, "probe", subject.iteration)
-    assert run.pool is not None
-    draw = partial(draw_completions, run.program, run.pool, subject.params, batch_prompts=_batch_prompts(run))
-    sampled = draw(
-        subject.ref_params, key, block, samples=c.evaluate.final_samples, batch_samples=c.evaluate.batch_samples
+def _measure_block(run: Run, policy: MeasuredPolicy, rows: np.ndarray) -> dict[str, Any]:
+    """The lines of prompts.jsonl and samples.jsonl of some prompts."""
+    c, task = run.config.evaluate, run.setup.task
+    sampled = judged_completions(
+        run, policy, policy.ref_params, rows, samples=c.final_samples, batch_samples=c.batch_samples
     )
-    greedy = draw(None, key, block, samples=1, batch_samples=1, greedy=True)
-    task, kept = run.program.task, c.evaluate.kept_samples
+    greedy = judged_completions(run, policy, None, rows, samples=1, batch_samples=1, greedy=True)
     prompts, samples = [], []
-    for index, drawn, (best,) in zip(block.tolist(), sampled, greedy, strict=True):
-        prompts.append(_row(task, index, drawn, best))
+    for index, completions, (best,) in zip(rows.tolist(), sampled, greedy, strict=True):
+        prompts.append(_row(task, index, completions, best))
         samples.append(_sample(task, index, 0, best, greedy=True))
-        samples += [_sample(task, index, j, completion) for j, completion in enumerate(drawn[:kept])]
+        samples += [_sample(task, index, j, x) for j, x in enumerate(completions[: c.kept_samples])]
     return {"prompts": prompts, "samples": samples}
 
 
-def _batch_prompts(run: Run) -> int:
-    """Prompts drawn at a time: those of an iteration, or fewer where there are not so many, and as many for every device."""
-    shards = row_shards(run.program.mesh)
-    return math.ceil(min(run.config.data.prompts_per_iteration, len(run.program.probed)) / shards) * shards
+def judged_completions(
+    run: Run, policy: MeasuredPolicy, ref_params: Any | None, rows: np.ndarray, **options: Any
+) -> list[list[Completion]]:
+    """The completions of each of some prompts; ``options`` are those of `judged_samples`."""
+    key = role_key(run.base_key, "probe", policy.iteration)
+    # As many prompts at a time as an iteration has, or fewer where there are not so many, and as many for every device.
+    shards = row_shards(run.setup.mesh)
+    at_once = min(run.config.data.prompts_per_iteration, len(run.setup.probed))
+    options["num_prompts"] = math.ceil(at_once / shards) * shards
+    by_prompt: list[list[Completion]] = [[] for _ in rows]
+    for judged in judged_samples(run, policy.params, ref_params, key, rows, **options):
+        assert judged.texts is not None and judged.verdicts is not None  # an evaluation has a verifier on the host
+        columns: list[Any] = [judged.rewards, judged.rollout.mask.sum(-1), judged.rollout.truncated]
+        rewards, tokens, truncated = (np.asarray(x).reshape(-1).tolist() for x in columns)
+        ratios = [None] * len(rewards)
+        if judged.log_ratios is not None:
+            ratios = np.asarray(judged.log_ratios).reshape(-1).tolist()
+        group_size = len(rewards) // len(rows)
+        lines = zip(judged.texts, judged.verdicts, rewards, tokens, truncated, ratios, strict=True)
+        for number, line in enumerate(lines):
+            by_prompt[number // group_size].append(Completion(*line))
+    return by_prompt
 
 
-def _row(task: Task, index: int, drawn: Sequence[Completion], best: Completion) -> dict[str, Any]:
+def _row(task: Task, index: int, sampled: Sequence[Completion], best: Completion) -> dict[str, Any]:
     """One prompt's line of prompts.jsonl."""
-    ratios = [x.log_ratio for x in drawn if x.log_ratio is not None]
+    ratios = [x.log_ratio for x in sampled if x.log_ratio is not None]
     majority = common = None
     if task.answer is not None:
-        answers, rewards = [_answer(task, x) for x in drawn], [x.reward for x in drawn]
-        majority = {str(k): majority_at_k(answers, rewards, k) for k in powers_of_two(len(drawn))}
+        answers, rewards = [_answer(task, x) for x in sampled], [x.reward for x in sampled]
+        majority = {str(k): majority_at_k(answers, rewards, k) for k in powers_of_two(len(sampled))}
         common = Counter(a[:100] for a in answers if a is not None).most_common(3)
     return {
         "index": index,
         "prompt": task.examples[index].prompt,
         "target": task.examples[index].target,
-        "successes": sum(x.reward > 0 for x in drawn),
-        "trials": len(drawn),
+        "successes": sum(x.reward > 0 for x in sampled),
+        "trials": len(sampled),
         "greedy": best.reward > 0,
         "greedy_verdict": best.verdict,
-        "verdicts": dict(sorted(Counter(x.verdict for x in drawn).items())),
-        "tokens": sum(x.tokens for x in drawn),
-        "truncated": sum(x.truncated for x in drawn),
-        "disagreements": sum(x.reward != x.verdict.reward for x in [*drawn, best]),
+        "verdicts": dict(sorted(Counter(x.verdict for x in sampled).items())),
+        "tokens": sum(x.tokens for x in sampled),
+        "truncated": sum(x.truncated for x in sampled),
+        "disagreements": sum(x.reward != x.verdict.reward for x in [*sampled, best]),
         "kl": sum(ratios) / len(ratios) if ratios else None,
         "majority": majority,
         "answers": common,
@@ -260,16 +306,16 @@ def _read_block(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path} is damaged ({error}): delete it, and it will be measured again") from None
 
 
-def _header(run: Run, subject: Subject, dropped: int) -> list[tuple[str, str]]:
-    c, program = run.config, run.program
-    prompts = f"{len(program.probed):,} of {len(program.task.examples):,} prompts"
+def _header(run: Run, policy: MeasuredPolicy, dropped: int) -> list[tuple[str, str]]:
+    c, setup = run.config, run.setup
+    prompts = f"{len(setup.probed):,} of {len(setup.task.examples):,} prompts"
     left_out = f"; {dropped:,} more are too long for data.max_prompt and left out" if dropped else ""
     split = task_options(c).get("split")
     cut = "".join(f", {key}={c.rollout[key]:g}" for key in TRUNCATIONS if c.rollout[key] is not None)
     sampled = f"{c.evaluate.final_samples:,} samples each at temperature {c.rollout.temperature:g}{cut}"
     return [
         *machine_lines(run),
-        ("checkpoint", subject.name),
-        ("task", f"{program.task.name}{f', {split}' if split else ''}: {prompts}{left_out}"),
+        ("checkpoint", policy.name),
+        ("task", f"{setup.task.name}{f', {split}' if split else ''}: {prompts}{left_out}"),
         ("samples", f"{sampled}, and the greedy one, at most T = {c.rollout.max_completion} tokens"),
     ]

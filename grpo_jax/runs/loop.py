@@ -13,24 +13,24 @@ from rich.console import Console
 
 from grpo_jax import theory
 from grpo_jax.config import flat, validate
-from grpo_jax.data import PromptSet, prompt_order
+from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json, write_text
-from grpo_jax.report import figure, forecast, metrics, run_page, run_result
+from grpo_jax.report import figure, forecast, run_page, run_result
 from grpo_jax.report.markdown import inline
-from grpo_jax.report.metrics import METRICS, PERF
+from grpo_jax.report.metrics import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import RESULT, open_run_directory
 from grpo_jax.runs.errors import Diverged
-from grpo_jax.runs.measurement import judge
-from grpo_jax.runs.memory import binary, check_memory, held_memory
+from grpo_jax.runs.measurement import judge, measure, measure_in_full
+from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import make_reference, read_reference
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, measure, measure_in_full, show, sigterm_as_flag
-from grpo_jax.runs.setup import make_program, prompt_text, put_prompts
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
-from grpo_jax.train.sharding import replicated, sharded_shapes
+from grpo_jax.train.sharding import sharded_shapes
 from grpo_jax.train.step import TrainState
 
 
@@ -40,7 +40,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     Args:
       config: a `ml_collections.ConfigDict` with the keys of configs/default.py.
       workdir: the run directory; created if need be.
-      console: where the run speaks; the terminal by default.
+      console: where the run prints; the terminal by default.
 
     Returns:
       The content of result.json: p_ref, p_final, p_star (each mean, low, high), their difference, KL, accuracies before and
@@ -60,62 +60,67 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             console.print(f"{directory} holds a finished run:", markup=False, highlight=False)
             show(console, run_page.table(result))
             return result
-        program = make_program(config, task, objective)
-        dropped = len(task.examples) - len(program.task.examples)
+        setup = make_setup(config, task, objective)
+        dropped = len(task.examples) - len(setup.task.examples)
         options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
-        pool = stack.enter_context(
-            nullcontext(None) if program.functions.grade else VerifierPool(task.verify, **options)
-        )
+        on_device = setup.compiled.verify is not None
+        pool = stack.enter_context(nullcontext(None) if on_device else VerifierPool(task.verify, **options))
         signals = stack.enter_context(sigterm_as_flag())
-        run = Run(config, program, directory, console, pool, jax.random.key(config.seed), signals)
-        return _phases(run, dropped)
+        run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
+        return run_phases(run, dropped)
 
 
-def _phases(run: Run, dropped: int) -> dict[str, Any]:
+def run_phases(run: Run, dropped: int) -> dict[str, Any]:
+    """The phases of a run that is not finished, each of which goes on where an earlier start was stopped.
+
+    Args:
+      run: see `Run`.
+      dropped: examples of the task that are too long.
+
+    Returns:
+      The content of result.json.
+    """
     begun = time.monotonic()
-    config, program, console = run.config, run.program, run.console
-    header = machine_lines(run)
-    header += run_page.header(config, program.objective, num_prompts=len(program.task.examples), task=program.task.name)
-    if config.model.path is not None:
-        header.append(("first prompt", inline(prompt_text(program, 0)[:300])))
-    if dropped:
-        header.append(("dropped", f"{dropped:,} examples longer than data.max_prompt or rollout.max_completion allow"))
-    held = held_memory(config, program.objective, program.shapes, program.mesh)
-    said = f"{binary(sum(held.values()))} per device for {', '.join(held)}; --mode=estimate: the rest"
-    header.append(("memory", said))
-    show(console, header)
-    check_memory(held)
+    config, setup, console, c = run.config, run.setup, run.console, run.config.evaluate
+    objective = setup.recipe.objective
 
+    # What is run, and whether it fits.
+    memory = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    header = header_lines(run, dropped, memory)
+    show(console, header)
+    check_memory(memory)
+
+    # The reference policy: made, measured, and what the theory predicts from its measurement.
     before = make_reference(run)
-    shape = {"objective": program.objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
     successes, trials = np.array(before["successes"]), before["trials"]
-    known = not config.objective.entropy_bonus  # which the theory leaves out
+    theory_of = {"objective": objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
+    predictable = not config.objective.entropy_bonus  # which the theory leaves out
     prediction = (
-        forecast.make_forecast(successes, trials, confidence=config.evaluate.confidence, **shape) if known else None
+        forecast.make_forecast(successes, trials, confidence=c.confidence, **theory_of) if predictable else None
     )
-    outlook = run_page.outlook(
-        before, prediction, confidence=config.evaluate.confidence, group_size=config.rollout.group_size
-    )
+    outlook = run_page.outlook(before, prediction, confidence=c.confidence, group_size=config.rollout.group_size)
     show(console, outlook)
 
-    ref_params = read_reference(run) if program.objective.holds_to_reference else None
+    # The iterations. Where no KL holds to the reference, its parameters are not kept while they run.
+    ref_params = read_reference(run) if objective.holds_to_reference else None
     params = iterate(run, ref_params, before, prediction)
 
+    # The policy at the end: measured, compared with the prediction, and shown.
     ref_params = read_reference(run) if ref_params is None else ref_params
     after = measure_in_full(run, params, ref_params, config.train.iterations)
     result = run_result.make_result(config, before, after, prediction)
-    rows = [row for row in metrics.read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
-    rows.append(forecast.probe_row(config.train.iterations, after, config.evaluate.confidence))
-    iterates = None
-    if known:
-        visited = config.data.prompts_per_iteration / len(program.task.examples)
+    probes = [row for row in read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
+    probes.append(forecast.probe_row(config.train.iterations, after, c.confidence))
+    recursion = None
+    if predictable:
+        visited = config.data.prompts_per_iteration / len(setup.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
-        iterates = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **shape)
-    figure.plot_run(run.directory / "figure.png", rows=rows, result=result, iterates=iterates)
+        recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **theory_of)
+    figure.plot_run(run.directory / "figure.png", rows=probes, result=result, iterates=recursion)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
     write_text(run.directory / "report.md", run_page.report(result, [*header, *outlook], samples))
-    write_json(run.directory / RESULT, result)
+    write_json(run.directory / RESULT, result)  # last: where it is, the run is finished
     show(console, run_page.table(result))
     console.print(
         f"{time.monotonic() - begun:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}",
@@ -123,6 +128,19 @@ def _phases(run: Run, dropped: int) -> dict[str, Any]:
         highlight=False,
     )
     return result
+
+
+def header_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[str, str]]:
+    """What a run says before it computes anything: (label, text) lines."""
+    config, setup = run.config, run.setup
+    lines = machine_lines(run)
+    lines += run_page.header(config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name)
+    if config.model.path is not None:
+        lines.append(("first prompt", inline(prompt_text(setup, 0)[:300])))
+    if dropped:
+        lines.append(("dropped", f"{dropped:,} examples longer than data.max_prompt or rollout.max_completion allow"))
+    total = f"{format_bytes(sum(memory.values()))} per device for {', '.join(memory)}; --mode=estimate: the rest"
+    return [*lines, ("memory", total)]
 
 
 def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction: theory.Prediction | None) -> Any:
@@ -137,28 +155,29 @@ def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction
     Raises:
       Preempted, Diverged.
     """
-    c, program = run.config, run.program
+    c, setup = run.config, run.setup
+    # From the newest checkpoint, or from the reference.
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
-    done = 0
-    found = checkpoints.restore_latest(
-        sharded_shapes(jax.eval_shape(program.functions.start, program.shapes), program.mesh)
-    )
-    if found is None:
-        state = program.functions.start(read_reference(run) if ref_params is None else ref_params)
+    n = 0  # iterations done
+    start = setup.compiled.start
+    checkpoint = checkpoints.restore_latest(sharded_shapes(jax.eval_shape(start, setup.shapes), setup.mesh))
+    if checkpoint is None:
+        state = start(read_reference(run) if ref_params is None else ref_params)
     else:
-        _, state, meta = found
-        done = meta["data_position"]
+        _, state, meta = checkpoint
+        n = meta["data_position"]
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
-        run.console.print(f"resuming after iteration {done} of {c.train.iterations}", highlight=False)
-    table = jax.device_put(program.prompts, replicated(program.mesh)) if program.functions.iterate else None
-    log = metrics.MetricsLog(run.directory, after=done or None)
+        run.console.print(f"resuming after iteration {n} of {c.train.iterations}", highlight=False)
+    table = put_table(setup) if setup.compiled.iterate else None
+    log = MetricsLog(run.directory, after=n or None)
     try:
-        if done == 0:
+        if n == 0:
             log.write(forecast.probe_row(0, before, c.evaluate.confidence))
         target = "" if prediction is None else f" → p* {prediction.mean_p_star:.3f}"
-        success, n = "", done
-        with progress(run.console, "iterations", total=c.train.iterations, done=done) as line:
+        success = ""
+        with progress(run.console, "iterations", total=c.train.iterations, done=n) as line:
             while n < c.train.iterations:
+                # Iterate, and write a row for each iteration.
                 begun = time.monotonic()
                 state, rows, skipped = advance(run, state, ref_params, table, n)
                 seconds = (time.monotonic() - begun) / len(rows)
@@ -171,12 +190,14 @@ def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction
                             f"{in_a_row} updates in a row had a non-finite loss or gradient (iteration {n}); lower "
                             f"optimizer.learning_rate, in a new --workdir. The checkpoints in {run.directory} are from before"
                         )
+                # Measure, where it is time.
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
                     probe = measure(run, state.params, ref_params, n)
                     log.write(probe_row := forecast.probe_row(n, probe._asdict(), c.evaluate.confidence))
                     success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
                 line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")
+                # Save, where it is time, and when the run must stop.
                 if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
                     log.flush()  # a checkpoint vouches for the rows before it
                     key = jax.random.key_data(run.base_key).tolist()
@@ -190,31 +211,45 @@ def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction
 
 
 def advance(
-    run: Run, state: TrainState, ref_params: Any | None, table: PromptSet | None, done: int
+    run: Run, state: TrainState, ref_params: Any | None, table: Any | None, done: int
 ) -> tuple[TrainState, list[dict[str, float]], list[int]]:
     """The next iterations: several as one program, or one in two halves with the worker processes between them.
 
     Args:
       run, state, ref_params: see `iterate`.
-      table: the prompts on the device, with a verifier there; else None.
+      table: all prompts on the device, with a verifier there; else None.
       done: iterations so far.
 
     Returns:
       (state, metrics row of each iteration, updates skipped in a row after each).
     """
-    c, functions = run.config, run.program.functions
+    c, compiled, num_prompts = run.config, run.setup.compiled, len(run.setup.task.examples)
     beta, learning_rate = jnp.float32(c.objective.beta), jnp.float32(c.optimizer.learning_rate)
-    if functions.iterate is None:
-        state, row = _by_halves(run, state, ref_params, done, beta, learning_rate)
-        return state, [row], [int(state.skipped)]
-    count = stretch(c, done)
-    index = visits(c, len(run.program.task.examples), done, count)
-    state, *found = functions.iterate(
-        *(state, ref_params, table, index, jnp.int32(count), run.base_key, jnp.int32(done + 1), beta, learning_rate)
-    )
-    metrics, skipped = jax.device_get(found)
-    rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(count)]
-    return state, rows, skipped[:count].tolist()
+
+    # With a verifier on the device: up to the next point where the host is needed.
+    if compiled.iterate is not None:
+        count = stretch(c, done)
+        index, numbers = visits(c, num_prompts, done, count), (jnp.int32(count), run.base_key, jnp.int32(done + 1))
+        state, *results = compiled.iterate(state, ref_params, table, index, *numbers, beta, learning_rate)
+        metrics, skipped = jax.device_get(results)
+        rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(count)]
+        return state, rows, skipped[:count].tolist()
+
+    # With a verifier on the host: sample, verify, learn; the steps are numbered as in grpo_jax/train/iteration.py.
+    # 1 prompts
+    index = prompt_order(c.seed, done, num_prompts=num_prompts, batch=c.data.prompts_per_iteration)
+    prompts, answers, answer_mask = put_prompts(run.setup, index)
+    # 2 sample
+    rollout = compiled.sample(state.params, prompts, role_key(run.base_key, "rollout", done + 1))
+    # 3 verify
+    judged = judge(run.setup, run.pool, index, rollout, answers, answer_mask)
+    # 4 to 8 learn
+    key = role_key(run.base_key, "minibatches", done + 1)
+    rewards = jnp.asarray(judged.rewards)
+    state, metrics = compiled.learn(state, ref_params, prompts, rollout, rewards, key, beta, learning_rate)
+    row = {name: float(x) for name, x in metrics.items()}
+    row |= {f"verdict/{name}": number for name, number in judged.verdict_counts().items()}
+    return state, [row], [int(state.skipped)]
 
 
 def stretch(config: Any, done: int) -> int:
@@ -231,21 +266,6 @@ def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
     for i in range(count):
         index[i] = prompt_order(config.seed, done + i, num_prompts=num_prompts, batch=batch)
     return index
-
-
-def _by_halves(
-    run: Run, state: TrainState, ref_params: Any | None, done: int, beta: jax.Array, learning_rate: jax.Array
-) -> tuple[TrainState, dict[str, float]]:
-    c, program, number = run.config, run.program, done + 1
-    index = prompt_order(c.seed, done, num_prompts=len(program.task.examples), batch=c.data.prompts_per_iteration)
-    prompts, answers, answer_mask = put_prompts(program, index)
-    rollout = program.functions.sample(state.params, prompts, role_key(run.base_key, "rollout", number))
-    rewards, verdicts = judge(program, run.pool, prompts, rollout, answers, answer_mask)
-    key = role_key(run.base_key, "minibatches", number)
-    state, metrics = program.functions.improve(
-        *(state, ref_params, prompts, rollout, jnp.asarray(rewards), key, beta, learning_rate)
-    )
-    return state, {name: float(x) for name, x in metrics.items()} | {f"verdict/{k}": v for k, v in verdicts.items()}
 
 
 def _perf(run: Run, row: dict[str, float], seconds: float) -> dict[str, float]:

@@ -16,7 +16,7 @@ from grpo_jax.files import read_json
 from grpo_jax.runs.checkpoints import Checkpoints, digests
 from grpo_jax.runs.directory import CONFIG, check_same, contents
 from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
-from grpo_jax.runs.setup import Program, make_tokenizer
+from grpo_jax.runs.setup import Setup, make_tokenizer
 from grpo_jax.tasks import Task
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.sharding import sharded_shapes
@@ -32,7 +32,7 @@ OF_THE_MEASUREMENT: tuple[str, ...] = (
 CHANGEABLE = ("verifier.num_workers", "evaluate.interval", "evaluate.samples", "evaluate.examples")
 
 
-class Subject(NamedTuple):
+class MeasuredPolicy(NamedTuple):
     """The policy to measure.
 
     Attributes:
@@ -60,11 +60,11 @@ def stored_config(workdir: Path, config: Any) -> dict[str, Any] | None:
     return read_json(workdir / CONFIG)
 
 
-def find_subject(config: Any, program: Program, workdir: Path, checkpoint: str, *, has_run: bool) -> Subject:
+def find_policy(config: Any, setup: Setup, workdir: Path, checkpoint: str, *, has_run: bool) -> MeasuredPolicy:
     """Restores the policy that ``checkpoint`` names, and the reference where that is another.
 
     Args:
-      config, program: of the measurement.
+      config, setup: of the measurement.
       workdir: the run directory, locked.
       checkpoint: "latest", "reference", or the number of an iteration.
       has_run: the directory holds a run; without one, the config's initial model is the policy.
@@ -78,30 +78,30 @@ def find_subject(config: Any, program: Program, workdir: Path, checkpoint: str, 
     if not has_run:
         if number is not None:
             raise CheckpointError(f"--checkpoint={number}: there is no run in {workdir}")
-        return Subject("initial", 0, program.initial_params(config.seed), None)
-    reference = _restore(workdir / "reference", program.shapes)
+        return MeasuredPolicy("initial", 0, setup.initial_params(config.seed), None)
+    reference = _restore(workdir / "reference", setup.shapes)
     if reference is None:
         raise CheckpointError(f"the run in {workdir} has no reference policy yet: start it again to go on with it")
     if checkpoint == "reference":
-        return Subject("reference", 0, reference[1], None)
-    like = jax.eval_shape(program.functions.start, program.shapes)
-    state = _restore(workdir / "checkpoints", sharded_shapes(like, program.mesh), number)
+        return MeasuredPolicy("reference", 0, reference[1], None)
+    like = jax.eval_shape(setup.compiled.start, setup.shapes)
+    state = _restore(workdir / "checkpoints", sharded_shapes(like, setup.mesh), number)
     if state is None:
-        return Subject("reference", 0, reference[1], None)
-    return Subject(f"iteration-{state[0]}", state[0], state[1].params, reference[1])
+        return MeasuredPolicy("reference", 0, reference[1], None)
+    return MeasuredPolicy(f"iteration-{state[0]}", state[0], state[1].params, reference[1])
 
 
-def check_alphabet(config: Any, program: Program, stored: dict[str, Any] | None) -> None:
+def check_alphabet(config: Any, setup: Setup, stored: dict[str, Any] | None) -> None:
     """Refuses a task of other characters than the run's, for a random decoder: its token ids would change their meaning.
 
     Args:
-      config, program: of the measurement.
+      config, setup: of the measurement.
       stored: the run's config, or None.
 
     Raises:
       RunDirectoryError: naming both alphabets.
     """
-    now = getattr(program.tokenizer, "alphabet", None)
+    now = getattr(setup.tokenizer, "alphabet", None)
     task_now = {key: value for key, value in flat(config).items() if key.startswith("task.")}
     if stored is None or now is None or all(stored.get(key) == value for key, value in task_now.items()):
         return
@@ -117,23 +117,23 @@ def check_alphabet(config: Any, program: Program, stored: dict[str, Any] | None)
         )
 
 
-def identity_of(config: Any, task: Task, subject: Subject) -> dict[str, Any]:
+def identity_of(config: Any, task: Task, policy: MeasuredPolicy) -> dict[str, Any]:
     """What decides the numbers of an evaluation, as {dotted key: JSON value}; kept as its config.json."""
     groups = ("model", "data", "rollout", "evaluate", "verifier", "mesh", "seed")
     bound = {key: value for key, value in flat(config).items() if key.split(".")[0] in groups}
     bound |= {"task.name": config.task.name} | {f"task.{k}": v for k, v in sorted(task_options(config).items())}
     return bound | {
         **task_identity(task),
-        "checkpoint.name": subject.name,
-        "checkpoint.parameters": hashlib.sha256(json.dumps(digests(subject.params)).encode()).hexdigest(),
+        "checkpoint.name": policy.name,
+        "checkpoint.parameters": hashlib.sha256(json.dumps(digests(policy.params)).encode()).hexdigest(),
     }
 
 
-def find_place(
+def choose_directory(
     evaluations: Path,
     config: Any,
     task: Task,
-    subject: Subject,
+    policy: MeasuredPolicy,
     identity: dict[str, Any],
     stored: dict[str, Any] | None,
 ) -> Path:
@@ -143,28 +143,28 @@ def find_place(
 
     Args:
       evaluations: where it is to be.
-      config, task, subject: of the measurement.
+      config, task, policy: of the measurement.
       identity: see `identity_of`.
       stored: the run's config, or None.
     """
-    place = evaluations / _name(config, task, subject, stored)
+    path = evaluations / _name(config, task, policy, stored)
     try:
-        if place.is_dir() and contents(place) > {CONFIG}:
-            check_same(place, identity, changeable=CHANGEABLE, advice="")
+        if path.is_dir() and contents(path) > {CONFIG}:
+            check_same(path, identity, changeable=CHANGEABLE, advice="")
     except RunDirectoryError:
         bound = {key: value for key, value in identity.items() if key not in CHANGEABLE}
         digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-        return place.with_name(f"{place.name}-{digest[:6]}")
-    return place
+        return path.with_name(f"{path.name}-{digest[:6]}")
+    return path
 
 
-def _name(config: Any, task: Task, subject: Subject, stored: dict[str, Any] | None) -> str:
+def _name(config: Any, task: Task, policy: MeasuredPolicy, stored: dict[str, Any] | None) -> str:
     parts, said = [], ("name", "source", "data_dir", "prompt", "target")  # by the task's name, or at too great a length
     for key, value in sorted(task_options(config).items()):
         same = stored is None or stored.get(f"task.{config.task.name}.{key}") == json.loads(json.dumps(value))
         if key == "split" or not (same or key in said):
             parts.append(str(value) if key == "split" else f"{key}-{value}")
-    return re.sub(r"[^\w.+-]+", "_", "-".join([subject.name, task.name, *parts]))[:93]
+    return re.sub(r"[^\w.+-]+", "_", "-".join([policy.name, task.name, *parts]))[:93]
 
 
 def _restore(folder: Path, like: Any, number: int | None = None) -> tuple[int, Any] | None:
@@ -178,8 +178,8 @@ def _restore(folder: Path, like: Any, number: int | None = None) -> tuple[int, A
     checkpoints = Checkpoints(folder, keep=None)
     try:
         if number is None:
-            found = checkpoints.restore_latest(like)
-            return found and found[:2]
+            checkpoint = checkpoints.restore_latest(like)
+            return checkpoint and checkpoint[:2]
         return number, checkpoints.restore(number, like)[0]
     except CheckpointError:
         raise

@@ -1,4 +1,11 @@
-"""Measuring the success probability of every prompt: sampled, greedy, pass@k, and the KL paid for it."""
+"""Measuring a policy: completions of chosen prompts, judged, and what is counted of them.
+
+There is one way to sample and judge, `judged_samples`. The success probability before, during and after training is counted
+from it (`measure`), and an evaluation keeps its texts and verdicts (`grpo_jax.runs.evaluation`). Sample j of a prompt has
+a random key of its own, so it is the same sample however the work is cut into batches.
+
+Dimension key: see grpo_jax.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,14 +15,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.rollout import PromptBatch, Rollout
-from grpo_jax.runs.setup import Program, put_prompts
+from grpo_jax.rollout import Rollout
+from grpo_jax.runs.errors import VerifierFailed
+from grpo_jax.runs.run import Run
+from grpo_jax.runs.setup import Setup, put_prompts
 from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
+from grpo_jax.train.iteration import role_key
 
 
-class Probe(NamedTuple):
-    """Counts of one measurement over the Q probed prompts.
+class Judged(NamedTuple):
+    """Completions of P prompts, and what the verifiers say of them.
+
+    Attributes:
+      rollout: P prompts with G completions each.
+      rewards: [P, G] float32, as training gives them: of the verifier on the device where there is one.
+      texts, verdicts: row by row, of the verifier on the host; None without one.
+      log_ratios: [P, G] log π/π_ref in nats; None without a reference, and where it is the policy itself.
+    """
+
+    rollout: Rollout
+    rewards: np.ndarray
+    texts: list[str] | None
+    verdicts: list[Verdict] | None
+    log_ratios: jax.Array | None = None
+
+    def verdict_counts(self) -> Counter[str]:
+        """How often each verdict was given; empty without a verifier on the host."""
+        return Counter(str(verdict) for verdict in self.verdicts or [])
+
+
+class Measurement(NamedTuple):
+    """Counts over the Q measured prompts.
 
     Attributes:
       successes: [Q] int64.  trials: of each prompt.
@@ -33,195 +64,167 @@ class Probe(NamedTuple):
     verdicts: dict[str, int]
     examples: list[dict[str, Any]]
 
-
-class Completion(NamedTuple):
-    """One completion, judged.
-
-    Attributes:
-      text: without the stop token.
-      verdict: of the verifier on the host.
-      reward: what training gives it: that of the verifier on the device where there is one, else the verdict's.
-      tokens: its length, stop token included.
-      truncated: it never stopped.
-      log_ratio: log π/π_ref in nats; None without a reference.
-    """
-
-    text: str
-    verdict: Verdict
-    reward: float
-    tokens: int
-    truncated: bool
-    log_ratio: float | None
+    def record(self, greedy: float | None) -> dict[str, Any]:
+        """As JSON, with the accuracy of the greedy completions."""
+        return self._asdict() | {"successes": self.successes.tolist(), "greedy": greedy}
 
 
-def probe(
-    program: Program,
-    pool: VerifierPool | None,
+def measure(
+    run: Run,
     params: Any,
-    ref_params: Any | None,
-    key: jax.Array,
+    ref_params: Any,
+    iteration: int,
     *,
-    samples: int,
-    batch_samples: int,
-    batch_prompts: int,
+    role: str = "probe",
+    samples: int | None = None,
+    batch_samples: int | None = None,
     examples: int = 0,
     greedy: bool = False,
-) -> Probe:
-    """Draws ``samples`` completions of every probed prompt and counts successes.
-
-    Sample j of a prompt has the same key whatever the batches are.
+) -> Measurement:
+    """Counts the successes of every measured prompt.
 
     Args:
-      program, pool: of the run; the pool is None for a verifier on the device.
+      run: see `Run`.
       params, ref_params: policy and reference; without a reference no KL is measured.
-      key: of this measurement.
-      samples: per prompt.
-      batch_samples, batch_prompts: samples per prompt, and prompts, drawn at a time.
+      iteration: after which it is measured (or the step of the warm start); with ``role`` it decides the random numbers.
+      role: see `role_key`.
+      samples: per prompt; those of ``evaluate.interval`` by default.
+      batch_samples: per prompt, sampled at a time; those of the config by default.
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
     """
-    rows = len(program.probed)
-    shown = program.probed[np.linspace(0, rows - 1, min(examples, rows)).astype(int)]
-    successes, sums = np.zeros(rows, np.int64), np.zeros(3)
+    setup, c = run.setup, run.config.evaluate
+    samples, batch_samples = samples or c.samples, batch_samples or c.batch_samples
+    key, num_prompts = role_key(run.base_key, role, iteration), len(setup.probed)
+    shown = setup.probed[np.linspace(0, num_prompts - 1, min(examples, num_prompts)).astype(int)]
+
+    successes, sums = np.zeros(num_prompts, np.int64), np.zeros(3)
     verdicts: Counter[str] = Counter()
-    kept: list[dict[str, Any]] = []
-    sizes = {"samples": samples, "batch_samples": batch_samples}
-    for places in np.split(np.arange(rows), range(batch_prompts, rows, batch_prompts)):
-        block = program.probed[places]
-        for number, drawn in enumerate(_draws(program, params, ref_params, key, block, greedy=greedy, **sizes)):
-            rollout, log_ratio = drawn.rollout, 0.0 if drawn.log_ratio is None else drawn.log_ratio
-            rewards, counts = judge(program, pool, drawn.prompts, rollout, drawn.answers, drawn.answer_mask)
-            verdicts.update(counts)
-            successes[places] += rewards.sum(-1).astype(np.int64)
-            lengths, truncated = rollout.mask.sum(-1), rollout.truncated
-            sums += [np.asarray(x, np.float64).sum() for x in (log_ratio, lengths, truncated)]
+    texts: list[dict[str, Any]] = []
+    batch = run.config.data.prompts_per_iteration
+    for places in np.split(np.arange(num_prompts), range(batch, num_prompts, batch)):
+        rows = setup.probed[places]
+        batches = judged_samples(
+            run, params, ref_params, key, rows, samples=samples, batch_samples=batch_samples, greedy=greedy
+        )
+        for number, judged in enumerate(batches):
+            rollout, log_ratios = judged.rollout, 0.0 if judged.log_ratios is None else judged.log_ratios
+            successes[places] += judged.rewards.sum(-1).astype(np.int64)
+            sums += [np.asarray(x, np.float64).sum() for x in (log_ratios, rollout.mask.sum(-1), rollout.truncated)]
+            verdicts.update(judged.verdict_counts())
             if number == 0 and examples:
-                kept += _texts(program, rollout, rewards, block, shown)
-    kl, length, truncated_share = (sums / (rows * samples)).tolist()
-    return Probe(successes, samples, None if ref_params is None else kl, length, truncated_share, dict(verdicts), kept)
+                texts += _examples(setup, judged, rows, shown)
+    kl, length, truncated = (sums / (num_prompts * samples)).tolist()
+    return Measurement(successes, samples, None if ref_params is None else kl, length, truncated, dict(verdicts), texts)
 
 
-def draw_completions(
-    program: Program,
-    pool: VerifierPool,
+def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> dict[str, Any]:
+    """The measurement before and after training, as JSON: per-prompt successes, greedy accuracy, KL, lengths, samples."""
+    c = run.config.evaluate
+    run.console.print(f"measuring the success probability: {c.final_samples} samples of every prompt", highlight=False)
+    sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples)
+    check_verifier(run, sampled.verdicts)
+    greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
+    return sampled.record(float(greedy.successes.mean()))
+
+
+def check_verifier(run: Run, verdicts: dict[str, int]) -> None:
+    """Raises VerifierFailed where no completion was judged: a broken verifier must not pass for a hopeless policy."""
+    failures = {name: count for name, count in verdicts.items() if name in (Verdict.crash, Verdict.timeout)}
+    if run.pool is not None and failures and len(failures) == len(verdicts):
+        counts = ", ".join(f"{name} {count:,}" for name, count in failures.items())
+        reason = f"; the first crash: {run.pool.first_crash}" if run.pool.first_crash else ""
+        raise VerifierFailed(f"the verifier judged none of {sum(failures.values()):,} completions ({counts}){reason}")
+
+
+def judged_samples(
+    run: Run,
     params: Any,
-    ref_params: Any | None,
+    ref_params: Any,
     key: jax.Array,
-    block: np.ndarray,
+    rows: np.ndarray,
     *,
     samples: int,
     batch_samples: int,
-    batch_prompts: int,
     greedy: bool = False,
-) -> list[list[Completion]]:
-    """``samples`` completions of each prompt of a block, each with text and verdict; the same samples as `probe` counts.
+    num_prompts: int | None = None,
+) -> Iterator[Judged]:
+    """``samples`` completions of each prompt, ``batch_samples`` at a time.
 
     Args:
-      program: of the run.
-      pool: of the verifier on the host; one on the device says which completions are right, but not what is wrong with others.
-      params, ref_params: policy and reference; without a reference there is no log-ratio.
-      key: of this measurement.
-      block: rows of the dataset, at most ``batch_prompts``: a smaller block is filled up with rows drawn for nothing, so that
-        one compiled program serves them all.
-      samples: per prompt.
-      batch_samples, batch_prompts: samples per prompt, and prompts, drawn at a time.
+      run: see `Run`.
+      params, ref_params: policy and reference; without a reference there are no log-ratios.
+      key: of the measurement.
+      rows: of the dataset.
+      samples, batch_samples: per prompt.
       greedy: take the most probable tokens; use with samples=1.
-
-    Returns:
-      One list of completions per row of the block.
+      num_prompts: prompts that are run, so that one program serves a smaller last batch too; what is added is thrown away.
     """
-    found: list[list[Completion]] = [[] for _ in block]
-    group_size, grade, filled = min(samples, batch_samples), program.functions.grade, np.resize(block, batch_prompts)
-    targets = [program.task.examples[i].target for i in block.tolist() for _ in range(group_size)]
-    sizes = {"samples": samples, "batch_samples": batch_samples}
-    for drawn in _draws(program, params, ref_params, key, filled, greedy=greedy, **sizes):
-        graded = None if grade is None else grade(drawn.rollout, drawn.answers, drawn.answer_mask)
-        arrays = drawn.rollout, drawn.log_ratio, graded
-        rollout, log_ratios, grades = jax.tree.map(lambda x: np.asarray(x)[: len(block)] if x.ndim else x, arrays)
-        lengths, truncated = (x.reshape(-1).tolist() for x in (rollout.mask.sum(-1), rollout.truncated))
-        texts = decode(program, rollout)
-        for row, (text, verdict) in enumerate(zip(texts, pool.verify(texts, targets, truncated), strict=True)):
-            at = divmod(row, group_size)
-            reward = verdict.reward if grades is None else float(grades[at])
-            ratio = None if log_ratios is None else float(log_ratios[at])
-            found[at[0]].append(Completion(text, verdict, reward, lengths[row], truncated[row], ratio))
-    return found
+    setup = run.setup
+    prompts, answers, answer_mask = put_prompts(setup, rows if num_prompts is None else np.resize(rows, num_prompts))
+    group_size = min(samples, batch_samples)
+    measures_kl = ref_params is not None and ref_params is not params  # π = π_ref has no KL
+    for first in range(0, samples, group_size):
+        options = {"group_size": group_size, "greedy": greedy, "first_sample": jnp.int32(first)}
+        rollout = setup.compiled.sample_probe(params, prompts, key, **options)  # [P, G, T]
+        log_ratios = setup.compiled.log_ratios(params, ref_params, prompts, rollout) if measures_kl else None
+        arrays = rollout, answers, answer_mask, log_ratios
+        if len(rows) < len(prompts.index):
+            arrays = jax.tree.map(lambda x: x[: len(rows)] if x.ndim else x, arrays)
+        yield judge(setup, run.pool, rows, *arrays[:3])._replace(log_ratios=arrays[3])
 
 
 def judge(
-    program: Program,
+    setup: Setup,
     pool: VerifierPool | None,
-    prompts: PromptBatch,
+    rows: np.ndarray,
     rollout: Rollout,
     answers: jax.Array,
     answer_mask: jax.Array,
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Rewards [P, G] float32 of a rollout and the counts of verdicts: on the device, or in the worker processes."""
+) -> Judged:
+    """The rewards of a rollout: on the device where the task verifies there, else in the worker processes.
+
+    Args:
+      setup: of the run.
+      pool: worker processes, which judge the texts; None where the verifier on the device is enough.
+      rows: [P] of the dataset.
+      rollout, answers, answer_mask: of these rows.
+    """
+    verify, group_size = setup.compiled.verify, rollout.mask.shape[1]
+    rewards = None if verify is None else np.asarray(verify(rollout, answers, answer_mask), np.float32)
     if pool is None:
-        assert program.functions.grade is not None
-        return np.asarray(program.functions.grade(rollout, answers, answer_mask), np.float32), {}
-    texts = decode(program, rollout)
-    group_size = rollout.mask.shape[1]
-    targets = [program.task.examples[i].target for i in np.asarray(prompts.index) for _ in range(group_size)]
+        assert rewards is not None
+        return Judged(rollout, rewards, None, None)
+    texts = decode(setup, rollout)
+    targets = [setup.task.examples[i].target for i in rows.tolist() for _ in range(group_size)]
     verdicts = pool.verify(texts, targets, np.asarray(rollout.truncated).reshape(-1).tolist())
-    rewards = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(-1, group_size)
-    return rewards, dict(Counter(str(verdict) for verdict in verdicts))
+    if rewards is None:
+        rewards = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(-1, group_size)
+    return Judged(rollout, rewards, texts, verdicts)
 
 
-def decode(program: Program, rollout: Rollout) -> list[str]:
+def decode(setup: Setup, rollout: Rollout) -> list[str]:
     """Texts of all completions, row by row, without the stop token; a stop string stays."""
     length = rollout.mask.shape[-1]
-    rows, mask = (np.asarray(x).reshape(-1, length) for x in (rollout.completions, rollout.mask))
-    lengths = mask.sum(-1)
-    last = np.take_along_axis(rows, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    tokens, mask = (np.asarray(x).reshape(-1, length) for x in (rollout.completions, rollout.mask))  # [B, T]
+    lengths = mask.sum(-1)  # [B]
+    last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]  # [B]
     # The stop token is inside the mask, as the last token of a completion that was not truncated.
-    lengths = lengths - np.isin(last, program.stop_ids)
-    return [program.tokenizer.decode(row[:n]) for row, n in zip(rows.tolist(), lengths.tolist(), strict=True)]
+    lengths = lengths - np.isin(last, setup.stop_ids)
+    return [setup.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
-class _Drawn(NamedTuple):
-    prompts: PromptBatch
-    answers: jax.Array
-    answer_mask: jax.Array
-    rollout: Rollout
-    log_ratio: jax.Array | None  # [P, G] log π/π_ref
-
-
-def _draws(
-    program: Program,
-    params: Any,
-    ref_params: Any | None,
-    key: jax.Array,
-    block: np.ndarray,
-    *,
-    samples: int,
-    batch_samples: int,
-    greedy: bool,
-) -> Iterator[_Drawn]:
-    """The samples of a block of prompts, ``batch_samples`` at a time; π = π_ref has no KL, and is not asked for it."""
-    prompts, answers, answer_mask = put_prompts(program, block)
-    group_size = min(samples, batch_samples)
-    for first in range(0, samples, group_size):
-        rollout = program.functions.draw(
-            params, prompts, key, group_size=group_size, greedy=greedy, first_sample=jnp.int32(first)
-        )
-        moved = ref_params is not None and ref_params is not params
-        log_ratio = program.functions.sequence_kl(params, ref_params, prompts, rollout) if moved else None
-        yield _Drawn(prompts, answers, answer_mask, rollout, log_ratio)
-
-
-def _texts(
-    program: Program, rollout: Rollout, rewards: np.ndarray, block: np.ndarray, shown: np.ndarray
-) -> list[dict[str, Any]]:
-    few = min(4, rewards.shape[1])
-    places = np.flatnonzero(np.isin(block, shown))
+def _examples(setup: Setup, judged: Judged, rows: np.ndarray, shown: np.ndarray) -> list[dict[str, Any]]:
+    """Prompt, target and the first four completions of those rows that are shown."""
+    few = min(4, judged.rewards.shape[1])
+    places, rollout = np.flatnonzero(np.isin(rows, shown)), judged.rollout
     part = rollout._replace(completions=rollout.completions[places, :few], mask=rollout.mask[places, :few])
-    texts = iter(decode(program, part))
+    texts = iter(decode(setup, part))
     return [
         {
-            "prompt": program.task.examples[block[place]].prompt,
-            "target": program.task.examples[block[place]].target,
-            "completions": [{"text": next(texts), "reward": float(rewards[place, g])} for g in range(few)],
+            "prompt": setup.task.examples[rows[place]].prompt,
+            "target": setup.task.examples[rows[place]].target,
+            "completions": [{"text": next(texts), "reward": float(judged.rewards[place, g])} for g in range(few)],
         }
         for place in places.tolist()
     ]

@@ -14,9 +14,9 @@ from grpo_jax.rollout import PromptBatch, Rollout
 from grpo_jax.rollout.compaction import Stage, choose_stages
 from grpo_jax.runs.errors import RunError
 from grpo_jax.runs.run import show
-from grpo_jax.runs.setup import make_decoder
+from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe
 from grpo_jax.tasks import Task
-from grpo_jax.train.compiled import Bound, make_functions, make_optimizer
+from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, row_shards, sharded_shapes
 from grpo_jax.train.step import init_state
 
@@ -25,22 +25,22 @@ class Memory(NamedTuple):
     """Bytes per device.
 
     Attributes:
-      held: of what stays for all iterations, by name: parameters, optimizer, and the reference where the objective has a KL
-        to it.
+      lasting: of what stays for all iterations, by name: parameters, optimizer, and the reference where the objective has a
+        KL to it.
       working: of what a program adds while it runs, by name; only one runs at a time.
     """
 
-    held: dict[str, int]
+    lasting: dict[str, int]
     working: dict[str, int]
 
     @property
     def peak(self) -> int:
-        """All that is held, and the most that a program adds."""
-        return sum(self.held.values()) + max(self.working.values(), default=0)
+        """All that lasts, and the most that a program adds."""
+        return sum(self.lasting.values()) + max(self.working.values(), default=0)
 
 
 def estimate(config: Any, console: Console | None = None) -> Memory:
-    """Prints what a run of this config would hold and need on each device, without weights or a run directory.
+    """Prints what a run of this config would need on each device, without weights or a run directory.
 
     Raises ConfigError for a config that cannot run.
     """
@@ -53,13 +53,12 @@ def estimate(config: Any, console: Console | None = None) -> Memory:
     return memory
 
 
-def held_memory(config: Any, objective: Objective, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def lasting_memory(recipe: Recipe, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
     """Bytes per device of parameters, optimizer state and the reference, if one is kept, from shapes with shardings."""
-    optimizer = make_optimizer(config, config.optimizer.learning_rate)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer), shapes)
+    state = jax.eval_shape(lambda params: init_state(params, recipe.optimizer(0.0)), shapes)
     parameters = per_device(shapes)
-    held = {"parameters": parameters, "optimizer": per_device(sharded_shapes(state, mesh)) - parameters}
-    return held | ({"reference": parameters} if objective.holds_to_reference else {})
+    lasting = {"parameters": parameters, "optimizer": per_device(sharded_shapes(state, mesh)) - parameters}
+    return lasting | ({"reference": parameters} if recipe.objective.holds_to_reference else {})
 
 
 def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
@@ -68,37 +67,35 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     Prompts count as data.max_prompt tokens. The programs are those of this backend: on CPU devices that stand for others
     (``--devices``), buffers are those of XLA's CPU compiler, near those of an accelerator but not the same.
     """
-    mesh = make_mesh(**config.mesh)
+    # The model and its programs, without tokenizer or weights.
+    mesh, c = make_mesh(**config.mesh), config.evaluate
     decoder = make_decoder(config, task)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
-    bound = Bound(make_policy(decoder), stop_ids=(0,), pad_id=0, stop_table=None, verify_tokens=None)
-    functions = make_functions(config, objective, bound, shapes, mesh)
+    recipe = make_recipe(config, objective, make_policy(decoder), stop_ids=(0,), pad_id=0)
+    compiled = make_compiled(config, recipe, shapes, mesh)
     rows, whole = row_sharding(mesh), replicated(mesh)
-    prompts_number, width, length = (
-        config.data.prompts_per_iteration,
-        config.data.max_prompt,
-        config.rollout.max_completion,
-    )
-
+    num_prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
+    width, length = config.data.max_prompt, config.rollout.max_completion
     if width + length > decoder.max_length:
         raise ValueError(
             f"data.max_prompt={width} and rollout.max_completion={length} tokens are more than the model's "
             f"{decoder.max_length}"
         )
 
+    # Their arguments, as shapes.
     def array(*shape: int, dtype: Any = jnp.int32, sharding: Any = rows) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    prompts = PromptBatch(array(prompts_number, width), array(prompts_number, width, dtype=bool), array(prompts_number))
+    prompts = PromptBatch(array(num_prompts, width), array(num_prompts, width, dtype=bool), array(num_prompts))
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def first_stages(group_size: int) -> tuple[Stage, ...]:
         """Of a rollout: the two largest need as much memory as all, which take minutes to compile for deep models."""
-        stages = choose_stages(prompts_number // row_shards(mesh, prompts_number) * group_size, length)
+        stages = choose_stages(num_prompts // row_shards(mesh, num_prompts) * group_size, length)
         return tuple(Stage(stage.rows, (length,)) for stage in stages[:2])
 
     def rollout(group_size: int) -> Rollout:
-        shape = (prompts_number, group_size, length)
+        shape = (num_prompts, group_size, length)
         return Rollout(
             array(*shape),
             array(*shape, dtype=bool),
@@ -107,36 +104,32 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
             useful=array(dtype=jnp.float32, sharding=whole),
         )
 
-    state = sharded_shapes(jax.eval_shape(functions.start, shapes), mesh)
-    group_size = config.rollout.group_size
-    rewards, number = array(prompts_number, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
+    state = sharded_shapes(jax.eval_shape(compiled.start, shapes), mesh)
+    rewards, number = array(num_prompts, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
     reference = shapes if objective.holds_to_reference else None
-    probed = min(config.evaluate.batch_samples, max(config.evaluate.samples, config.evaluate.final_samples))
+    probed = min(c.batch_samples, max(c.samples, c.final_samples))
+    probe_options = {"group_size": probed, "greedy": False, "first_sample": array(sharding=whole)}
+
+    # The programs, lowered for these shapes.
     programs = {
-        "rollout": functions.sample.lower(shapes, prompts, key, stages=first_stages(group_size)),
-        "update": functions.improve.lower(state, reference, prompts, rollout(group_size), rewards, key, number, number),
-        "probe, sampling": functions.draw.lower(
-            shapes,
-            prompts,
-            key,
-            group_size=probed,
-            greedy=False,
-            first_sample=array(sharding=whole),
-            stages=first_stages(probed),
+        "rollout": compiled.sample.lower(shapes, prompts, key, stages=first_stages(group_size)),
+        "update": compiled.learn.lower(state, reference, prompts, rollout(group_size), rewards, key, number, number),
+        "probe, sampling": compiled.sample_probe.lower(
+            shapes, prompts, key, **probe_options, stages=first_stages(probed)
         ),
     }
     if objective.holds_to_reference:
-        programs["probe, KL"] = functions.sequence_kl.lower(shapes, shapes, prompts, rollout(probed))
-    held = held_memory(config, objective, shapes, mesh)
-    return Memory(held, {name: _working(lowered) for name, lowered in programs.items()})
+        programs["probe, KL"] = compiled.log_ratios.lower(shapes, shapes, prompts, rollout(probed))
+    lasting = lasting_memory(recipe, shapes, mesh)
+    return Memory(lasting, {name: _working(lowered) for name, lowered in programs.items()})
 
 
-def check_memory(held: dict[str, int]) -> None:
-    """RunError where a device that tells its size is smaller than what a run holds all the time, by name."""
-    limit, needed = (jax.devices()[0].memory_stats() or {}).get("bytes_limit"), sum(held.values())
+def check_memory(lasting: dict[str, int]) -> None:
+    """RunError where a device that tells its size is smaller than what a run needs all the time, by name."""
+    limit, needed = (jax.devices()[0].memory_stats() or {}).get("bytes_limit"), sum(lasting.values())
     if limit is not None and needed > limit:
         raise RunError(
-            f"{', '.join(held)} need {binary(needed)} per device, which has {binary(limit)}: "
+            f"{', '.join(lasting)} need {format_bytes(needed)} per device, which has {format_bytes(limit)}: "
             "spread them with --config.mesh.fsdp=N over more devices, or take a smaller model"
         )
 
@@ -148,15 +141,15 @@ def per_device(tree: Any) -> int:
 
 def memory_table(memory: Memory) -> list[tuple[str, str]]:
     """(what, bytes) lines."""
-    lines = [(name, binary(size)) for name, size in memory.held.items()]
-    lines += [(f"{name} adds", binary(size)) for name, size in memory.working.items()]
-    return [*lines, ("peak per device", binary(memory.peak))]
+    lines = [(name, format_bytes(size)) for name, size in memory.lasting.items()]
+    lines += [(f"{name} adds", format_bytes(size)) for name, size in memory.working.items()]
+    return [*lines, ("peak per device", format_bytes(memory.peak))]
 
 
-def binary(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes in a unit that people read.
 
-    >>> binary(1536), binary(5 << 30)
+    >>> format_bytes(1536), format_bytes(5 << 30)
     ('1.5 KiB', '5.0 GiB')
     """
     power = min(max(size.bit_length() - 1, 0) // 10, 4)
@@ -164,5 +157,5 @@ def binary(size: int) -> str:
 
 
 def _working(lowered: Any) -> int:
-    found = lowered.compile().memory_analysis()
-    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    sizes = lowered.compile().memory_analysis()
+    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes

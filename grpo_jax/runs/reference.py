@@ -4,12 +4,13 @@ from typing import Any
 
 from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json
-from grpo_jax.report import metrics
+from grpo_jax.report.metrics import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import REFERENCE
 from grpo_jax.runs.errors import WarmStartFailed
-from grpo_jax.runs.run import Run, check_preempted, measure, measure_in_full
+from grpo_jax.runs.measurement import measure, measure_in_full
+from grpo_jax.runs.run import Run, check_preempted
 from grpo_jax.runs.setup import put_prompts
 
 
@@ -29,12 +30,12 @@ def read_reference(run: Run) -> Any:
     """The parameters of π_ref, from the run directory; made and stored there if it does not hold them."""
     checkpoints = Checkpoints(run.directory / "reference", keep=None)
     try:
-        found = checkpoints.restore_latest(run.program.shapes)
-        if found is not None:
-            return found[1]
-        metrics.MetricsLog(run.directory, after=None).close()
+        checkpoint = checkpoints.restore_latest(run.setup.shapes)
+        if checkpoint is not None:
+            return checkpoint[1]
+        MetricsLog(run.directory, after=None).close()
         fresh = run.config.warm_start.max_steps == 0
-        params = run.program.initial_params(run.config.seed) if fresh else warm_start(run)
+        params = run.setup.initial_params(run.config.seed) if fresh else warm_start(run)
         checkpoints.save(0, params, {})
         return params
     finally:
@@ -47,18 +48,18 @@ def warm_start(run: Run) -> Any:
     Raises:
       WarmStartFailed: it does not within the steps allowed.
     """
-    c, program = run.config.warm_start, run.program
-    state, rows = program.functions.warm_start(program.initial_params(run.config.seed)), len(program.task.examples)
+    c, setup, num_prompts = run.config.warm_start, run.setup, len(run.setup.task.examples)
+    state = setup.compiled.warm_start(setup.initial_params(run.config.seed))
     success = 0.0
     with progress(run.console, "warm start", total=c.max_steps) as line:
         for step in range(1, c.max_steps + 1):
-            index = prompt_order(run.config.seed, step - 1, num_prompts=rows, batch=min(c.batch, rows))
-            state, metrics = program.functions.warm_start_step(state, *put_prompts(program, index))
+            index = prompt_order(run.config.seed, step - 1, num_prompts=num_prompts, batch=min(c.batch, num_prompts))
+            state, metrics = setup.compiled.warm_start_step(state, *put_prompts(setup, index))
             if step % c.interval == 0 or step == c.max_steps:
                 check_preempted(run)
                 sizes = {"samples": c.samples, "batch_samples": c.samples}
-                found = measure(run, state.params, state.params, step, role="warm_start", **sizes)
-                success = float(found.successes.mean() / found.trials)
+                probe = measure(run, state.params, state.params, step, role="warm_start", **sizes)
+                success = float(probe.successes.mean() / probe.trials)
                 line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
                 if success >= c.target:
                     run.console.print(f"warm start: success {success:.3f} after {step} steps", highlight=False)

@@ -1,4 +1,4 @@
-"""From a checked config to what runs: task, tokenizer, prompts, model and mesh, and the functions of all these."""
+"""From a checked config to what runs: task, tokenizer, prompts, model and mesh, the recipe, and its compiled functions."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,10 +33,11 @@ from grpo_jax.models import (
     read_config,
 )
 from grpo_jax.objective import Objective
-from grpo_jax.rollout import PromptBatch
+from grpo_jax.rollout import Layout, Policy, PromptBatch, sample_groups
 from grpo_jax.tasks import Task
-from grpo_jax.train.compiled import Bound, Functions, make_functions
-from grpo_jax.train.iteration import role_key
+from grpo_jax.train.compiled import Compiled, compile_recipe
+from grpo_jax.train.iteration import Recipe, role_key
+from grpo_jax.train.optimizer import make_optimizer, make_warm_start_optimizer
 from grpo_jax.train.sharding import (
     make_mesh,
     parameter_shardings,
@@ -47,21 +48,20 @@ from grpo_jax.train.sharding import (
 )
 
 
-class Program(NamedTuple):
-    """A run's functions and its fixed data.
+class Setup(NamedTuple):
+    """What a config names, built.
 
     Attributes:
-      task, objective, tokenizer, chat, prompts, mesh: what the config names; chat is None for prompts as they are.
+      task, tokenizer, chat, prompts, mesh: of the config; chat is None for prompts as they are.
       stop_ids: the tokens that end a completion.
-      probed: rows of the prompts that probes measure.
+      probed: rows of the prompts that are measured.
       shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
       initial_params: seed -> the initial parameters, random or pretrained, on the mesh.
-      functions: see `Functions`.
-      bound: what the functions were made of.
+      recipe: how the policy learns.
+      compiled: the recipe's functions as programs.
     """
 
     task: Task
-    objective: Objective
     tokenizer: Tokenizer
     chat: ChatFormat | None
     prompts: PromptSet
@@ -70,14 +70,14 @@ class Program(NamedTuple):
     probed: np.ndarray
     shapes: Any
     initial_params: Callable[[int], Any]
-    functions: Functions
-    bound: Bound
+    recipe: Recipe
+    compiled: Compiled
 
 
-def make_program(
+def make_setup(
     config: Any, task: Task, objective: Objective, *, training: bool = True, devices: list[Any] | None = None
-) -> Program:
-    """Builds the program of a validated config; parameters are neither drawn nor read yet.
+) -> Setup:
+    """Builds what a validated config names; parameters are neither made nor read yet.
 
     Args:
       config, task, objective: as `validate` takes and returns them.
@@ -88,16 +88,18 @@ def make_program(
       ValueError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
     """
     mesh, c = make_mesh(**config.mesh, devices=devices), config.data
+    # The model and its tokenizer, from a folder or from the sizes in the config.
     if config.model.path is not None:
         check_pretrained(config.model.path)
     tokenizer, decoder = make_tokenizer(config, task), make_decoder(config, task)
     stop_ids = _stop_ids(config, tokenizer)
-    # One answer has one spelling in characters, and may have several in sub-words, or end in several ways: those are judged
-    # as text, on the host.
-    one_way = config.model.path is None and len(stop_ids) == 1 and not config.model.stop_strings
-    verify_tokens = task.verify_tokens if one_way else None
+    # Tokens can be compared with an answer where it has a single spelling: in characters, with one way to end. In sub-words it
+    # may have several, and is judged as text, on the host.
+    unique_spelling = config.model.path is None and len(stop_ids) == 1 and not config.model.stop_strings
+    verify_tokens = task.verify_tokens if unique_spelling else None
+    # The prompts as arrays. Demonstrations that nothing reads are left out, so that their length does not matter.
     if config.warm_start.max_steps == 0 and verify_tokens is None:
-        task = task._replace(demonstrations=None)  # nothing reads them, so their length is no matter
+        task = task._replace(demonstrations=None)
     chat = _chat(config, tokenizer)
     task, prompts = encode_prompts(
         task,
@@ -114,7 +116,6 @@ def make_program(
             f"data.max_prompt={c.max_prompt} leaves"
         )
     _check_fit(config, tokenizer, decoder, prompts, stop_ids)
-    shapes = sharded_shapes(param_shapes(decoder), mesh)
 
     def initial_params(seed: int) -> Any:
         if config.model.path is not None:
@@ -122,13 +123,20 @@ def make_program(
         params = init_params(decoder, role_key(jax.random.key(seed), "initialisation", 0))
         return jax.device_put(params, parameter_shardings(params, mesh))
 
+    # The recipe, and its programs.
+    shapes = sharded_shapes(param_shapes(decoder), mesh)
     table = stop_table(tokenizer, config.model.stop_strings, vocab_size=decoder.vocab_size)
-    bound = Bound(
-        make_policy(decoder), stop_ids, tokenizer.pad_id, None if table is None else jnp.asarray(table), verify_tokens
+    recipe = make_recipe(
+        config,
+        objective,
+        make_policy(decoder),
+        stop_ids=stop_ids,
+        pad_id=tokenizer.pad_id,
+        stop_table=None if table is None else jnp.asarray(table),
+        verify_tokens=verify_tokens,
     )
-    return Program(
+    return Setup(
         task=task,
-        objective=objective,
         tokenizer=tokenizer,
         chat=chat,
         prompts=prompts,
@@ -137,22 +145,66 @@ def make_program(
         probed=probed_rows(config, len(task.examples)),
         shapes=shapes,
         initial_params=initial_params,
-        functions=make_functions(config, objective, bound, shapes, mesh),
-        bound=bound,
+        recipe=recipe,
+        compiled=make_compiled(config, recipe, shapes, mesh),
     )
 
 
-def put_prompts(program: Program, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:
-    """(prompts, answers, answer_mask) of the given rows of the dataset, spread over the mesh where it divides them."""
-    batch = (prompt_batch(program.prompts, index), program.prompts.answers[index], program.prompts.answer_mask[index])
-    divides = len(index) % row_shards(program.mesh) == 0
-    return jax.device_put(batch, row_sharding(program.mesh) if divides else replicated(program.mesh))
+def make_recipe(
+    config: Any,
+    objective: Objective,
+    policy: Policy,
+    *,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    stop_table: jax.Array | None = None,
+    verify_tokens: Callable[..., jax.Array] | None = None,
+) -> Recipe:
+    """The recipe of a validated config, for one device; arguments as of `Recipe` and `sample_groups`."""
+    c = config.train
+    rates = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
+    return Recipe(
+        policy=policy,
+        objective=objective,
+        sample=partial(
+            sample_groups, policy, stop_ids=stop_ids, pad_id=pad_id, stop_table=stop_table, **config.rollout
+        ),
+        optimizer=make_optimizer(updates=c.iterations * c.inner_epochs * c.minibatches, **rates),
+        layout=Layout(c.microbatch_tokens, c.row_length, chunk_size=c.chunk_size),
+        temperature=config.rollout.temperature,
+        beta_mirror=config.objective.beta_mirror,
+        entropy_bonus=config.objective.entropy_bonus,
+        inner_epochs=c.inner_epochs,
+        minibatches=c.minibatches,
+        verify_tokens=verify_tokens,
+    )
 
 
-def prompt_text(program: Program, row: int) -> str:
+def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh) -> Compiled:
+    """`compile_recipe` with what the config adds."""
+    warm_optimizer = make_warm_start_optimizer(config.warm_start.learning_rate)
+    return compile_recipe(recipe, shapes, mesh, dtype=config.model.dtype, warm_optimizer=warm_optimizer)
+
+
+def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:
+    """(prompts, answers, answer_mask) of the rows ``index`` of the dataset, spread over the mesh where it divides them."""
+    divides = len(index) % row_shards(setup.mesh) == 0
+    return jax.device_put(_rows(setup, index), row_sharding(setup.mesh) if divides else replicated(setup.mesh))
+
+
+def put_table(setup: Setup) -> tuple[PromptBatch, jax.Array, jax.Array]:
+    """(prompts, answers, answer_mask) of the whole dataset, on every device; see `iterations`."""
+    return jax.device_put(_rows(setup, np.arange(len(setup.task.examples))), replicated(setup.mesh))
+
+
+def _rows(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, np.ndarray, np.ndarray]:
+    return prompt_batch(setup.prompts, index), setup.prompts.answers[index], setup.prompts.answer_mask[index]
+
+
+def prompt_text(setup: Setup, row: int) -> str:
     """The prompt of a row as the model is given it, with its chat template; without the BOS that a tokenizer adds."""
-    text = program.task.examples[row].prompt
-    return text if program.chat is None else program.chat.frame.before + text + program.chat.frame.after
+    text = setup.task.examples[row].prompt
+    return text if setup.chat is None else setup.chat.frame.before + text + setup.chat.frame.after
 
 
 def make_decoder(config: Any, task: Task) -> DecoderConfig:

@@ -24,7 +24,6 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from grpo_jax.config import flat, validate
-from grpo_jax.data import PromptSet
 from grpo_jax.files import read_json, write_json
 from grpo_jax.report import forecast, run_page, run_result
 from grpo_jax.report.metrics import MetricsLog
@@ -32,10 +31,11 @@ from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import RESULT, open_run_directory
 from grpo_jax.runs.loop import stretch, visits
-from grpo_jax.runs.memory import binary, check_memory, held_memory
+from grpo_jax.runs.measurement import Measurement
+from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import make_reference, read_reference
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
-from grpo_jax.runs.setup import make_program, probed_rows
+from grpo_jax.runs.setup import make_setup, probed_rows, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.iteration import role_key
 from grpo_jax.train.step import TrainState
@@ -43,7 +43,7 @@ from grpo_jax.train.sweep_program import (
     POINTS,
     WHOLE,
     SweepFunctions,
-    group_drawn,
+    Table,
     make_sweep_functions,
     make_sweep_mesh,
 )
@@ -105,39 +105,43 @@ def sweep(
         if (directory / RESULT).exists():
             console.print(f"{directory} holds a finished sweep", markup=False, highlight=False)
             return read_json(directory / RESULT)
-        program = make_program(config, task, objective, devices=jax.devices()[:1])
-        if program.functions.iterate is None:
+        setup = make_setup(config, task, objective, devices=jax.devices()[:1])
+        if setup.compiled.iterate is None:
             raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
         signals = stack.enter_context(sigterm_as_flag())
-        run = Run(config, program, directory, console, None, jax.random.key(0), signals)
-        results = _phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
+        run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
+        results = run_phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
         write_json(directory / RESULT, results)
         return results
 
 
-def _phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
-    config, program, objective = run.config, run.program, run.program.objective
+def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
+    """The phases of a sweep: references, iterations of all points, measurement; the results point by point."""
+    config, setup, objective = run.config, run.setup, run.setup.recipe.objective
     mesh = make_sweep_mesh(len(plan.betas))
     _show_header(run, plan, mesh)
 
+    # A reference for each seed, made and measured as a single run does.
     runs = [_of_seed(run, seed) for seed in plan.seeds]
     for of_seed in runs:
         of_seed.directory.mkdir(exist_ok=True)
     before = [make_reference(of_seed) for of_seed in runs]
-    functions = make_sweep_functions(config, program, mesh, batched=batched)
-    table = jax.device_put(program.prompts, NamedSharding(mesh, WHOLE))
 
+    # All points side by side.
+    functions = make_sweep_functions(setup.recipe, mesh, batch_samples=_batch_samples(config), batched=batched)
+    table = jax.device_put(put_table(setup), NamedSharding(mesh, WHOLE))
     states, worst = _iterate(run, plan, functions, mesh, runs, table)
     after = _measure(run, functions, mesh, runs, states.params, table)
 
+    # Each against its own prediction.
     shape = {"objective": objective, "group_size": config.rollout.group_size}
     results = []
     for seed, point in itertools.product(range(len(runs)), range(len(plan.betas))):
         successes, trials = np.array(before[seed]["successes"]), before[seed]["trials"]
         prediction = None
         if not config.objective.entropy_bonus:
-            bound = shape | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
-            prediction = forecast.make_forecast(successes, trials, **bound)
+            options = shape | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
+            prediction = forecast.make_forecast(successes, trials, **options)
         result = run_result.make_result(plan.config(config, seed, point), before[seed], after[seed][point], prediction)
         more = {"learning_rate": plan.learning_rates[point]}
         results.append(result | more | {"diverged": bool(worst[seed][point] > config.train.max_skipped)})
@@ -145,46 +149,52 @@ def _phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
 
 
 def _iterate(
-    run: Run, plan: Plan, functions: SweepFunctions, mesh: Mesh, runs: list[Run], table: PromptSet
+    run: Run, plan: Plan, functions: SweepFunctions, mesh: Mesh, runs: list[Run], table: Table
 ) -> tuple[TrainState, np.ndarray]:
     """All iterations of all points; the states after the last, and the most updates each skipped in a row."""
     c, shape = run.config, (len(plan.seeds), len(plan.betas))
     betas, rates = (
         jax.device_put(np.broadcast_to(np.array(x, np.float32), shape), NamedSharding(mesh, POINTS))
         for x in (plan.betas, plan.learning_rates)
-    )
-    base_keys = _keys(mesh, [r.base_key for r in runs])
+    )  # [seeds, points]
+    base_keys = _keys(mesh, [r.base_key for r in runs])  # [seeds]
     references = [jax.tree.map(np.asarray, read_reference(r)) for r in runs]
     ref_params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
+
+    # From the newest checkpoint, or from the references.
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, POINTS)),
         jax.eval_shape(functions.start, ref_params, betas),
     )
-    n, worst, found = 0, np.zeros(shape, int), checkpoints.restore_latest(like)
-    if found is None:
+    n, worst, checkpoint = 0, np.zeros(shape, int), checkpoints.restore_latest(like)
+    if checkpoint is None:
         states = functions.start(ref_params, betas)
     else:
-        n, states, meta = found
+        n, states, meta = checkpoint
         worst = np.array(meta["worst"])
         run.console.print(f"resuming after iteration {n} of {c.train.iterations}", highlight=False)
-    if not run.program.objective.holds_to_reference:
+    if not run.setup.recipe.objective.holds_to_reference:
         ref_params = None
     log = MetricsLog(run.directory, after=n or None)
     try:
         with progress(run.console, "iterations of all points", total=c.train.iterations, done=n) as line:
             while n < c.train.iterations:
+                # Iterate, and write a row for each iteration.
                 count = stretch(c, n)
-                index = np.stack([visits(r.config, len(run.program.task.examples), n, count) for r in runs])
-                moved = (base_keys, index, table, jnp.int32(count), jnp.int32(n + 1), betas, rates)
-                states, *reported = functions.iterate(states, ref_params, *moved)
-                metrics, skipped = jax.device_get(reported)
+                index = np.stack([visits(r.config, len(run.setup.task.examples), n, count) for r in runs])
+                numbers = jnp.int32(count), jnp.int32(n + 1)
+                states, *results = functions.iterate(
+                    states, ref_params, base_keys, index, table, *numbers, betas, rates
+                )
+                metrics, skipped = jax.device_get(results)
                 for i in range(count):
                     row = {name: _listed(values[..., i]) for name, values in metrics.items()}
                     log.write({"iteration": n + i + 1, "phase": "train"} | row)
                 n, worst = n + count, np.maximum(worst, skipped.max(-1))
                 rewards = metrics["reward/mean"][..., count - 1]
                 line.update(n, f"reward {rewards.min():.3f} to {rewards.max():.3f}")
+                # Save, where it is time, and when the sweep must stop.
                 if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
                     log.flush()
                     checkpoints.save(n, states, {"worst": worst.tolist()})
@@ -197,56 +207,61 @@ def _iterate(
 
 
 def _measure(
-    run: Run, functions: SweepFunctions, mesh: Mesh, runs: list[Run], params: Any, table: PromptSet
+    run: Run, functions: SweepFunctions, mesh: Mesh, runs: list[Run], params: Any, table: Table
 ) -> list[list[dict[str, Any]]]:
-    """The final measurement of every point: the completions that a single run would draw, counted."""
+    """The final measurement of every point, [seed][point]: the completions that a single run would sample, counted."""
     c = run.config
-    group, batch, samples = group_drawn(c), c.data.prompts_per_iteration, c.evaluate.final_samples
-    probed = [r.program.probed for r in runs]
-    blocks = math.ceil(len(probed[0]) / batch)
+    group, batch, samples = _batch_samples(c), c.data.prompts_per_iteration, c.evaluate.final_samples
+    # The measured prompts in blocks of equal size; what fills up the last block is cut off the counts below.
+    probed = [r.setup.probed for r in runs]
+    num_prompts, blocks = len(probed[0]), math.ceil(len(probed[0]) / batch)
     rows = np.stack([np.resize(p, blocks * batch).reshape(blocks, batch) for p in probed]).astype(np.int32)
     keys = _keys(mesh, [role_key(r.base_key, "probe", c.train.iterations) for r in runs])
     totals: Any = None
     with progress(run.console, "measuring, samples of every prompt", total=samples) as line:
         for first in range(0, samples, group):
-            found = functions.draw(params, keys, rows, table, jnp.int32(first))
-            counts = [np.asarray(x, np.int64) for x in found]
+            counts = [np.asarray(x, np.int64) for x in functions.measure(params, keys, rows, table, jnp.int32(first))]
             totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
             check_preempted(run)
             line.update(first + group, f"success {totals[0].mean() / (first + group):.3f}")
-    successes, tokens, truncated = (x.reshape(*x.shape[:2], -1)[..., : len(probed[0])] for x in totals)
+    successes, tokens, truncated = (x.reshape(*x.shape[:2], -1)[..., :num_prompts] for x in totals)
 
     def of_point(seed: int, point: int) -> dict[str, Any]:
         at = seed, point
-        means = {"length": float(tokens[at].mean() / samples), "truncated": float(truncated[at].mean() / samples)}
-        unmeasured: dict[str, Any] = {"greedy": None, "kl": None, "verdicts": {}}
-        return {"successes": successes[at].tolist(), "trials": samples} | means | unmeasured
+        length, share_truncated = (float(x[at].mean() / samples) for x in (tokens, truncated))
+        return Measurement(successes[at], samples, None, length, share_truncated, {}, []).record(greedy=None)
 
     return [[of_point(s, p) for p in range(successes.shape[1])] for s in range(successes.shape[0])]
+
+
+def _batch_samples(config: Any) -> int:
+    """Completions of a prompt that are sampled at a time."""
+    return min(config.evaluate.final_samples, config.evaluate.batch_samples)
 
 
 def _of_seed(run: Run, seed: int) -> Run:
     """The single run that makes and measures the reference of a seed."""
     config = run.config.copy_and_resolve_references()
     config.seed = seed
-    program = run.program._replace(probed=probed_rows(config, len(run.program.task.examples)))
+    setup = run.setup._replace(probed=probed_rows(config, len(run.setup.task.examples)))
     directory = run.directory / f"seed-{seed}"
-    return run._replace(config=config, program=program, directory=directory, base_key=jax.random.key(seed))
+    return run._replace(config=config, setup=setup, directory=directory, base_key=jax.random.key(seed))
 
 
 def _show_header(run: Run, plan: Plan, mesh: Mesh) -> None:
-    config, program = run.config, run.program
+    config, setup, points = run.config, run.setup, len(plan.seeds) * len(plan.betas)
     lines = machine_lines(run)
-    lines += run_page.header(config, program.objective, num_prompts=len(program.task.examples), task=program.task.name)
+    lines += run_page.header(config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name)
     lines = [(label, text) for label, text in lines if label not in ("devices", "β")]
-    held = held_memory(config, program.objective, program.shapes, program.mesh)
-    points = len(plan.seeds) * len(plan.betas)
-    each = {
-        name: size * (len(plan.seeds) if name == "reference" else points // mesh.size) for name, size in held.items()
+    # Each seed has a reference on every device, each point a state on one.
+    of_one = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    memory = {
+        name: size * (len(plan.seeds) if name == "reference" else points // mesh.size) for name, size in of_one.items()
     }
-    said = f"{len(plan.betas)} of (β, learning rate) × {len(plan.seeds)} seeds on {mesh.size} × {jax.devices()[0].device_kind}"
-    show(run.console, [("points", said), *lines, ("memory", f"{binary(sum(each.values()))} per device are kept")])
-    check_memory(each)
+    swept = f"{len(plan.betas)} of (β, learning rate) × {len(plan.seeds)} seeds on {mesh.size} × {jax.devices()[0].device_kind}"
+    total = f"{format_bytes(sum(memory.values()))} per device are kept"
+    show(run.console, [("points", swept), *lines, ("memory", total)])
+    check_memory(memory)
 
 
 def _keys(mesh: Mesh, keys: list[jax.Array]) -> jax.Array:

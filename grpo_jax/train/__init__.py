@@ -5,15 +5,16 @@ from typing import Any
 
 _MODULES = {
     "Batch": "train.step",
+    "Recipe": "train.iteration",
     "TrainState": "train.step",
     "estimate": "runs.memory",
     "evaluate": "runs.evaluation",
     "gradient_step": "train.step",
     "init_state": "train.step",
     "iteration": "train.iteration",
+    "learn": "train.iteration",
     "train": "runs.loop",
-    "train_step": "train.step",
-    "update": "train.iteration",
+    "train_step": "train.iteration",
 }
 __all__ = sorted(_MODULES)
 

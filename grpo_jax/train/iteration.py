@@ -1,32 +1,73 @@
-"""One GRPO iteration: sample groups, verify, score, and take the gradient steps; all of it pure functions.
+"""One iteration of GRPO on one page: from prompts whose answers can be verified to a better policy.
 
-With a verifier on the device the whole iteration is one jitted function, and scans; with a verifier on the host the same two
-halves, `sample_groups` and `update`, are jitted apart and the verdicts pass between them.
+    1  prompts      P of them, chosen by the caller
+    2  sample       G completions of each prompt, by the policy as it is now, π_old
+    3  verify       the reward of each completion, 0 or 1
+    4  advantages   each reward against the other rewards of its group
+    5  log-probs    of the completions, under π_old and under the reference π_ref
+    6  loss         and its gradient: a contrast of successes and failures, held by β·KL(π‖π_ref)
+    7  update       one step of the optimizer
+    8  metrics      what was sampled and what was learned
+
+`iteration` does 2 to 8 in one program, for a verifier that is a function of tokens; `iterations` does many of them without the
+host. With a verifier on the host, the run calls ``recipe.sample`` and `learn`, which is 4 to 8, with the verdicts of its
+worker processes in between (`grpo_jax.runs.loop`). They are the same functions.
+
+All functions are pure, and know neither devices nor files: jit, donation and shardings are in compiled.py.
+examples/plain.py is the same algorithm in a hundred lines, without packing, several steps per rollout, or a mesh.
+
+Dimension key: see grpo_jax.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.objective import Objective, group_advantages
-from grpo_jax.rollout import Policy, PromptBatch, Rollout
-from grpo_jax.rollout.scoring import score_packed
-from grpo_jax.train.step import Batch, TrainState, train_step
+from grpo_jax.objective import LossTerms, Objective, group_advantages, grpo_loss_terms
+from grpo_jax.objective.checks import term_weight
+from grpo_jax.rollout import Layout, Policy, PromptBatch, Rollout, score_packed
+from grpo_jax.rollout.packing import pack
+from grpo_jax.train.packed_gradient import packed_gradient
+from grpo_jax.train.step import Batch, TrainState, apply_gradient
 
 ROLES = {"rollout": 0, "minibatches": 1, "probe": 2, "warm_start": 3, "initialisation": 4}
-"""What a key is used for; `role_key` keeps the uses apart."""
+"""What a random key is used for; `role_key` keeps the uses apart."""
 
 
-def role_key(base_key: jax.Array, role: str, iteration: int | jax.Array) -> jax.Array:
-    """The key of one use in one iteration: a function of (seed, role, iteration), never of what was drawn before."""
-    return jax.random.fold_in(jax.random.fold_in(base_key, ROLES[role]), iteration)
+class Recipe(NamedTuple):
+    """What does not change while a policy learns. It is bound once, outside of jit.
+
+    Attributes:
+      policy: the model, as pure functions of its parameters.
+      objective: which loss.
+      sample: (params, prompts, key) -> `Rollout`: `sample_groups` with the model and its options bound.
+      optimizer: learning rate -> optax transformation, as ``optax.adamw`` is; its state must not depend on the rate.
+      layout: how completions are packed, see `Layout`; changes time and memory, not the result.
+      temperature: the sampler's.
+      beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
+      inner_epochs: passes over a rollout.
+      minibatches: gradient steps per pass, on equal parts of the prompts.
+      verify_tokens: (completions, mask, answers, answer_mask) -> bool [P, G]; None where the host verifies.
+    """
+
+    policy: Policy
+    objective: Objective
+    sample: Callable[..., Rollout]
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    layout: Layout
+    temperature: float = 1.0
+    beta_mirror: float = 0.0
+    entropy_bonus: float = 0.0
+    inner_epochs: int = 1
+    minibatches: int = 1
+    verify_tokens: Callable[..., jax.Array] | None = None
 
 
 def iteration(
+    recipe: Recipe,
     state: TrainState,
     ref_params: Any,
     prompts: PromptBatch,
@@ -35,33 +76,34 @@ def iteration(
     base_key: jax.Array,
     number: jax.Array,
     beta: jax.Array,
-    *,
-    verify_tokens: Callable[..., jax.Array],
-    sample: Callable[..., Rollout],
-    improve: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    learning_rate: float | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """A whole iteration on the device, for a verifier that is a function of tokens.
+    """A whole iteration on the device.
 
     Args:
+      recipe: with a verifier of tokens.
       state: see `TrainState`.
-      ref_params: parameters of the reference policy.
+      ref_params: parameters of the reference policy; None where the objective has no KL to it.
       prompts, answers [P, T], answer_mask [P, T]: of this iteration.
       base_key: of the run.
       number: of the iteration, int32.
-      beta: traced.
-      verify_tokens: (completions, mask, answers, answer_mask) -> bool [P, G].
-      sample: `sample_groups` with policy and options bound: (params, prompts, key) -> Rollout.
-      improve: `update` with policy and options bound.
+      beta, learning_rate: traced.
 
     Returns:
       (state, metrics).
     """
-    rollout = sample(state.params, prompts, role_key(base_key, "rollout", number))
-    rewards = verify_tokens(rollout.completions, rollout.mask, answers, answer_mask).astype(jnp.float32)
-    return improve(state, ref_params, prompts, rollout, rewards, role_key(base_key, "minibatches", number), beta)
+    assert recipe.verify_tokens is not None
+    # 2 Sample G completions of every prompt.
+    rollout = recipe.sample(state.params, prompts, role_key(base_key, "rollout", number))  # [P, G, T]
+    # 3 Verify them.
+    correct = recipe.verify_tokens(rollout.completions, rollout.mask, answers, answer_mask)  # [P, G]
+    # 4 to 8 Learn from them.
+    key = role_key(base_key, "minibatches", number)
+    return learn(recipe, state, ref_params, prompts, rollout, correct.astype(jnp.float32), key, beta, learning_rate)
 
 
-def update(
+def learn(
+    recipe: Recipe,
     state: TrainState,
     ref_params: Any,
     prompts: PromptBatch,
@@ -69,92 +111,178 @@ def update(
     rewards: jax.Array,
     key: jax.Array,
     beta: jax.Array,
-    *,
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    objective: Objective,
-    microbatch_tokens: int,
-    beta_mirror: float = 0.0,
-    entropy_bonus: float = 0.0,
-    temperature: float = 1.0,
-    inner_epochs: int = 1,
-    minibatches: int = 1,
-    row_length: int | None = None,
-    shards: int = 1,
-    in_step: str | None = None,
-    chunk_size: int | None = None,
+    learning_rate: float | jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The learning half of an iteration: advantages from rewards, then the gradient steps on one rollout.
-
-    The log-probabilities of the sampling policy are computed, by the trainer, only where there is more than one gradient step;
-    those of the reference only where the objective has a KL to it.
+    """The learning half of an iteration: from rewards to the policy after the gradient steps on one rollout.
 
     Args:
-      state, prompts, rollout: of this iteration.
+      recipe, prompts, rollout: of this iteration.
+      state: see `TrainState`.
       ref_params: of the reference policy; not read, and may be None, where the objective has no KL to it.
       rewards: [P, G] float32.
       key: shuffles minibatches.
-      beta: traced.
-      policy, optimizer, objective: static.
-      microbatch_tokens, row_length, shards, in_step: how completions are packed into micro-batches, see `pack`; changes time and
-        memory, not the result.
-      beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
-      temperature: the sampler's.
-      inner_epochs: passes over the rollout.
-      minibatches: gradient steps per pass, on equal parts of the prompts.
-      chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
+      beta, learning_rate: traced.
 
     Returns:
       (state, metrics): scalars, averaged over the gradient steps.
+
+    Raises:
+      ValueError: the objective needs ref_params and there are none.
     """
+    objective = recipe.objective
     if objective.holds_to_reference and ref_params is None:
-        raise ValueError("the objective has a KL to the reference: update needs ref_params")
-    packed: dict[str, Any] = {
-        "microbatch_tokens": microbatch_tokens,
-        "row_length": row_length,
-        "shards": shards,
-        "in_step": in_step,
-        "temperature": temperature,
-        "chunk_size": chunk_size,
-    }
-    steps = inner_epochs * minibatches
+        raise ValueError("the objective has a KL to the reference: learn needs ref_params")
 
-    def logps(params: Any) -> jax.Array:
-        return score_packed(policy, params, prompts, rollout.completions, rollout.mask, **packed)
-
-    advantages = group_advantages(rewards, **objective.normaliser())
+    # 4 Advantages: each reward against its group.
+    advantages = group_advantages(rewards, **objective.normaliser())  # [P, G]
     if objective.overlong == "ignore":
         advantages = jnp.where(rollout.truncated, 0.0, advantages)
+
+    # 5 Log-probabilities of the completions. Those of π_old are needed only where there are several gradient steps, for before
+    # the first one π_old is the current policy; those of π_ref only where a KL holds to it.
+    num_steps = recipe.inner_epochs * recipe.minibatches
+
+    def logps_under(params: Any) -> jax.Array:
+        completions, mask = rollout.completions, rollout.mask
+        options: dict[str, Any] = {"layout": recipe.layout, "temperature": recipe.temperature}
+        return score_packed(recipe.policy, params, prompts, completions, mask, **options)  # [P, G, T]
+
     batch = Batch(
         prompts=prompts,
         completions=rollout.completions,
         mask=rollout.mask,
         advantages=advantages,
         sampler_logps=rollout.logps,
-        old_logps=logps(state.params) if steps > 1 else None,
-        ref_logps=logps(ref_params) if objective.holds_to_reference else None,
+        old_logps=logps_under(state.params) if num_steps > 1 else None,
+        ref_logps=logps_under(ref_params) if objective.holds_to_reference else None,
     )
-    take_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]] = partial(
-        train_step,
-        policy=policy,
-        optimizer=optimizer,
-        objective=objective,
-        beta_mirror=beta_mirror,
-        entropy_bonus=entropy_bonus,
-        **packed,
-    )
-    if steps == 1:
-        state, metrics = take_step(state, batch, beta)
+
+    # 6 and 7 One gradient step on the whole rollout, or several on parts of it.
+    if num_steps == 1:
+        state, metrics = train_step(recipe, state, batch, beta, learning_rate)
     else:
 
-        def take_part(state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-            return take_step(state, jax.tree.map(lambda x: x[rows], batch), beta)
+        def step_on_part(state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+            return train_step(recipe, state, jax.tree.map(lambda x: x[rows], batch), beta, learning_rate)
 
-        parts = minibatch_rows(key, len(rollout.mask), inner_epochs=inner_epochs, minibatches=minibatches)
-        state, stacked = jax.lax.scan(take_part, state, parts)
-        # Only before the first step is the trainer's policy the sampler's.
-        metrics = {name: m[0] if name.startswith("rollout/") else m.mean() for name, m in stacked.items()}
+        parts = minibatch_rows(key, len(rollout.mask), inner_epochs=recipe.inner_epochs, minibatches=recipe.minibatches)
+        state, of_steps = jax.lax.scan(step_on_part, state, parts)
+        # The sampler is compared with the trainer before the first step: only then are they the same policy.
+        metrics = {name: m[0] if name.startswith("rollout/") else m.mean() for name, m in of_steps.items()}
+
+    # 8 Metrics.
     return state, metrics | rollout_metrics(rollout, rewards)
+
+
+def train_step(
+    recipe: Recipe, state: TrainState, batch: Batch, beta: jax.Array, learning_rate: float | jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One GRPO gradient step on a batch of whole groups, of which real tokens alone are run.
+
+    Args:
+      recipe: of the run.
+      state, batch: see `TrainState`, `Batch`.
+      beta: weight of the KL term, traced.
+      learning_rate: traced.
+
+    Returns:
+      (state, metrics): the state is unchanged but for ``skipped`` where loss or gradient is not finite.
+    """
+    group_size = batch.advantages.shape[1]
+
+    def loss_terms(groups: Batch, logps: jax.Array, entropy: jax.Array) -> LossTerms:
+        """The loss of some groups, as a sum and a weight; arrays [..., G, T] become [B, T]."""
+        by_row: Any = lambda x: None if x is None else x.reshape(-1, logps.shape[-1])  # noqa: E731
+        return grpo_loss_terms(
+            by_row(logps),
+            by_row(groups.old_logps),
+            by_row(groups.ref_logps),
+            groups.advantages.reshape(-1),
+            by_row(groups.mask),
+            beta=beta,
+            beta_mirror=recipe.beta_mirror,
+            objective=recipe.objective,
+            group_size=group_size,
+            entropy=by_row(entropy),
+            entropy_bonus=recipe.entropy_bonus,
+            sampler_logps=by_row(groups.sampler_logps),
+        )
+
+    # 6 The gradient, one micro-batch after the other.
+    packing = pack(batch.mask, recipe.layout)
+    gradient, logps, entropy = packed_gradient(
+        loss_terms,
+        recipe.policy,
+        state.params,
+        batch,
+        packing,
+        through_entropy=term_weight("entropy_bonus", recipe.entropy_bonus) is not None,
+        temperature=recipe.temperature,
+        chunk_size=recipe.layout.chunk_size,
+    )
+    # The loss itself, of all groups at once: micro-batches have room for groups that are not there and would count.
+    terms = loss_terms(batch, logps, entropy)
+
+    # 7 The optimizer's step.
+    state, metrics = apply_gradient(state, gradient, terms, recipe.optimizer(learning_rate))
+
+    # 8 How far the sampler's log-probabilities are from the trainer's, and which share of the slots held a token.
+    drift = jnp.where(batch.mask, batch.sampler_logps - logps, 0.0)  # [P, G, T]
+    k3, count = (jnp.exp(-drift) - 1.0 + drift).sum(), batch.mask.sum(dtype=jnp.float32)
+    slots = packing.used * packing.num_rows * packing.row_length * recipe.layout.shards + batch.prompts.mask.size
+    tokens = packing.sizes.sum(dtype=jnp.float32) + batch.prompts.mask.sum(dtype=jnp.float32)
+    return state, metrics | {
+        "rollout/logp_k3": k3 / jnp.maximum(count, 1.0),
+        "rollout/logp_difference": jnp.abs(drift).max(),
+        "update/useful": tokens / slots.astype(jnp.float32),
+    }
+
+
+def iterations(
+    recipe: Recipe,
+    state: TrainState,
+    ref_params: Any,
+    table: tuple[PromptBatch, jax.Array, jax.Array],
+    index: jax.Array,
+    count: jax.Array,
+    base_key: jax.Array,
+    first: jax.Array,
+    beta: jax.Array,
+    learning_rate: float | jax.Array,
+    *,
+    place: Callable[[Any], Any] = lambda rows: rows,
+) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+    """Up to K iterations, one after the other, without the host.
+
+    Args:
+      recipe, state, ref_params, base_key, beta, learning_rate: as of `iteration`.
+      table: (prompts, answers, answer_mask) of the whole task, on the device.
+      index: [K, P] int32, the rows of ``table`` that each iteration visits.
+      count: how many of the K are run; a number and not a shape, so that a rest needs no program of its own.
+      first: number of the first iteration, int32.
+      place: spreads the rows of an iteration over the devices.
+
+    Returns:
+      (state, metrics [K], skipped [K]): ``skipped`` is `TrainState.skipped` after each iteration; 0 for those not run.
+    """
+
+    def one(state: TrainState, i: jax.Array) -> tuple[TrainState, tuple[dict[str, jax.Array], jax.Array]]:
+        # 1 The prompts of this iteration.
+        prompts, answers, answer_mask = place(jax.tree.map(lambda x: x[index[i]], table))
+        state, metrics = iteration(
+            recipe, state, ref_params, prompts, answers, answer_mask, base_key, first + i, beta, learning_rate
+        )
+        return state, (metrics, state.skipped)
+
+    def one_more(i: jax.Array, carry: Any) -> Any:
+        state, results = carry
+        state, result = one(state, i)
+        return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), results, result)
+
+    _, shapes = jax.eval_shape(one, state, first)
+    nothing = jax.tree.map(lambda x: jnp.zeros((index.shape[0], *x.shape), x.dtype), shapes)
+    state, (metrics, skipped) = jax.lax.fori_loop(jnp.int32(0), count, one_more, (state, nothing))
+    return state, metrics, skipped
 
 
 def minibatch_rows(key: jax.Array, num_prompts: int, *, inner_epochs: int, minibatches: int) -> jax.Array:
@@ -174,3 +302,8 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> dict[str, jax.Array
         "rollout/useful": rollout.useful,
         "rollout/truncated": rollout.truncated.mean(dtype=jnp.float32),
     }
+
+
+def role_key(base_key: jax.Array, role: str, iteration: int | jax.Array) -> jax.Array:
+    """The key of one use in one iteration: a function of (seed, role, iteration), never of what was sampled before."""
+    return jax.random.fold_in(jax.random.fold_in(base_key, ROLES[role]), iteration)

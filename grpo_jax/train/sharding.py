@@ -1,10 +1,14 @@
 """Where arrays live: a mesh of (data, fsdp, tensor), a table of patterns for parameters, and rows over data and fsdp."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.rollout import PromptBatch, Rollout
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -76,3 +80,48 @@ def row_shards(mesh: Mesh, rows: int = 0) -> int:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def rollout_shardings(rows: Any, whole: Any) -> Any:
+    """Where the arrays of a rollout lie: by rows, but for the one number."""
+    return Rollout(*(whole if field == "useful" else rows for field in Rollout._fields))
+
+
+def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str) -> Callable[..., Rollout]:
+    """``sample`` with the prompts' rows spread over data and fsdp, where they divide.
+
+    Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. What fsdp spreads is
+    gathered once, before the first token, in the type that the matrix products cast it to anyway.
+
+    Args:
+      sample: (params, prompts, key, first_sample=0, **options) -> `Rollout`.
+      mesh: the devices.
+      shapes: of the parameters, with shardings.
+      dtype: of matrix products.
+    """
+
+    def cast(leaf: jax.Array, shape: Any) -> jax.Array:
+        return leaf.astype(dtype) if "fsdp" in shape.sharding.spec else leaf
+
+    def spread(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: Any = 0, **options: Any) -> Rollout:
+        if row_shards(mesh, prompts.tokens.shape[0]) == 1:
+            return sample(params, prompts, key, first_sample=first_sample, **options)
+
+        def of_device(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: jax.Array) -> Rollout:
+            rollout = sample(params, prompts, key, first_sample=first_sample, **options)
+            # The share of useful work of all devices: tokens over row-steps, each summed.
+            tokens = rollout.mask.sum(dtype=jnp.float32)
+            tokens, work = jax.lax.psum((tokens, tokens / rollout.useful), ROWS[0])
+            return rollout._replace(useful=tokens / work)
+
+        whole = PartitionSpec()
+        return jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(whole, ROWS, whole, whole),
+            out_specs=rollout_shardings(ROWS, whole),
+            axis_names=set(ROWS[0]),
+            check_vma=False,
+        )(jax.tree.map(cast, params, shapes), prompts, key, jnp.asarray(first_sample, jnp.int32))
+
+    return spread

@@ -1,4 +1,4 @@
-"""The program of a sweep: the pieces of a run mapped over seeds and points, and spread over a mesh without communication."""
+"""The program of a sweep: the iterations of a run mapped over seeds and points, and spread over a mesh without communication."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,40 +8,51 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.data import PromptSet, prompt_batch
-from grpo_jax.runs.setup import Program
-from grpo_jax.train.compiled import Pieces, iterations, make_optimizer, make_pieces
+from grpo_jax.rollout import PromptBatch
+from grpo_jax.train.iteration import Recipe, iterations
 from grpo_jax.train.step import TrainState, init_state
 
 AXES = ("seeds", "points")
 POINTS = PartitionSpec(None, "sweep")  # arrays [seeds, points, ...]
 WHOLE = PartitionSpec()
 
+Table = tuple[PromptBatch, jax.Array, jax.Array]
+"""(prompts, answers, answer_mask) of the whole task."""
+
 
 class SweepFunctions(NamedTuple):
-    """The jitted pieces of a sweep; arrays of points lead with [seeds, points], and the points are spread over the mesh.
+    """The jitted functions of a sweep; arrays of points lead with [seeds, points], and the points are spread over the mesh.
 
     Attributes:
-      start: reference parameters [seeds, ...] -> states.
+      start: (reference parameters [seeds, ...], betas) -> states.
       iterate: (states, ref_params or None, base_keys [seeds], index [seeds, K, P], table, count, first, betas, learning_rates)
         -> (states, metrics, skipped), as `iterations`.
-      draw: (params, keys [seeds], rows [seeds, blocks, P], table, first_sample) -> [..., blocks, P] successes, tokens and
+      measure: (params, keys [seeds], rows [seeds, blocks, P], table, first_sample) -> [..., blocks, P] successes, tokens and
         truncated completions of each prompt.
     """
 
     start: Callable[..., TrainState]
     iterate: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
-    draw: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    measure: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def make_sweep_functions(config: Any, program: Program, mesh: Mesh, *, batched: bool) -> SweepFunctions:
-    """Maps the pieces of a run over seeds and points, and jits them for a mesh with the one axis "sweep"."""
-    pieces = make_pieces(config, program.objective, program.bound, in_step=AXES if batched else None)
-    optimizer = make_optimizer(config, config.optimizer.learning_rate)
+def make_sweep_functions(recipe: Recipe, mesh: Mesh, *, batch_samples: int, batched: bool) -> SweepFunctions:
+    """Maps the functions of a run over seeds and points, and jits them for a mesh with the one axis "sweep".
+
+    Args:
+      recipe: of a run on one device, with a verifier of tokens.
+      mesh: of `make_sweep_mesh`.
+      batch_samples: completions of a prompt that are sampled at a time when a policy is measured.
+      batched: the points of a device run side by side (`jax.vmap`), not one after the other.
+    """
+    if batched:
+        recipe = recipe._replace(
+            sample=partial(recipe.sample, vmap_axis=AXES), layout=recipe.layout._replace(vmap_axis=AXES)
+        )
     spread = partial(over_points, mesh=mesh, batched=batched)
 
     def start(ref_params: Any, betas: jax.Array) -> TrainState:
-        of_point = lambda params, _: init_state(params, optimizer)  # noqa: E731
+        of_point = lambda params, _: init_state(params, recipe.optimizer(0.0))  # noqa: E731
         return jax.vmap(lambda params, row: jax.vmap(partial(of_point, params))(row))(ref_params, betas)
 
     def iterate(
@@ -49,30 +60,30 @@ def make_sweep_functions(config: Any, program: Program, mesh: Mesh, *, batched: 
         ref_params: Any,
         base_keys: Any,
         index: Any,
-        table: Any,
+        table: Table,
         count: Any,
         first: Any,
         betas: Any,
-        rates: Any,
+        learning_rates: Any,
     ) -> Any:
         def of_point(shared: Any, of_seed: Any, point: Any) -> Any:
             (table, count, first), (ref_params, base_key, index), (state, beta, rate) = shared, of_seed, point
-            return iterations(state, ref_params, table, index, count, base_key, first, beta, rate, pieces=pieces)
+            return iterations(recipe, state, ref_params, table, index, count, base_key, first, beta, rate)
 
-        return spread(of_point)((table, count, first), (ref_params, base_keys, index), (states, betas, rates))
+        return spread(of_point)((table, count, first), (ref_params, base_keys, index), (states, betas, learning_rates))
 
-    def draw(params: Any, keys: Any, rows: Any, table: Any, first_sample: Any) -> Any:
+    def measure(params: Any, keys: Any, rows: Any, table: Table, first_sample: Any) -> Any:
         def of_point(shared: Any, of_seed: Any, params: Any) -> Any:
             (table, first), (key, rows) = shared, of_seed
-            count = partial(_count, pieces, params, table, key, first, group_drawn(config))
-            return jax.lax.map(count, rows)
+            of_rows = partial(count_successes, recipe, params, table, key, first, batch_samples)
+            return jax.lax.map(of_rows, rows)
 
         return spread(of_point)((table, first_sample), (keys, rows), params)
 
     return SweepFunctions(
         start=jax.jit(start, out_shardings=NamedSharding(mesh, POINTS)),
         iterate=jax.jit(iterate, donate_argnums=0),
-        draw=jax.jit(draw),
+        measure=jax.jit(measure),
     )
 
 
@@ -106,17 +117,19 @@ def make_sweep_mesh(points: int, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh((size,), ("sweep",), devices=devices[:size], axis_types=(AxisType.Auto,))
 
 
-def group_drawn(config: Any) -> int:
-    """Completions of a prompt that are drawn at a time."""
-    return min(config.evaluate.final_samples, config.evaluate.batch_samples)
-
-
-def _count(
-    pieces: Pieces, params: Any, table: PromptSet, key: jax.Array, first: jax.Array, group: int, rows: jax.Array
+def count_successes(
+    recipe: Recipe,
+    params: Any,
+    table: Table,
+    key: jax.Array,
+    first_sample: jax.Array,
+    group_size: int,
+    rows: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Successes, tokens and truncated completions [P] among ``group`` samples of the prompts of some rows."""
-    assert pieces.verify_tokens is not None
-    rollout = pieces.sample(params, prompt_batch(table, rows), key, group_size=group, first_sample=first)
-    right = pieces.verify_tokens(rollout.completions, rollout.mask, table.answers[rows], table.answer_mask[rows])
-    counted = right, rollout.mask, rollout.truncated
+    """Successes, tokens and truncated completions [P] among ``group_size`` samples of the prompts of some rows."""
+    assert recipe.verify_tokens is not None
+    prompts, answers, answer_mask = jax.tree.map(lambda x: x[rows], table)
+    rollout = recipe.sample(params, prompts, key, group_size=group_size, first_sample=first_sample)  # [P, G, T]
+    correct = recipe.verify_tokens(rollout.completions, rollout.mask, answers, answer_mask)  # [P, G]
+    counted = correct, rollout.mask, rollout.truncated
     return tuple(x.reshape(len(rows), -1).sum(-1, dtype=jnp.int32) for x in counted)  # type: ignore[return-value]

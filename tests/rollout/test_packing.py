@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.rollout import PromptBatch, score_groups
-from grpo_jax.rollout.packing import first_fit, from_places, pack, take_block, to_places
+from grpo_jax.rollout.packing import Layout, first_fit, from_slots, pack, take_microbatch, to_slots
 from grpo_jax.rollout.scoring import score_packed
 from grpo_jax.train.sharding import make_mesh, row_sharding
 
@@ -40,18 +40,18 @@ def test_first_fit_is_that_of_a_loop(sizes):
 P, G, T = 6, 3, 5
 
 
-@partial(jax.jit, static_argnames=("microbatch_tokens", "row_length", "shards"))
-def packed_blocks(lengths, *, microbatch_tokens, row_length, shards):
-    """The packing of lengths [P, G], all its blocks, and tokens 1 … sent there and back."""
+@partial(jax.jit, static_argnames="layout")
+def packed_microbatches(lengths, *, layout):
+    """The packing of lengths [P, G], all its micro-batches, and tokens 1 … sent there and back."""
     mask = jnp.arange(T, dtype=jnp.int32)[None, None] < lengths[:, :, None]
-    packing = pack(mask, microbatch_tokens=microbatch_tokens, row_length=row_length, shards=shards)
-    blocks = [take_block(packing, number, T) for number in range(packing.blocks)]
-    tokens = [jnp.where(block.sources < 0, 0, block.sources + 1) for block in blocks]
-    back = [from_places(x, block.places) for x, block in zip(tokens, blocks, strict=True)]
-    values = jnp.arange(packing.groups * G * T, dtype=jnp.int32).reshape(1, -1, G, T) + 1
-    there = [to_places(jnp.repeat(values, shards, 0), block.sources) for block in blocks]
-    sizes = {"rows": packing.rows, "length": packing.length}
-    return packing.used, blocks, tokens, back, there, sizes
+    packing = pack(mask, layout)
+    microbatches = [take_microbatch(packing, number, T) for number in range(packing.num_microbatches)]
+    tokens = [jnp.where(m.slot_tokens < 0, 0, m.slot_tokens + 1) for m in microbatches]
+    back = [from_slots(x, m.token_slots) for x, m in zip(tokens, microbatches, strict=True)]
+    values = jnp.arange(packing.num_groups * G * T, dtype=jnp.int32).reshape(1, -1, G, T) + 1
+    there = [to_slots(jnp.repeat(values, layout.shards, 0), m.slot_tokens) for m in microbatches]
+    sizes = {"rows": packing.num_rows, "length": packing.row_length}
+    return packing.used, microbatches, tokens, back, there, sizes
 
 
 @settings(deadline=None, max_examples=150)
@@ -59,21 +59,21 @@ def packed_blocks(lengths, *, microbatch_tokens, row_length, shards):
     st.lists(st.integers(0, T), min_size=P * G, max_size=P * G),
     st.sampled_from([(1, 4, 1), (8, 4, 1), (24, 4, 3), (30, 9, 2), (40, 5, 1), (1000, 12, 1), (1000, None, 2)]),
 )
-def test_every_token_has_one_place(lengths, how):
-    """Each once, in order and within one row; rows are of one prompt, groups whole, blocks beyond those in use empty."""
+def test_every_token_has_one_slot(lengths, how):
+    """Each once, in order and within one row; rows are of one prompt, groups whole, micro-batches beyond those in use empty."""
     tokens, row_length, shards = how
     lengths = np.array(lengths).reshape(P, G)
-    used, blocks, placed, back, there, sizes = packed_blocks(
-        jnp.asarray(lengths, jnp.int32), microbatch_tokens=tokens, row_length=row_length, shards=shards
+    used, microbatches, placed, back, there, sizes = packed_microbatches(
+        jnp.asarray(lengths, jnp.int32), layout=Layout(tokens, row_length, shards)
     )
     run = np.maximum(lengths - 1, 0).reshape(shards, -1, G)
     seen = np.zeros((shards, P // shards), int)
-    for number, block in enumerate(blocks):
-        sources = np.asarray(block.sources)
+    for number, microbatch in enumerate(microbatches):
+        sources = np.asarray(microbatch.slot_tokens)
         np.testing.assert_array_equal(placed[number], there[number])
         assert sources.shape[1:] == (int(sizes["rows"]), int(sizes["length"]))
         for shard in range(shards):
-            groups = np.asarray(block.groups[shard])
+            groups = np.asarray(microbatch.groups[shard])
             present = [q for q, p in enumerate(groups) if p < P // shards]
             assert number < used or not present
             for q in present:
@@ -85,7 +85,7 @@ def test_every_token_has_one_place(lengths, how):
                 kept = inside[inside >= 0]
                 if len(kept):
                     (owner,) = set(groups[kept // (G * T)])
-                    assert int(block.prompts[shard, row]) == owner
+                    assert int(microbatch.row_prompts[shard, row]) == owner
                     for completion in set(kept // T):
                         at = np.flatnonzero(inside // T == completion)
                         np.testing.assert_array_equal(inside[at] % T, np.arange(len(at)))
@@ -98,10 +98,10 @@ def test_every_token_has_one_place(lengths, how):
     assert (seen == 1).all()
 
 
-def test_short_completions_need_fewer_blocks():
+def test_short_completions_need_fewer_microbatches():
     short, long = (jnp.broadcast_to((jnp.arange(128) < n)[None, None], (64, 8, 128)) for n in (33, 128))
-    found = [pack(mask, microbatch_tokens=2048, row_length=128) for mask in (short, long)]
-    assert [int(x.used) for x in found] == [8, 32]  # 64 groups of 2 or 8 rows, 16 rows in a block
+    found = [pack(mask, Layout(2048, row_length=128)) for mask in (short, long)]
+    assert [int(x.used) for x in found] == [8, 32]  # 64 groups of 2 or 8 rows, 16 rows in a micro-batch
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_short_completions_need_fewer_blocks():
 )
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        pack(jnp.ones((P, G, T), bool), microbatch_tokens=100, **options)
+        pack(jnp.ones((P, G, T), bool), Layout(100, **options))
 
 
 CONFIG = DecoderConfig(
@@ -158,17 +158,17 @@ def scored():
 )
 def test_packed_scores_are_plain_scores(scored, how):
     policy, params, *arrays, wanted = scored
-    found = jax.jit(partial(score_packed, policy, temperature=0.7, **how))(params, *arrays)
+    found = jax.jit(partial(score_packed, policy, temperature=0.7, layout=Layout(**how)))(params, *arrays)
     np.testing.assert_allclose(found, wanted, atol=2e-6)
     if how.get("shards") == 8:
         spread = jax.device_put(arrays, row_sharding(make_mesh(data=8)))
-        many = jax.jit(partial(score_packed, policy, temperature=0.7, **how))(params, *spread)
+        many = jax.jit(partial(score_packed, policy, temperature=0.7, layout=Layout(**how)))(params, *spread)
         np.testing.assert_allclose(many, wanted, atol=2e-6)
 
 
 def test_what_stands_outside_the_mask_changes_no_score(scored):
     policy, params, prompts, completions, mask, _ = scored
-    score = jax.jit(partial(score_packed, policy, microbatch_tokens=24))
+    score = jax.jit(partial(score_packed, policy, layout=Layout(24)))
     junk = jnp.where(mask, completions, 2**31 - 1)
     np.testing.assert_array_equal(score(params, prompts, junk, mask), score(params, prompts, completions, mask))
 
@@ -176,7 +176,7 @@ def test_what_stands_outside_the_mask_changes_no_score(scored):
 def test_completions_of_one_token(scored):
     policy, params, prompts, completions, *_ = scored
     mask = jnp.ones((8, 3, 1), bool)
-    found = jax.jit(partial(score_packed, policy, microbatch_tokens=24, temperature=0.7))(
+    found = jax.jit(partial(score_packed, policy, layout=Layout(24), temperature=0.7))(
         params, prompts, completions[:, :, :1], mask
     )
     plain, _ = jax.jit(partial(score_groups, policy, temperature=0.7))(params, prompts, completions[:, :, :1], mask)

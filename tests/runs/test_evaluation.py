@@ -1,6 +1,5 @@
 """--mode=evaluate: it measures what the run measured, resumes to the same bits, and refuses what is not its run's."""
 
-import importlib
 import io
 import json
 import os
@@ -21,21 +20,21 @@ from rich.console import Console
 from grpo_jax.config import flat, validate
 from grpo_jax.files import write_json
 from grpo_jax.report.run_result import pass_at_k
-from grpo_jax.runs import setup as program_module
+from grpo_jax.runs import evaluation as mode
+from grpo_jax.runs import measurement
+from grpo_jax.runs import setup as setup_module
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import open_run_directory
 from grpo_jax.runs.errors import CheckpointError, Preempted, RunDirectoryError
-from grpo_jax.runs.measured_policy import Subject, find_place, identity_of
-from grpo_jax.runs.measurement import Completion
+from grpo_jax.runs.evaluation import Completion
+from grpo_jax.runs.measured_policy import MeasuredPolicy, choose_directory, identity_of
 from grpo_jax.runs.reference import make_reference, read_reference
-from grpo_jax.runs.run import Run, measure_in_full
-from grpo_jax.runs.setup import make_program
+from grpo_jax.runs.run import Run
+from grpo_jax.runs.setup import make_setup
 from grpo_jax.tasks import Example, Task, Verdict, find_answer, find_verifier
 from grpo_jax.theory.__main__ import main as theory
 from tests.tiny_run import tiny_config
 
-probe_module = importlib.import_module("grpo_jax.runs.measurement")
-mode = importlib.import_module("grpo_jax.runs.evaluation")  # the module: the package gives the function of that name
 ROOT = Path(__file__).resolve().parents[2]
 # Sums to 10 and to 12 have the same characters: one decoder reads both tasks.
 TINY = {"task__arithmetic__operand_max": 5, "warm_start__interval": 30, "warm_start__samples": 8}
@@ -61,7 +60,7 @@ def files(directory):
 @pytest.fixture(scope="module", autouse=True)
 def functions():
     """One set of jitted functions for all configs that differ in what is measured alone: tracing them takes the time."""
-    make, made = program_module.make_functions, {}
+    make, made = setup_module.make_compiled, {}
 
     def make_once(config, *arguments, **options):
         measured = ("evaluate.", "verifier.")
@@ -71,7 +70,7 @@ def functions():
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program_module, "make_functions", make_once)
+        patch.setattr(setup_module, "make_compiled", make_once)
         yield
 
 
@@ -79,17 +78,17 @@ def functions():
 def run(tmp_path_factory):
     """A run directory as training leaves it, with what the run measures before and after; only the iterations are not run."""
     workdir, c = tmp_path_factory.mktemp("runs") / "tiny", config()
-    program = make_program(c, *validate(c, num_devices=8))
+    setup = make_setup(c, *validate(c, num_devices=8))
     with open_run_directory(workdir, flat(c)) as directory, jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        session = Run(c, program, directory, Console(file=io.StringIO()), None, jax.random.key(0), [])
+        session = Run(c, setup, directory, Console(file=io.StringIO()), None, jax.random.key(0), [])
         make_reference(session)
         reference = read_reference(session)
         policy = jax.tree.map(lambda x: 1.2 * x, reference)
         checkpoints = Checkpoints(directory / "checkpoints", keep=None)
         for step, params in ((2, reference), (3, policy)):
-            checkpoints.save(step, program.functions.start(params), {})
+            checkpoints.save(step, setup.compiled.start(params), {})
         checkpoints.close()
-        write_json(directory / "after.json", measure_in_full(session, policy, reference, 3))
+        write_json(directory / "after.json", measurement.measure_in_full(session, policy, reference, 3))
     return workdir
 
 
@@ -128,12 +127,12 @@ def test_rows_verdicts_and_samples_agree(evaluated):
     for row in prompts:
         mine = [s for s in samples if s["index"] == row["index"]]
         (greedy,) = (s for s in mine if s["greedy"])
-        drawn = [s for s in mine if not s["greedy"]]
-        assert [s["sample"] for s in drawn] == list(range(16))
-        assert row["successes"] == sum(s["reward"] for s in drawn)
+        sampled = [s for s in mine if not s["greedy"]]
+        assert [s["sample"] for s in sampled] == list(range(16))
+        assert row["successes"] == sum(s["reward"] for s in sampled)
         assert row["greedy"] == bool(greedy["reward"])
-        assert row["tokens"] == sum(s["tokens"] for s in drawn)
-        assert row["verdicts"] == {v: [s["verdict"] for s in drawn].count(v) for v in {s["verdict"] for s in drawn}}
+        assert row["tokens"] == sum(s["tokens"] for s in sampled)
+        assert row["verdicts"] == {v: [s["verdict"] for s in sampled].count(v) for v in {s["verdict"] for s in sampled}}
         a, b = row["prompt"].rstrip("=").split("+")
         assert int(row["target"]) == int(a) + int(b)
         for s in mine:
@@ -178,7 +177,7 @@ def test_the_planner_reads_its_rows(evaluated, tmp_path, capsys):
 def test_a_finished_evaluation_is_shown_and_not_computed(run, evaluated, monkeypatch):
     directory, result, _ = evaluated
     before, said = files(directory), io.StringIO()
-    monkeypatch.setattr(mode, "draw_completions", None)
+    monkeypatch.setattr(mode, "judged_completions", None)
     assert evaluate(run, said, verifier__num_workers=2, evaluate__examples=5) == result
     assert "finished evaluation" in said.getvalue()
     assert files(directory) == before
@@ -311,12 +310,12 @@ def test_a_measurement_needs_no_prompts_for_an_iteration(tmp_path):
 
 def test_own_data_is_named_by_its_file_and_told_apart(tmp_path):
     task = SimpleNamespace(name="mine.jsonl", examples=(("1", "1"),), verify=find_verifier("exact"))
-    subject = Subject("reference", 0, {}, None)
+    policy = MeasuredPolicy("reference", 0, {}, None)
     names = []
     for split in ("test[:24]", "test[:24%]", "test[:24]"):
         c = config(task__name="dataset", task__dataset={"source": "/data/mine.jsonl", "prompt": "{q}", "split": split})
-        identity = identity_of(c, task, subject)
-        place = find_place(tmp_path, c, task, subject, identity, None)
+        identity = identity_of(c, task, policy)
+        place = choose_directory(tmp_path, c, task, policy, identity, None)
         names.append(place.name)
         with open_run_directory(place, identity):
             (place / "blocks").mkdir(exist_ok=True)
@@ -350,7 +349,7 @@ HOSTILE = [
 
 
 def test_hostile_completions_stay_inert_and_majorities_are_counted(run, monkeypatch):
-    def decode(program, rollout):
+    def decode(setup, rollout):
         return [HOSTILE[i % 4] for i in range(rollout.mask.shape[0] * rollout.mask.shape[1])]
 
     def answer(text):
@@ -361,7 +360,7 @@ def test_hostile_completions_stay_inert_and_majorities_are_counted(run, monkeypa
         return task._replace(verify=find_verifier("number_last"), answer=answer), objective
 
     monkeypatch.setattr(mode, "validate", judged)
-    monkeypatch.setattr(probe_module, "decode", decode)
+    monkeypatch.setattr(measurement, "decode", decode)
     result = evaluate(run, name="hostile", evaluate__prompts=4, evaluate__final_samples=8)
     directory = run / "evaluations" / "hostile"
     assert {"wrong", "unparsable"} <= set(result["verdicts"])
@@ -390,11 +389,11 @@ def test_only_what_was_judged_votes(verdict):
     """An answer function sees no difference between a completion that was cut off and one that ended there."""
     task = Task("echo", (Example("1+1=", "2"),), find_verifier("number_last"), answer=find_answer("number_last"))
     cut = verdict not in ("correct", "wrong")
-    drawn = [Completion("It is 2", Verdict.correct, 1.0, 3, False, None)]
-    drawn += [Completion("It is 1", verdict, 0.0, 3, cut, None)] * 3
-    row = mode._row(task, 0, drawn, drawn[0])
+    sampled = [Completion("It is 2", Verdict.correct, 1.0, 3, False, None)]
+    sampled += [Completion("It is 1", verdict, 0.0, 3, cut, None)] * 3
+    row = mode._row(task, 0, sampled, sampled[0])
     assert (row["answers"], row["majority"]["4"]) == ([("2", 1)], 1.0) if cut else ([("1", 3), ("2", 1)], 0.0)
-    assert mode._sample(task, 0, 0, drawn[1])["answer"] == (None if cut else "1")
+    assert mode._sample(task, 0, 0, sampled[1])["answer"] == (None if cut else "1")
 
 
 SCRIPT = """

@@ -1,4 +1,4 @@
-"""The memory that a run is said to need: what is held, to the byte; what programs add, as XLA compiles them."""
+"""The memory that a run is said to need: what lasts, to the byte; what programs add, as XLA compiles them."""
 
 import json
 
@@ -8,8 +8,15 @@ import pytest
 from configs import qwen_gsm8k
 from grpo_jax.config import validate
 from grpo_jax.runs.errors import RunError
-from grpo_jax.runs.memory import binary, check_memory, estimate_memory, held_memory, memory_table, per_device
-from grpo_jax.runs.setup import make_program
+from grpo_jax.runs.memory import (
+    check_memory,
+    estimate_memory,
+    format_bytes,
+    lasting_memory,
+    memory_table,
+    per_device,
+)
+from grpo_jax.runs.setup import make_setup
 from tests.tiny_run import tiny_config
 
 QWEN = {
@@ -36,14 +43,14 @@ def on_first_device(tree):
 
 
 @pytest.mark.parametrize("fsdp, tensor", [(1, 1), (4, 2), (2, 1)])
-def test_what_is_held_is_what_the_arrays_of_a_run_take_on_a_device(fsdp, tensor):
+def test_what_lasts_is_what_the_arrays_of_a_run_take_on_a_device(fsdp, tensor):
     config = tiny_config(mesh__fsdp=fsdp, mesh__tensor=tensor)
-    program = make_program(config, *validate(config, num_devices=8))
-    params = program.initial_params(0)
-    state = program.functions.start(params)
-    held = held_memory(config, program.objective, program.shapes, program.mesh)
-    assert held["parameters"] == held["reference"] == on_first_device(params) == per_device(program.shapes)
-    assert held["parameters"] + held["optimizer"] == on_first_device(state)
+    setup = make_setup(config, *validate(config, num_devices=8))
+    params = setup.initial_params(0)
+    state = setup.compiled.start(params)
+    lasting = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    assert lasting["parameters"] == lasting["reference"] == on_first_device(params) == per_device(setup.shapes)
+    assert lasting["parameters"] + lasting["optimizer"] == on_first_device(state)
 
 
 @pytest.mark.slow
@@ -61,11 +68,11 @@ def test_the_qwen_config_compiles_for_its_shapes_alone(regime, mesh, tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         memory = estimate_memory(config, *validate(config, num_devices=8))
     if regime == "ours":  # all matrices divide by 8; norms and biases are whole everywhere
-        assert 4 * QWEN_PARAMETERS / 8 <= memory.held["parameters"] < 4 * QWEN_PARAMETERS / 8 * 1.01
-    assert memory.held["optimizer"] == pytest.approx(2 * memory.held["parameters"], rel=1e-3)
-    assert memory.working["update"] > memory.held["parameters"]  # the gradient, at least
-    assert memory.peak == sum(memory.held.values()) + max(memory.working.values()) < 80 << 30
-    assert memory_table(memory)[-1] == ("peak per device", binary(memory.peak))
+        assert 4 * QWEN_PARAMETERS / 8 <= memory.lasting["parameters"] < 4 * QWEN_PARAMETERS / 8 * 1.01
+    assert memory.lasting["optimizer"] == pytest.approx(2 * memory.lasting["parameters"], rel=1e-3)
+    assert memory.working["update"] > memory.lasting["parameters"]  # the gradient, at least
+    assert memory.peak == sum(memory.lasting.values()) + max(memory.working.values()) < 80 << 30
+    assert memory_table(memory)[-1] == ("peak per device", format_bytes(memory.peak))
 
 
 def test_a_device_that_is_too_small_is_named(monkeypatch):

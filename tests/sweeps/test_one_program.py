@@ -14,9 +14,10 @@ from rich.console import Console
 from grpo_jax.config import ConfigError, validate
 from grpo_jax.runs.errors import Preempted, RunDirectoryError
 from grpo_jax.runs.loop import iterate
+from grpo_jax.runs.measurement import measure
 from grpo_jax.runs.reference import make_reference, read_reference
-from grpo_jax.runs.run import Run, measure
-from grpo_jax.runs.setup import make_program
+from grpo_jax.runs.run import Run
+from grpo_jax.runs.setup import make_setup, put_table
 from grpo_jax.sweeps import one_program as sweep_module
 from grpo_jax.sweeps.one_program import sweep
 from grpo_jax.train.sweep_program import POINTS, WHOLE, make_sweep_functions, make_sweep_mesh
@@ -98,8 +99,8 @@ def test_a_sweep_says_what_single_runs_say(eight):
 def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, seed, point):
     """With the code of single runs: the same tokens, so the same rewards and counts, and parameters within 1e-5."""
     config = tiny_config(**CHANGES, seed=SEEDS[seed], objective__beta=BETAS[point])
-    program = make_program(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
-    run = Run(config, program, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
+    setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
+    run = Run(config, setup, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
     before = make_reference(run)
     assert before == json.loads((directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json").read_text())
     params = iterate(run, read_reference(run), before, None)
@@ -118,9 +119,9 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
 
 
 def last_states(path, config):
-    program = make_program(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
-    functions = make_sweep_functions(config, program, make_sweep_mesh(8), batched=False)
-    refs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), program.shapes)
+    setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
+    functions = make_sweep_functions(setup.recipe, make_sweep_mesh(8), batch_samples=8, batched=False)
+    refs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), setup.shapes)
     like = jax.eval_shape(functions.start, refs, jax.ShapeDtypeStruct((2, 8), "float32"))
     shardings = NamedSharding(make_sweep_mesh(8), POINTS)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), like)
@@ -146,10 +147,10 @@ def test_all_at_once_and_one_after_the_other(eight, tmp_path):
 
 def test_each_device_holds_its_points_and_runs_them_alone():
     config = tiny_config(**CHANGES)
-    program = make_program(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
+    setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
     mesh = make_sweep_mesh(8)
-    functions = make_sweep_functions(config, program, mesh, batched=False)
-    params = program.initial_params(0)
+    functions = make_sweep_functions(setup.recipe, mesh, batch_samples=8, batched=False)
+    params = setup.initial_params(0)
     refs = jax.device_put(jax.tree.map(lambda x: np.stack([x, x]), params), NamedSharding(mesh, WHOLE))
     betas = jnp.ones((2, 8))
     states = functions.start(refs, betas)
@@ -158,7 +159,7 @@ def test_each_device_holds_its_points_and_runs_them_alone():
         assert len({shard.device for shard in shards}) == 8
         assert all(shard.data.shape == (2, 1, *leaf.shape[2:]) for shard in shards)
     keys, index = jax.random.split(jax.random.key(0), 2), np.zeros((2, 2, 8), np.int32)
-    numbers = program.prompts, jnp.int32(2), jnp.int32(1), betas, betas
+    numbers = put_table(setup), jnp.int32(2), jnp.int32(1), betas, betas
     text = functions.iterate.lower(states, refs, keys, index, *numbers).compile().as_text()
     for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {name}(" not in text

@@ -14,10 +14,10 @@ from grpo_jax.config import ConfigError, validate
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.objective import DAPO, DR_GRPO, GRPO, MIRROR_GRPO, NAMED, TWO_KL_GRPO
 from grpo_jax.report.forecast import exact_iterates, group_weights, make_forecast
-from grpo_jax.rollout import sample_groups
-from grpo_jax.train.iteration import update
+from grpo_jax.rollout import Layout, sample_groups
+from grpo_jax.train.iteration import Recipe, learn
 from grpo_jax.train.step import init_state
-from tests.train.test_step import BETA, SGD, T, prompts, reward
+from tests.train.test_iteration import BETA, RATE, SGD, T, prompts, reward
 
 CONFIG = DecoderConfig(
     vocab_size=16, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=4, d_ff=8, max_length=16
@@ -28,8 +28,12 @@ SAMPLE = partial(sample_groups, POLICY, group_size=4, max_completion=T, stop_ids
 
 @cache
 def compiled(objective, inner_epochs):
-    options = {"objective": objective, "inner_epochs": inner_epochs, "microbatch_tokens": 1024}
-    return jax.jit(partial(update, policy=POLICY, optimizer=SGD, **options))
+    recipe = Recipe(POLICY, objective, SAMPLE, lambda rate: SGD, Layout(1024), inner_epochs=inner_epochs)
+
+    def learned(*arguments, **weights):
+        return learn(recipe._replace(**weights), *arguments, RATE)
+
+    return jax.jit(learned)
 
 
 @cache

@@ -13,9 +13,10 @@ from jax.flatten_util import ravel_pytree
 
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.objective import DAPO, GRPO, GRPO_TRL, NAMED, grpo_loss_terms
-from grpo_jax.rollout import Policy, PromptBatch, score_groups
+from grpo_jax.rollout import Layout, Policy, PromptBatch, score_groups
+from grpo_jax.train.iteration import Recipe, travmap_axis
 from grpo_jax.train.sharding import make_mesh, parameter_shardings, row_sharding
-from grpo_jax.train.step import Batch, init_state, train_step
+from grpo_jax.train.step import Batch, init_state
 
 CONFIG = DecoderConfig(
     vocab_size=16, num_layers=2, d_model=16, num_heads=4, num_kv_heads=2, head_dim=4, d_ff=32, max_length=32
@@ -99,9 +100,9 @@ def plain(batch, objective, *, policy=POLICY, params=PARAMS, beta=BETA, **weight
 
 def packed(batch, objective, *, policy=POLICY, params=PARAMS, beta=BETA, **options):
     options = {"microbatch_tokens": 12, "row_length": 8} | options
-    state, metrics = train_step(
-        init_state(params, SGD), batch, beta, policy=policy, optimizer=SGD, objective=objective, **options
-    )
+    layout = Layout(**{name: options.pop(name) for name in Layout._fields if name in options})
+    recipe = Recipe(policy, objective, None, lambda rate: SGD, layout, **options)  # nothing is sampled
+    state, metrics = travmap_axis(recipe, init_state(params, SGD), batch, beta, 1.0)
     return metrics.pop("loss/total"), jax.tree.map(jnp.subtract, params, state.params), metrics
 
 
@@ -223,17 +224,17 @@ def test_devices(sizes):
 
 
 def test_points_of_a_sweep():
-    """Vmapped over parameters, lengths and β, the loop over blocks stays one loop, as long as its longest."""
+    """Vmapped over parameters, lengths and β, the loop over micro-batches stays one loop, as long as its longest."""
     lengths = [LENGTHS, np.minimum(LENGTHS, 2), np.full_like(LENGTHS, 6)]
     batch = make_batch()
     masks = jnp.stack([jnp.asarray(np.arange(T) < x[:, :, None]) for x in lengths])
     params = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, x[::-1]]), PARAMS)
     betas = jnp.array([0.1, 1.0, 3.0])
 
-    def point(params, mask, beta, in_step=None):
-        return packed(batch._replace(mask=mask), GRPO, params=params, beta=beta, in_step=in_step)
+    def point(params, mask, beta, vmap_axis=None):
+        return packed(batch._replace(mask=mask), GRPO, params=params, beta=beta, vmap_axis=vmap_axis)
 
-    sweep = jax.vmap(partial(point, in_step="points"), axis_name="points")
+    sweep = jax.vmap(partial(point, vmap_axis="points"), axis_name="points")
     found = jax.jit(sweep)(params, masks, betas)
     for i in range(3):
         alone = jax.jit(point)(*jax.tree.map(lambda x, i=i: x[i], (params, masks, betas)))
