@@ -113,11 +113,11 @@ def sweep(config: Any, text: str, workdir: str | Path) -> None:
 
 def with_value(config: Any, key: str, text: str) -> Any:
     """A copy of a config with the value that --config.KEY=TEXT would give it; ValueError in one line where it would not."""
-    changed, found = copy.deepcopy(config), flags.FlagValues()
+    changed, flag_values = copy.deepcopy(config), flags.FlagValues()
     arguments = ["launch.py", f"--config.{key}={text}"]
     try:
-        config_flags.DEFINE_config_dict("config", changed, flag_values=found, sys_argv=arguments)
-        found(arguments)
+        config_flags.DEFINE_config_dict("config", changed, flag_values=flag_values, sys_argv=arguments)
+        flag_values(arguments)
     except MISTAKES as error:
         raise ValueError(" ".join(explained(error).split())) from None
     return changed

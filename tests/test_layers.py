@@ -121,6 +121,14 @@ def test_the_core_loads_jax_and_nothing_else_of_the_stack():
     assert not loaded & HEAVY
 
 
+def test_the_iteration_loads_little():
+    """Of ours at most 25 modules, and of the stack jax and optax alone (which bring absl and numpy)."""
+    code = "import grpo_jax.train.iteration, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert sum(name.split(".")[0] == "grpo_jax" for name in modules.split()) <= 25
+    assert {name.split(".")[0] for name in modules.split()} & (HEAVY | {"jax"}) == {"jax", "optax", "absl"}
+
+
 def test_verifiers_load_neither_jax_nor_numpy():
     assert not loaded_by("import grpo_jax.tasks") & (HEAVY | {"jax", "jaxlib", "numpy"})
 

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from grpo_jax.runs.measured_policy import (
     stored_config,
 )
 from grpo_jax.runs.measurement import check_verifier, judged_samples
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup
 from grpo_jax.tasks import Task, Verdict
 from grpo_jax.tasks.verifiers import import_path
@@ -101,7 +100,7 @@ def evaluate(
     Raises:
       ConfigError, RunDirectoryError, CheckpointError, Preempted, ValueError: each message says what to do.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or terminal()
     if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name):
         raise RunDirectoryError(f"--name={name[:100]!r} must be letters, digits and . _ + - only: it names one folder")
     task, objective = validate(config, num_devices=jax.device_count(), training=False)
@@ -123,7 +122,7 @@ def evaluate(
             shutil.rmtree(directory / BLOCKS, ignore_errors=True)  # left where the last step was killed
             result = read_json(directory / RESULT)
             message = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
-            console.print(f"{message}:", markup=False, highlight=False)
+            say(console, f"{message}:")
             show(console, evaluation_page.evaluation_table(result))
             return result
 
@@ -176,9 +175,7 @@ def measure_and_write(run: Run, policy: MeasuredPolicy, *, dropped: int) -> dict
     shutil.rmtree(directory / BLOCKS)
     show(run.console, evaluation_page.evaluation_table(result))
     files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
-    run.console.print(
-        f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}", markup=False, highlight=False
-    )
+    say(run.console, f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}")
     return result
 
 
@@ -198,7 +195,7 @@ def _measure(run: Run, policy: MeasuredPolicy) -> tuple[list[dict[str, Any]], li
         if path.exists():
             count(_read_block(path))
     if counts:
-        run.console.print(f"resuming after {counts['prompts']:,} of {len(probed):,} prompts", highlight=False)
+        say(run.console, f"resuming after {counts['prompts']:,} of {len(probed):,} prompts")
     with progress(run.console, "prompts", total=len(probed), done=counts["prompts"]) as line:
         for number, path in enumerate(paths):
             if path.exists():

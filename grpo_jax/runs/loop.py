@@ -1,6 +1,5 @@
 """A run from start to end: reference, prediction, iterations, measurement, report."""
 
-import sys
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -25,7 +24,7 @@ from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import make_reference, read_reference
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
@@ -50,14 +49,14 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
       ConfigError, RunDirectoryError, CheckpointError, Preempted, Diverged, WarmStartFailed, ValueError: each message says what
         to do.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or terminal()
     task, objective = validate(config, num_devices=jax.device_count())
     with ExitStack() as stack:
         # The keys of a config name data and code that may have changed since.
         directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task)))
         if (directory / RESULT).exists():
             result = read_json(directory / RESULT)
-            console.print(f"{directory} holds a finished run:", markup=False, highlight=False)
+            say(console, f"{directory} holds a finished run:")
             show(console, run_page.table(result))
             return result
         setup = make_setup(config, task, objective)
@@ -122,11 +121,8 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     write_text(run.directory / "report.md", run_page.report(result, [*header, *outlook], samples))
     write_json(run.directory / RESULT, result)  # last: where it is, the run is finished
     show(console, run_page.table(result))
-    console.print(
-        f"{time.monotonic() - begun:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}",
-        markup=False,
-        highlight=False,
-    )
+    seconds = time.monotonic() - begun
+    say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")
     return result
 
 
@@ -167,7 +163,7 @@ def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction
         _, state, meta = checkpoint
         n = meta["data_position"]
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
-        run.console.print(f"resuming after iteration {n} of {c.train.iterations}", highlight=False)
+        say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
     table = put_table(setup) if setup.compiled.iterate else None
     log = MetricsLog(run.directory, after=n or None)
     try:

@@ -17,7 +17,7 @@ import numpy as np
 
 from grpo_jax.rollout import Rollout
 from grpo_jax.runs.errors import VerifierFailed
-from grpo_jax.runs.run import Run
+from grpo_jax.runs.run import Run, say
 from grpo_jax.runs.setup import Setup, put_prompts
 from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
@@ -121,7 +121,7 @@ def measure(
 def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> dict[str, Any]:
     """The measurement before and after training, as JSON: per-prompt successes, greedy accuracy, KL, lengths, samples."""
     c = run.config.evaluate
-    run.console.print(f"measuring the success probability: {c.final_samples} samples of every prompt", highlight=False)
+    say(run.console, f"measuring the success probability: {c.final_samples} samples of every prompt")
     sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples)
     check_verifier(run, sampled.verdicts)
     greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)

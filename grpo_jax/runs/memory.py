@@ -13,7 +13,7 @@ from grpo_jax.objective import Objective
 from grpo_jax.rollout import PromptBatch, Rollout
 from grpo_jax.rollout.compaction import Stage, choose_stages
 from grpo_jax.runs.errors import RunError
-from grpo_jax.runs.run import show
+from grpo_jax.runs.run import say, show
 from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe
 from grpo_jax.tasks import Task
 from grpo_jax.train.iteration import Recipe
@@ -47,7 +47,7 @@ def estimate(config: Any, console: Console | None = None) -> Memory:
     console = console or Console()
     task, objective = validate(config, num_devices=jax.device_count())
     names = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    console.print(f"compiling for {names}; nothing is allocated", markup=False, highlight=False)
+    say(console, f"compiling for {names}; nothing is allocated")
     memory = estimate_memory(config, task, objective)
     show(console, memory_table(memory))
     return memory

@@ -10,7 +10,7 @@ from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import REFERENCE
 from grpo_jax.runs.errors import WarmStartFailed
 from grpo_jax.runs.measurement import measure, measure_in_full
-from grpo_jax.runs.run import Run, check_preempted
+from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
 
 
@@ -62,7 +62,7 @@ def warm_start(run: Run) -> Any:
                 success = float(probe.successes.mean() / probe.trials)
                 line.update(step, f"loss {float(metrics['loss/total']):.3f} · success {success:.3f}")
                 if success >= c.target:
-                    run.console.print(f"warm start: success {success:.3f} after {step} steps", highlight=False)
+                    say(run.console, f"warm start: success {success:.3f} after {step} steps")
                     return state.params
     raise WarmStartFailed(
         f"warm_start.max_steps={c.max_steps} steps did not reach warm_start.target={c.target} (success {success:.3f}): "

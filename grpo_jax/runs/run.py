@@ -1,7 +1,8 @@
 """A run on the host: what its phases share, what it says of the machine, and how it learns that it must stop."""
 
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,16 @@ def machine_lines(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def terminal() -> Console:
+    """The console where a run prints by default; as wide as the terminal, or 120 characters in a file."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: brackets are no markup, and numbers get no colour."""
+    console.print(text, markup=False, highlight=False)
+
+
 def show(console: Console, lines: list[tuple[str, str]]) -> None:
     """Prints (label, text) lines as a table."""
     grid = Table.grid(padding=(0, 2))
@@ -66,14 +77,22 @@ def check_preempted(run: Run) -> None:
 def sigterm_as_flag() -> Iterator[list[int]]:
     """Collects SIGTERM instead of dying, so that the iteration under way ends and is saved."""
     received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:  # not in the main thread: signals are its owner's business
+    with sigterm_handler(lambda number, frame: received.append(number)) as before:
         yield received
-        return
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if received and callable(before):  # the run ended all the same; who started it may have more to do
         before(received[0], None)
+
+
+@contextmanager
+def sigterm_handler(handler: Callable[[int, Any], None]) -> Iterator[Any]:
+    """Gives SIGTERM to a handler, and then back to the one before, which it yields; None outside of the main thread, whose
+    signals are its owner's business."""
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not in the main thread
+        yield None
+        return
+    try:
+        yield before
+    finally:
+        signal.signal(signal.SIGTERM, before)

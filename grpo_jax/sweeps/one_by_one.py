@@ -5,8 +5,6 @@ swept, and a run directory per point, which is the whole truth of that point: a 
 what is done, goes on with what was interrupted, and tries once more what failed, last.
 """
 
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from grpo_jax.report.sweep_figure import draw_sweep, p_star_curve, sweep_page, s
 from grpo_jax.runs.directory import CHANGEABLE, CONFIG, RESULT, check_same, contents
 from grpo_jax.runs.errors import Preempted, RunDirectoryError, RunError
 from grpo_jax.runs.loop import train
+from grpo_jax.runs.run import say, sigterm_handler, terminal
 from grpo_jax.sweeps.points import Point, folder_name, title
 
 SWEEP, PAGE, FIGURE = "sweep.json", "sweep.md", "figure.png"
@@ -46,7 +45,7 @@ def run_grid(
     Args:
       points: see `make_points`.
       workdir: of the sweep; each point's run directory lies in it.
-      console: where the sweep and its runs speak; the terminal by default.
+      console: where the sweep and its runs print; the terminal by default.
       run: (config, directory, console), as `train`.
 
     Returns:
@@ -56,7 +55,7 @@ def run_grid(
       RunDirectoryError, OSError: the directory is not of this sweep, in use, or not writable.
       Preempted: SIGTERM arrived; the same sweep goes on from there.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or terminal()
     workdir = _open_directory(Path(workdir))
     failures = _failures(workdir)
     states = [read_state(point, workdir, failures) for point in points]
@@ -65,9 +64,9 @@ def run_grid(
             point, folder = points[i], folder_name(points[i].values)
             heading = f"point {i + 1} of {len(points)}: {title(point.values)}"
             if states[i].name == "done":
-                _say(console, f"{heading}: {states[i].words}")
+                say(console, f"{heading}: {states[i].words}")
                 continue
-            _say(console, heading)
+            say(console, heading)
             failures.pop(folder, None)
             try:
                 run(point.config, workdir / folder, console)
@@ -77,21 +76,21 @@ def run_grid(
                 raise
             except (RunError, ValueError, RuntimeError) as error:
                 failures[folder] = str(error) or type(error).__name__
-                _say(console, f"{heading} failed: {inline(failures[folder])}")
+                say(console, f"{heading} failed: {inline(failures[folder])}")
             states[i] = read_state(point, workdir, failures)
             _record(workdir, points, states)
             jax.clear_caches()  # each program holds memory maps, and a process may have 65,530
         _record(workdir, points, states)
-        drawn = _draw(workdir / FIGURE, points, states)
-        write_text(workdir / PAGE, sweep_page(_records(points, states), FIGURE if drawn else None))
+        plotted = _plot(workdir / FIGURE, points, states)
+        write_text(workdir / PAGE, sweep_page(_records(points, states), FIGURE if plotted else None))
     _show(console, points, states)
-    _say(console, f"{SWEEP}, {PAGE}{f' and {FIGURE}' if drawn else ''} are in {workdir}")
+    say(console, f"{SWEEP}, {PAGE}{f' and {FIGURE}' if plotted else ''} are in {workdir}")
     return states
 
 
 def list_grid(points: Sequence[Point], workdir: str | Path, console: Console | None = None) -> list[State]:
     """Shows the points and their states, and changes nothing; arguments, result and errors as for `run_grid`."""
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or terminal()
     workdir = Path(workdir).expanduser().resolve()
     _check_directory(workdir)
     states = [read_state(point, workdir, _failures(workdir)) for point in points]
@@ -151,10 +150,14 @@ def _records(points: Sequence[Point], states: Sequence[State]) -> list[dict[str,
     """What sweep.json holds of each point."""
     records = []
     for point, state in zip(points, states, strict=True):
-        kept = ("confidence", "p_ref", "p_star", "p_final", "difference")
-        found = {key: state.result[key] for key in kept if key in state.result} if state.result else {}
-        where = {"point": title(point.values), "folder": folder_name(point.values), "values": point.values}
-        records.append(where | {"state": state.name, "words": state.words, "why": state.why} | found)
+        record: dict[str, Any] = {
+            "point": title(point.values),
+            "folder": folder_name(point.values),
+            "values": point.values,
+        }
+        record |= {"state": state.name, "words": state.words, "why": state.why}
+        numbers, result = ("confidence", "p_ref", "p_star", "p_final", "difference"), state.result or {}
+        records.append(record | {key: result[key] for key in numbers if key in result})
     return records
 
 
@@ -170,15 +173,11 @@ def _show(console: Console, points: Sequence[Point], states: Sequence[State]) ->
     console.print(sweep_table(_records(points, states)))
     for point, state in zip(points, states, strict=True):
         if state.why is not None:
-            _say(console, f"{title(point.values)} failed: {inline(state.why)}")
+            say(console, f"{title(point.values)} failed: {inline(state.why)}")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
-
-
-def _draw(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
-    """Draws the finished points where β is swept and some KL holds to the reference; whether there is a figure."""
+def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
+    """Plots the finished points where β is swept and some KL holds to the reference; whether there is a figure."""
     ended = [
         (point, state.result, title({key: x for key, x in point.values.items() if key not in (BETA, SEED)}))
         for point, state in zip(points, states, strict=True)
@@ -224,18 +223,11 @@ def _interrupted_by_sigterm(workdir: Path) -> Iterator[None]:
         received.append(number)
         raise KeyboardInterrupt  # which no one takes for a failure of the run
 
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread: signals are its owner's business
-        yield
-        return
-    try:
-        yield
-    except KeyboardInterrupt:
-        if received:
-            raise Preempted(
-                f"stopped by signal {received[0]}; the same command resumes the sweep in {workdir}"
-            ) from None
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with sigterm_handler(interrupt):
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not received:
+                raise
+            message = f"stopped by signal {received[0]}; the same command resumes the sweep in {workdir}"
+            raise Preempted(message) from None

@@ -11,7 +11,6 @@ checkpoints/ and, last, result.json.
 
 import itertools
 import math
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,7 +33,7 @@ from grpo_jax.runs.loop import stretch, visits
 from grpo_jax.runs.measurement import Measurement
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import make_reference, read_reference
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, show, sigterm_as_flag
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, probed_rows, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.iteration import role_key
@@ -80,7 +79,7 @@ def sweep(
       config: a `ml_collections.ConfigDict` with the keys of configs/default.py, for one device.
       workdir: of the sweep; created if need be.
       seeds, betas, learning_rates: every combination is a point; without learning rates, the config's.
-      console: where the sweep speaks; the terminal by default.
+      console: where the sweep prints; the terminal by default.
       batched: points of a device go through each operation together; else one after the other, which is faster on a CPU. By
         default as the backend likes it.
 
@@ -92,7 +91,7 @@ def sweep(
     Raises:
       ConfigError, RunDirectoryError, CheckpointError, Preempted, WarmStartFailed, ValueError: each message says what to do.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or terminal()
     points = list(itertools.product(betas, learning_rates or (config.optimizer.learning_rate,)))
     plan = Plan(tuple(seeds), tuple(float(b) for b, _ in points), tuple(float(rate) for _, rate in points))
     if not points or not seeds or len(set(points)) < len(points) or len(set(seeds)) < len(seeds):
@@ -103,7 +102,7 @@ def sweep(
         swept = {"seed": list(seeds), "objective.beta": plan.betas, "optimizer.learning_rate": plan.learning_rates}
         directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task) | swept))
         if (directory / RESULT).exists():
-            console.print(f"{directory} holds a finished sweep", markup=False, highlight=False)
+            say(console, f"{directory} holds a finished sweep")
             return read_json(directory / RESULT)
         setup = make_setup(config, task, objective, devices=jax.devices()[:1])
         if setup.compiled.iterate is None:
@@ -173,7 +172,7 @@ def _iterate(
     else:
         n, states, meta = checkpoint
         worst = np.array(meta["worst"])
-        run.console.print(f"resuming after iteration {n} of {c.train.iterations}", highlight=False)
+        say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
     if not run.setup.recipe.objective.holds_to_reference:
         ref_params = None
     log = MetricsLog(run.directory, after=n or None)

@@ -83,7 +83,7 @@ def test_kl_is_measured_against_another_policy_alone(tmp_path):
 
 def test_the_host_judges_as_the_device_does(tmp_path):
     """Where both verify, the reward is the device's, and the verdicts on the texts agree with it."""
-    run = run_of(tmp_path, pool=True, task__arithmetic__operand_max=1)
+    run = run_of(tmp_path, pool=True, task__arithmetic__operand_max=1, data__prompts_per_iteration=4)
     params = run.setup.initial_params(0)
     rows = run.setup.probed
     (judged,) = judged_samples(run, params, None, jax.random.key(1), rows, samples=64, batch_samples=64)

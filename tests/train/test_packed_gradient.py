@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from grpo_jax.models import DecoderConfig, init_params, make_policy
 from grpo_jax.objective import DAPO, GRPO, GRPO_TRL, NAMED, grpo_loss_terms
 from grpo_jax.rollout import Layout, Policy, PromptBatch, score_groups
-from grpo_jax.train.iteration import Recipe, travmap_axis
+from grpo_jax.train.iteration import Recipe, train_step
 from grpo_jax.train.sharding import make_mesh, parameter_shardings, row_sharding
 from grpo_jax.train.step import Batch, init_state
 
@@ -102,7 +102,7 @@ def packed(batch, objective, *, policy=POLICY, params=PARAMS, beta=BETA, **optio
     options = {"microbatch_tokens": 12, "row_length": 8} | options
     layout = Layout(**{name: options.pop(name) for name in Layout._fields if name in options})
     recipe = Recipe(policy, objective, None, lambda rate: SGD, layout, **options)  # nothing is sampled
-    state, metrics = travmap_axis(recipe, init_state(params, SGD), batch, beta, 1.0)
+    state, metrics = train_step(recipe, init_state(params, SGD), batch, beta, 1.0)
     return metrics.pop("loss/total"), jax.tree.map(jnp.subtract, params, state.params), metrics
 
 
