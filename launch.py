@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> None:
 def sweep(config: Any, text: str, workdir: str | Path) -> None:
     """Runs, resumes or lists the points of --sweep."""
     from grpo_jax.config import ConfigError
-    from grpo_jax.sweeps.one_by_one import list_grid, run_grid
+    from grpo_jax.sweeps.one_by_one import list_points, run_points
     from grpo_jax.sweeps.points import make_points, parse_grid
 
     try:
@@ -104,9 +104,9 @@ def sweep(config: Any, text: str, workdir: str | Path) -> None:
     except ValueError as error:
         stop(f"--sweep: {error}", EXIT_USAGE)
     if _LIST.value:
-        list_grid(points, workdir)
+        list_points(points, workdir)
         return
-    failed = sum(state.name == "failed" for state in run_grid(points, workdir))
+    failed = sum(state.name == "failed" for state in run_points(points, workdir))
     if failed:
         stop(f"{failed} of {len(points)} points failed; why is in {Path(workdir) / 'sweep.md'}", EXIT_FAILED)
 

@@ -21,14 +21,14 @@ from grpo_jax.tasks import Task
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.sharding import sharded_shapes
 
-# What may differ from the run's config; all else decides which parameters there are, or would be another run.
+# Config keys in which an evaluation may differ from its run: what is measured, and how arrays are laid out. The other keys
+# decide which parameters there are.
 OF_THE_MEASUREMENT: tuple[str, ...] = (
     *("task.", "evaluate.", "data.", "rollout.", "verifier.", "mesh.", "checkpoint."),
-    *("train.microbatch_tokens", "train.row_length", "train.chunk_size", "train.iterations_per_program"),  # no number
+    *("train.microbatch_tokens", "train.row_length", "train.chunk_size", "train.iterations_per_program"),
 )
 
-
-# What may differ when an evaluation is started again: it changes no number.
+# Config keys that may differ when an evaluation is started again: no number depends on them.
 CHANGEABLE = ("verifier.num_workers", "evaluate.interval", "evaluate.samples", "evaluate.examples")
 
 

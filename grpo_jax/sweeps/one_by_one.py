@@ -37,7 +37,7 @@ class State(NamedTuple):
     result: dict[str, Any] | None = None
 
 
-def run_grid(
+def run_points(
     points: Sequence[Point], workdir: str | Path, console: Console | None = None, *, run: Callable[..., Any] = train
 ) -> list[State]:
     """Runs the points one after the other, and writes sweep.json, sweep.md and, where β is swept, figure.png.
@@ -88,8 +88,8 @@ def run_grid(
     return states
 
 
-def list_grid(points: Sequence[Point], workdir: str | Path, console: Console | None = None) -> list[State]:
-    """Shows the points and their states, and changes nothing; arguments, result and errors as for `run_grid`."""
+def list_points(points: Sequence[Point], workdir: str | Path, console: Console | None = None) -> list[State]:
+    """Shows the points and their states, and changes nothing; arguments, result and errors as for `run_points`."""
     console = console or terminal()
     workdir = Path(workdir).expanduser().resolve()
     _check_directory(workdir)

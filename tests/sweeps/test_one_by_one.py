@@ -19,7 +19,7 @@ from grpo_jax.report.sweep_figure import p_star_curve
 from grpo_jax.runs.directory import open_run_directory
 from grpo_jax.runs.errors import Diverged, Preempted, RunDirectoryError
 from grpo_jax.sweeps import one_by_one
-from grpo_jax.sweeps.one_by_one import list_grid, run_grid
+from grpo_jax.sweeps.one_by_one import list_points, run_points
 from grpo_jax.sweeps.points import folder_name, make_points, parse_grid
 from launch import with_value
 from tests.tiny_run import tiny_config
@@ -129,7 +129,7 @@ def test_mistakes_are_found_before_anything_is_made(tmp_path):
 def test_a_sweep_runs_every_point_once_and_leaves_a_record_a_page_and_a_figure(tmp_path):
     points, workdir = points_of("objective.beta=0.3,1; seed=0,1"), tmp_path / "sweep"
     runs = Runs(points)
-    states = run_grid(points, workdir, console(tmp_path), run=runs)
+    states = run_points(points, workdir, console(tmp_path), run=runs)
     assert runs.begun == [(0.3, 0), (0.3, 1), (1.0, 0), (1.0, 1)]
     assert {state.name for state in states} == {"done"}
     record = json.loads((workdir / "sweep.json").read_text())["points"]
@@ -142,26 +142,26 @@ def test_a_sweep_runs_every_point_once_and_leaves_a_record_a_page_and_a_figure(t
     out = said(tmp_path)
     assert "point 3 of 4: objective.beta=1, seed=0\n" in out and "predicted p*" in out
     again = Runs(points)
-    run_grid(points, workdir, console(tmp_path), run=again)
+    run_points(points, workdir, console(tmp_path), run=again)
     assert again.begun == []
     assert "point 4 of 4: objective.beta=1, seed=1: done, p̂ 0." in said(tmp_path)
     more = points_of("objective.beta=0.3,1; seed=0,1,2")  # a larger grid goes on from the smaller one's points
     again = Runs(more)
-    run_grid(more, workdir, console(tmp_path), run=again)
+    run_points(more, workdir, console(tmp_path), run=again)
     assert again.begun == [(0.3, 2), (1.0, 2)]
 
 
 def test_a_failed_point_says_why_and_is_tried_again_last(tmp_path):
     points, workdir = points_of("objective.beta=0.3,1,2"), tmp_path / "sweep"
     why = "the loss | was \x1b[31mnan[/bold]"
-    states = run_grid(points, workdir, console(tmp_path), run=Runs(points, {(0.3, 0): Diverged(why)}))
+    states = run_points(points, workdir, console(tmp_path), run=Runs(points, {(0.3, 0): Diverged(why)}))
     assert [state.name for state in states] == ["failed", "done", "done"]
     assert states[0].why == why
     for text in ((workdir / "sweep.md").read_text(), said(tmp_path)):
         assert r"was \x1b[31mnan[/bold]" in text and "\x1b" not in text
     (workdir / "objective.beta=1" / "result.json").unlink()
     again = Runs(points)
-    states = run_grid(points, workdir, console(tmp_path), run=again)
+    states = run_points(points, workdir, console(tmp_path), run=again)
     assert again.begun == [(1.0, 0), (0.3, 0)]
     assert {state.name for state in states} == {"done"}
     assert "failed" not in (workdir / "sweep.md").read_text()
@@ -169,24 +169,24 @@ def test_a_failed_point_says_why_and_is_tried_again_last(tmp_path):
 
 def test_another_grid_in_the_same_directory_keeps_what_is_known_of_the_first(tmp_path):
     points, workdir = points_of("objective.beta=0.3,1"), tmp_path / "sweep"
-    run_grid(points, workdir, console(tmp_path), run=Runs(points, {(0.3, 0): Diverged("nan")}))
+    run_points(points, workdir, console(tmp_path), run=Runs(points, {(0.3, 0): Diverged("nan")}))
     other = points_of("objective.beta=1,2")
-    run_grid(other, workdir, console(tmp_path), run=Runs(other))
-    states = list_grid(points_of("objective.beta=0.3,1,2"), workdir, console(tmp_path))
+    run_points(other, workdir, console(tmp_path), run=Runs(other))
+    states = list_points(points_of("objective.beta=0.3,1,2"), workdir, console(tmp_path))
     assert [(state.name, state.why) for state in states] == [("failed", "nan"), ("done", None), ("done", None)]
 
 
 def test_a_preempted_sweep_stops_and_goes_on(tmp_path):
     points, workdir = points_of("objective.beta=0.3,1,2", train__iterations=9), tmp_path / "sweep"
     with pytest.raises(Preempted):
-        run_grid(points, workdir, console(tmp_path), run=Runs(points, {(1.0, 0): Preempted("stopped")}))
+        run_points(points, workdir, console(tmp_path), run=Runs(points, {(1.0, 0): Preempted("stopped")}))
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    states = list_grid(points, workdir, console(tmp_path))
+    states = list_points(points, workdir, console(tmp_path))
     assert [state.words for state in states][1:] == ["interrupted at iteration 4 of 9", "waiting"]
     assert states[0].words.startswith("done, p̂ 0.") and ", p* 0." in states[0].words
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     again = Runs(points)
-    run_grid(points, workdir, console(tmp_path), run=again)
+    run_points(points, workdir, console(tmp_path), run=again)
     assert again.begun == [(1.0, 0), (2.0, 0)]
 
 
@@ -203,26 +203,26 @@ def test_sigterm_outside_of_a_run_stops_the_sweep_and_nobody_takes_it_for_a_fail
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="the same command resumes the sweep"):
-        run_grid(points, workdir, console(tmp_path), run=starting)
+        run_points(points, workdir, console(tmp_path), run=starting)
     assert (begun, signal.getsignal(signal.SIGTERM)) == ([0.3], before)
 
 
 def test_directories_of_something_else_are_left_alone(tmp_path):
     points, workdir = points_of("seed=0,1"), tmp_path / "sweep"
-    run_grid(points, workdir, console(tmp_path), run=Runs(points))
+    run_points(points, workdir, console(tmp_path), run=Runs(points))
     other = points_of("seed=0,1", objective__beta=2.0)
     runs = Runs(other)
-    for act in (lambda: run_grid(other, workdir, console(tmp_path), run=runs), lambda: list_grid(other, workdir)):
+    for act in (lambda: run_points(other, workdir, console(tmp_path), run=runs), lambda: list_points(other, workdir)):
         with pytest.raises(RunDirectoryError, match=r"objective\.beta: 1\.0 there, 2\.0 now"):
             act()
     assert runs.begun == []
-    for act in (run_grid, list_grid):
+    for act in (run_points, list_points):
         with pytest.raises(RunDirectoryError, match="holds no sweep"):
             act(points, workdir / "seed=0", console(tmp_path))
     (workdir / "sweep.json").write_text("[")
     with pytest.raises(RunDirectoryError, match="not readable as the record of a sweep"):
-        run_grid(points, workdir, console(tmp_path), run=runs)
-    assert [state.name for state in list_grid(points, tmp_path / "none", console(tmp_path))] == ["waiting"] * 2
+        run_points(points, workdir, console(tmp_path), run=runs)
+    assert [state.name for state in list_points(points, tmp_path / "none", console(tmp_path))] == ["waiting"] * 2
     assert not (tmp_path / "none").exists()
 
 
@@ -232,7 +232,7 @@ def test_the_figure_shows_each_label_with_the_curve_of_its_objective(tmp_path, m
     monkeypatch.setattr(
         one_by_one, "draw_sweep", lambda path, curves, points, title: shown.update(curves=curves, points=points)
     )
-    run_grid(points, tmp_path / "sweep", console(tmp_path), run=Runs(points, {(2.0, 1): Diverged("no")}))
+    run_points(points, tmp_path / "sweep", console(tmp_path), run=Runs(points, {(2.0, 1): Diverged("no")}))
     labels = [label for label, _, _ in shown["curves"]]
     assert labels[:2] == ["objective.name=GRPO", "objective.name=GRPO_TRL"]
     assert len(shown["points"]) == 9
@@ -260,5 +260,5 @@ def test_the_curve_is_the_forecast_at_every_beta(objective):
 
 def test_a_sweep_without_beta_has_no_figure(tmp_path):
     points = points_of("seed=0,1")
-    run_grid(points, tmp_path / "sweep", console(tmp_path), run=Runs(points))
+    run_points(points, tmp_path / "sweep", console(tmp_path), run=Runs(points))
     assert {path.name for path in Path(tmp_path / "sweep").iterdir()} == {"sweep.json", "sweep.md", "seed=0", "seed=1"}
