@@ -72,10 +72,10 @@ def measure(form: Form, request: dict[str, Any], device: Device, repeats: int) -
     return row | {"limit_seconds": statistics.median(least), "peak": answers[-1]["peak"]}
 
 
-def least_seconds(work: str, setting: Setting, given: Work, device: Device) -> float:
+def least_seconds(work: str, setting: Setting, load: Work, device: Device) -> float:
     """The limit of a rollout or of an update."""
     config = decoder(setting)
-    return rollout_seconds(config, given, device) if work == "sampling" else update_flops(config, given) / device.flops
+    return rollout_seconds(config, load, device) if work == "sampling" else update_flops(config, load) / device.flops
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -113,17 +113,19 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def requests(settings: list[Setting], works: list[str], peer: str | None, trace: Path | None) -> list[Any]:
     """(form, request) of everything to measure, in order."""
-    found: list[tuple[Form, dict[str, Any]]] = []
+    forms_and_requests: list[tuple[Form, dict[str, Any]]] = []
     for setting in settings:
         for work in works:
             lengths = "ragged" if setting.ragged else "fixed"
             folder = None if trace is None else str(trace / f"{work}_{setting.size}_{setting.rows}_{lengths}")
             request = {"work": work, **setting._asdict(), "trace": folder}
-            found.append((OURS, request))
+            forms_and_requests.append((OURS, request))
             if work == "sampling" and peer:
                 command = (peer, PEER)
-                found += [(Form(name, command), request | {"form": name} | _peer_model(setting)) for name in PEERS]
-    return found
+                forms_and_requests += [
+                    (Form(name, command), request | {"form": name} | _peer_model(setting)) for name in PEERS
+                ]
+    return forms_and_requests
 
 
 def _peer_model(setting: Setting) -> dict[str, Any]:
@@ -158,33 +160,37 @@ def _predict(settings: list[Setting], works: list[str], name: str) -> list[dict[
 
 def _settings() -> list[Setting]:
     """What the flags ask for; UsageError where that cannot be."""
-    given = flags.FLAGS
-    sizes = ["0.5B"] if given.quick and not given["size"].present else given.size
-    rows = [64] if given.quick and not given["rows"].present else [int(n) if n.isdigit() else 0 for n in given.rows]
+    options = flags.FLAGS
+    sizes = ["0.5B"] if options.quick and not options["size"].present else options.size
+    rows = (
+        [64] if options.quick and not options["rows"].present else [int(n) if n.isdigit() else 0 for n in options.rows]
+    )
     if unknown := set(sizes) - set(SIZES):
         raise app.UsageError(f"--size={','.join(unknown)}: there are {', '.join(SIZES)}")
-    if any(n < 1 or n % given.group for n in rows):
-        raise app.UsageError(f"--rows={','.join(given.rows)} must be multiples of --group={given.group}")
-    numbers = {name: getattr(given, name) for name in Setting._fields[2:] if name != "ragged"}
-    return [Setting(s, n, ragged=r == "ragged", **numbers) for s in sizes for n in rows for r in given.lengths]
+    if any(n < 1 or n % options.group for n in rows):
+        raise app.UsageError(f"--rows={','.join(options.rows)} must be multiples of --group={options.group}")
+    numbers = {name: getattr(options, name) for name in Setting._fields[2:] if name != "ragged"}
+    return [Setting(s, n, ragged=r == "ragged", **numbers) for s in sizes for n in rows for r in options.lengths]
 
 
 def main(arguments: list[str]) -> None:
     """Prints a table and writes accelerator.json, after every case; or predictions and accelerator_predictions.json."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
-    given, settings = flags.FLAGS, _settings()
-    if given.compile_only:
-        write_json(given.out, "accelerator_predictions", _predict(settings, given.works, given.target), "accelerator")
+    options, settings = flags.FLAGS, _settings()
+    if options.compile_only:
+        write_json(
+            options.out, "accelerator_predictions", _predict(settings, options.works, options.target), "accelerator"
+        )
         return
-    repeats, rows = 2 if given.quick else given.repeats, []
+    repeats, rows = 2 if options.quick else options.repeats, []
     device, name = measure_device(repeats)
     print(f"{name}: {device.flops / 1e12:.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e12:.4g} TB/s\n", flush=True)
-    trace = Path(given.out) / "profiles" if given.profile else None
-    for form, request in requests(settings, given.works, os.environ.get("GRPO_JAX_TRANSFORMERS_PYTHON"), trace):
+    trace = Path(options.out) / "profiles" if options.profile else None
+    for form, request in requests(settings, options.works, os.environ.get("GRPO_JAX_TRANSFORMERS_PYTHON"), trace):
         row = measure(form, request, device, repeats)
         rows.append(row)
-        write_json(given.out, "accelerator", [{"device": name, **device._asdict()}, *rows])
+        write_json(options.out, "accelerator", [{"device": name, **device._asdict()}, *rows])
         print(table([row]) if len(rows) == 1 else table([row]).splitlines()[-1], flush=True)
         if "operations" in row:
             print(f"\n{operations.table(row['operations'])}", flush=True)

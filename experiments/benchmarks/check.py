@@ -36,7 +36,7 @@ def regressions(
     >>> regressions({"update fixed 1024": {"plain": 1.5, "TRL": 2.0}}, lambda case: {"plain": 1.2, "TRL": 1.9})
     {'update fixed 1024': {'plain': (1.5, 1.2)}}
     """
-    found = {}
+    worse_cases = {}
     for case, expected in baseline.items():
         best: Ratios = {}
         worse: Ratios = {}
@@ -47,28 +47,28 @@ def regressions(
             if not worse:
                 break
         if worse:
-            found[case] = {form: (expected[form], ratio) for form, ratio in worse.items()}
-    return found
+            worse_cases[case] = {form: (expected[form], ratio) for form, ratio in worse.items()}
+    return worse_cases
 
 
 def main(arguments: list[str]) -> None:
     """Exits with 1 and a line for each regression, where there are any."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
-    given = flags.FLAGS
-    size = "quick" if given.quick else "full"
+    options = flags.FLAGS
+    size = "quick" if options.quick else "full"
     runners = race.forms(os.environ)
-    chosen = [Case(work, v, ragged) for work in given.works for v in (1024, 32000) for ragged in (False, True)]
+    chosen = [Case(work, v, ragged) for work in options.works for v in (1024, 32000) for ragged in (False, True)]
     by_name = {case.name: case for case in chosen}
 
     def measure(name: str) -> Ratios:
-        case = cases.quick(by_name[name]) if given.quick else by_name[name]
-        rows = race.race(case, runners, 9 if given.quick else 7)
+        case = cases.quick(by_name[name]) if options.quick else by_name[name]
+        rows = race.race(case, runners, 9 if options.quick else 7)
         print(f"{name}\n\n{race.table(rows)}", flush=True)
         return {form: round(ratio, 3) for form, ratio in race.ratios(rows).items() if form != "ours"}
 
     baseline = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
-    if given.write:
+    if options.write:
         for name in by_name:
             baseline.setdefault(size, {})[name] = measure(name)
             BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -65,13 +65,13 @@ def _repetition(work: str, setting: Setting, program: Callable[..., Any]) -> Cal
 
     def repeat() -> dict[str, Any]:
         start = time.perf_counter()
-        found = jax.block_until_ready(program(*arguments))
+        outputs = jax.block_until_ready(program(*arguments))
         answer: dict[str, Any] = {"inside": time.perf_counter() - start, "peak": _memory("peak_bytes_in_use")}
         if work == "sampling":
-            answer["lengths"] = np.array(found.mask.sum(-1)).tolist()
-            answer["useful"] = float(found.useful) if "useful" in found._fields else None
+            answer["lengths"] = np.array(outputs.mask.sum(-1)).tolist()
+            answer["useful"] = float(outputs.useful) if "useful" in outputs._fields else None
             return answer
-        arguments[0] = found[0]  # the state, which was donated
+        arguments[0] = outputs[0]  # the state, which was donated
         answer["lengths"] = setting.work.lengths.tolist()
         return answer
 

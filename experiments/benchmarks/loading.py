@@ -94,8 +94,8 @@ def measure_load(folder: Path, devices: int) -> dict[str, Any]:
     before, start = _memory("VmRSS"), time.perf_counter()
     params = jax.block_until_ready(load_pretrained(folder, shardings=shardings)[1])
     seconds = time.perf_counter() - start
-    held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
-    sizes = {"parameters": held, "share": 4 * max(shares), "allowed": round(1.3 * 4 * max(shares)) + tensor}
+    parameter_bytes = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
+    sizes = {"parameters": parameter_bytes, "share": 4 * max(shares), "allowed": round(1.3 * 4 * max(shares)) + tensor}
     return {"seconds": seconds, "before": before, "peak": _memory("VmHWM"), **sizes}
 
 
@@ -103,12 +103,16 @@ def measure_step(folder: Path, optimizer_name: str) -> dict[str, Any]:
     """In a process of its own: loads, samples two short completions of a prompt, and takes a step whose state is donated."""
     optimizer, start = OPTIMIZERS[optimizer_name](), time.perf_counter()
     policy, params = load_pretrained(folder)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    parameter_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     tokens = jax.random.randint(jax.random.key(0), (1, 16), 3, read_config(folder).vocab_size)
     prompts = PromptBatch(tokens, tokens > 0, jnp.zeros(1, jnp.int32))
     sample = jax.jit(partial(sample_groups, policy, group_size=2, max_completion=16, stop_ids=(2,)))
     rollout = jax.block_until_ready(sample(params, prompts, jax.random.key(1)))
-    found: dict[str, Any] = {"parameters": held, "optimizer": optimizer_name, "sampled": time.perf_counter() - start}
+    numbers: dict[str, Any] = {
+        "parameters": parameter_bytes,
+        "optimizer": optimizer_name,
+        "sampled": time.perf_counter() - start,
+    }
 
     recipe = Recipe(policy, DAPO, sample, lambda _: optimizer, Layout(microbatch_tokens=1024))
     update = jax.jit(partial(learn, recipe), donate_argnums=0)
@@ -116,17 +120,17 @@ def measure_step(folder: Path, optimizer_name: str) -> dict[str, Any]:
     rest = (None, prompts, rollout, jnp.array([[1.0, 0.0]]), jax.random.key(2), jnp.float32(0.0), jnp.float32(0.0))
     program = update.lower(state, *rest).compile()
     analysis: Any = program.memory_analysis()
-    found["needed"] = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    more, free = found["needed"] - held + SPARE * 2**30, _memory("MemAvailable", "meminfo")
+    numbers["needed"] = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    more, free = numbers["needed"] - parameter_bytes + SPARE * 2**30, _memory("MemAvailable", "meminfo")
     if free is not None and free < more:
-        return found | {"refused": f"not run: needs {more / 1e9:.1f} GB more, {free / 1e9:.1f} are free"}
+        return numbers | {"refused": f"not run: needs {more / 1e9:.1f} GB more, {free / 1e9:.1f} are free"}
     donated = init_state(params, optimizer)
     del params
     start = time.perf_counter()
     stepped, metrics = jax.block_until_ready(program(donated, *rest))
     if not (int(stepped.updates) == 1 and 0.0 < float(metrics["loss/grad_norm"]) < math.inf):
         raise RuntimeError(f"the step did nothing: {metrics}")
-    return found | {"seconds": time.perf_counter() - start, "peak": _memory("VmHWM")}
+    return numbers | {"seconds": time.perf_counter() - start, "peak": _memory("VmHWM")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -190,8 +194,8 @@ def main(arguments: list[str]) -> None:
     """Prints a table and writes loading.json."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
-    given = flags.FLAGS
-    config = QUICK if given.quick else ONE_BILLION
+    options = flags.FLAGS
+    config = QUICK if options.quick else ONE_BILLION
     needed = 2 * sum(math.prod(target.shape) for target in tensor_targets(config))
     if (free := shutil.disk_usage(tempfile.gettempdir()).free) < 1.5 * needed:
         raise SystemExit(f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB; the checkpoint needs {needed / 1e9:.1f}")
@@ -201,11 +205,11 @@ def main(arguments: list[str]) -> None:
         for devices in (1, 8):
             found = _alone(measure_load, Path(name), devices, devices=devices)
             rows.append({"what": "load", "devices": devices, **found})
-        if given.step:
-            rows.append({"what": "step", "devices": 1, **_alone(measure_step, Path(name), given.optimizer)})
+        if options.step:
+            rows.append({"what": "step", "devices": 1, **_alone(measure_step, Path(name), options.optimizer)})
     print(f"\n{table(rows)}")
     machine = {"jax": jax.__version__, "cores": os.cpu_count(), "memory": _memory("MemTotal", "meminfo")}
-    out = Path(given.out)
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "loading.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1), encoding="utf-8")
 

@@ -142,15 +142,15 @@ def _timed(program: Callable[..., Any], *arguments: jax.Array) -> dict[str, Any]
 def _memory(compiled: Any, *arguments: jax.Array) -> dict[str, Any]:
     """XLA's own count of temporaries, and what the first call adds to the memory in use; or why it was not called."""
     analysis = compiled.memory_analysis()
-    found: dict[str, Any] = {"temporary_mib": analysis.temp_size_in_bytes / 2**20}
+    memory: dict[str, Any] = {"temporary_mib": analysis.temp_size_in_bytes / 2**20}
     needed = (analysis.temp_size_in_bytes + analysis.output_size_in_bytes) / 2**30 + SPARE
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and (free := _proc("meminfo", "MemAvailable")) is not None and free < 2**30 * needed:
-        return found | {"refused": f"not run: needs {needed:.1f} GiB, {free / 2**30:.1f} are free"}
+        return memory | {"refused": f"not run: needs {needed:.1f} GiB, {free / 2**30:.1f} are free"}
     before = _in_use()
     jax.block_until_ready(compiled(*arguments))
     after = _peak()
-    return found | {"peak_mib": None if before is None or after is None else (after - before) / 2**20}
+    return memory | {"peak_mib": None if before is None or after is None else (after - before) / 2**20}
 
 
 def _in_use() -> int | None:
@@ -219,19 +219,19 @@ def main(arguments: list[str]) -> None:
     """Prints a table per vocabulary and writes logps.json."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
-    given, found = flags.FLAGS, []
-    for vocabulary in [64] if given.quick else map(int, given.vocabularies):
-        batch, length, width, chunk_size = given.batch, given.length, given.width, given.chunk_size
-        if given.quick:
+    options, measured = flags.FLAGS, []
+    for vocabulary in [64] if options.quick else map(int, options.vocabularies):
+        batch, length, width, chunk_size = options.batch, options.length, options.width, options.chunk_size
+        if options.quick:
             batch, length, width, chunk_size = 4, 8, 16, 2
-        case = Case(batch, length, width, vocabulary, given.dtype, chunk_size, given.entropy)
-        rows = compare(case, 2 if given.quick else given.repeats)
+        case = Case(batch, length, width, vocabulary, options.dtype, chunk_size, options.entropy)
+        rows = compare(case, 2 if options.quick else options.repeats)
         print(", ".join(f"{k}={v}" for k, v in case._asdict().items()), f"\n\n{table(rows)}", sep="", flush=True)
-        found += rows
+        measured += rows
     machine = {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}
-    out = Path(given.out)
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "logps.json").write_text(json.dumps({"machine": machine, "rows": found}, indent=1), encoding="utf-8")
+    (out / "logps.json").write_text(json.dumps({"machine": machine, "rows": measured}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

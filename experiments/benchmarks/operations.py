@@ -30,7 +30,7 @@ def operations(folder: Path) -> list[tuple[str, float]]:
     return [(name, nanoseconds / 1e9) for name, nanoseconds in total.most_common()]
 
 
-def table(found: list[tuple[str, float]], most: int = 20) -> str:
+def table(seconds_of: list[tuple[str, float]], most: int = 20) -> str:
     """The longest operations as Markdown.
 
     >>> print(table([("fusion.1", 0.003), ("copy.2", 0.001)]), end="")
@@ -39,9 +39,11 @@ def table(found: list[tuple[str, float]], most: int = 20) -> str:
     | fusion.1 | 3.00 | 75 % |
     | copy.2 | 1.00 | 25 % |
     """
-    total = sum(seconds for _, seconds in found)
+    total = sum(seconds for _, seconds in seconds_of)
     lines = ["| operation | ms | share |", "|---|---|---|"]
-    lines += [f"| {name} | {1e3 * seconds:.2f} | {100 * seconds / total:.0f} % |" for name, seconds in found[:most]]
+    lines += [
+        f"| {name} | {1e3 * seconds:.2f} | {100 * seconds / total:.0f} % |" for name, seconds in seconds_of[:most]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -86,7 +86,7 @@ def split(seconds: dict[str, float]) -> dict[str, float]:
     return {part: total(added) - total(without) for part, (added, without) in PARTS.items()}
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
+def table(parts_of: dict[str, dict[str, float]]) -> str:
     """Of the parts of each case, seconds and share, as Markdown.
 
     >>> print(table({"ragged 1024": dict(zip(PARTS, (1.0, 2.0, 2.0, 4.0, 0.5, 0.5)))}), end="")
@@ -100,10 +100,10 @@ def table(found: dict[str, dict[str, float]]) -> str:
     | what joins them | 0.50 s, 5 % |
     | iteration | 10.00 s |
     """
-    whole = {case: sum(parts.values()) for case, parts in found.items()}
-    lines = [f"| part | {' | '.join(found)} |", "|---|" + "---|" * len(found)]
+    whole = {case: sum(parts.values()) for case, parts in parts_of.items()}
+    lines = [f"| part | {' | '.join(parts_of)} |", "|---|" + "---|" * len(parts_of)]
     for part in PARTS:
-        cells = [f"{parts[part]:.2f} s, {100 * parts[part] / whole[case]:.0f} %" for case, parts in found.items()]
+        cells = [f"{parts[part]:.2f} s, {100 * parts[part] / whole[case]:.0f} %" for case, parts in parts_of.items()]
         lines.append(f"| {part} | {' | '.join(cells)} |")
     lines.append(f"| iteration | {' | '.join(f'{seconds:.2f} s' for seconds in whole.values())} |")
     return "\n".join(lines) + "\n"
@@ -114,16 +114,16 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")  # as the races'
-    given, rows, found = flags.FLAGS, [], {}
-    for vocabulary in map(int, given.vocabularies):
-        for lengths in given.lengths:
+    options, rows, parts_of = flags.FLAGS, [], {}
+    for vocabulary in map(int, options.vocabularies):
+        for lengths in options.lengths:
             case = Case("iteration", vocabulary, lengths == "ragged")
-            case = cases.quick(case) if given.quick else case
-            seconds = measure(case, 2 if given.quick else given.repeats)
-            found[case.name.removeprefix("iteration ")] = split(seconds)
+            case = cases.quick(case) if options.quick else case
+            seconds = measure(case, 2 if options.quick else options.repeats)
+            parts_of[case.name.removeprefix("iteration ")] = split(seconds)
             rows.append({"case": case._asdict(), "seconds": seconds, "parts": split(seconds)})
-    print(table(found), end="")
-    race.write_json(given.out, "parts", rows)
+    print(table(parts_of), end="")
+    race.write_json(options.out, "parts", rows)
 
 
 if __name__ == "__main__":

@@ -285,18 +285,18 @@ def prepare(request: dict[str, Any]) -> Prepared:
         return float(size)
 
     def repeat() -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         if request["work"] == "sampling":
             _, mask = rollout(params)
         elif request["work"] == "update":
             mask = np.array(data["mask"])
-            found["check"] = [improve(np.array(data["completions"]), mask, rewards)]
+            answer["check"] = [improve(np.array(data["completions"]), mask, rewards)]
         else:
             completions, mask = rollout(state[0][0])
             improve(completions, mask, (completions.sum(1) % 2).astype(np.float32).reshape(rewards.shape))
         programs: list[Any] = [sample, learn]
         before, compiled[0] = compiled[0], sum(program._cache_size() for program in programs)
-        return found | {"tokens": int(mask.sum()), "compiled": compiled[0] > before}
+        return answer | {"tokens": int(mask.sum()), "compiled": compiled[0] > before}
 
     return ready, repeat
 

@@ -59,11 +59,11 @@ def target(name: str) -> Any:
 
 def predict(work: str, setting: Setting, limits: Device, device: Any) -> tuple[dict[str, Any], list[Loop]]:
     """What to expect of a work on a device of these limits, and the loops of the program compiled for ``device``."""
-    config, given = programs.decoder(setting), setting.work
+    config, work_load = programs.decoder(setting), setting.work
     if work == "sampling":
-        seconds, held = rollout_seconds(config, given, limits), rollout_bytes(config, given)
+        seconds, kept_bytes = rollout_seconds(config, work_load, limits), rollout_bytes(config, work_load)
     else:
-        seconds, held = update_flops(config, given) / limits.flops, held_bytes(config)
+        seconds, kept_bytes = update_flops(config, work_load) / limits.flops, held_bytes(config)
     function, shapes = programs.build(work, setting)
     placed = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes)
@@ -79,13 +79,13 @@ def predict(work: str, setting: Setting, limits: Device, device: Any) -> tuple[d
         "setting": setting._asdict(),
         "limit_seconds": seconds,
         "goal_seconds": seconds / GOALS[work],
-        "tokens": given.tokens,
-        "held": held,
+        "tokens": work_load.tokens,
+        "kept_bytes": kept_bytes,
         "xla_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
         "compile_seconds": compile_seconds,
         "moved": largest,
         "as_compiled": (program.moved + passes * largest) / limits.bandwidth,
-        "needed": float(decode_steps(config, Work(given.lengths * 0 + setting.completion, setting.prompt))[0][-1]),
+        "needed": float(decode_steps(config, Work(work_load.lengths * 0 + setting.completion, setting.prompt))[0][-1]),
     }
     row["xla_bytes"] -= memory.alias_size_in_bytes
     return row, [program, *inside]
@@ -124,9 +124,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe(found: list[Loop], limits: Device, most: int = 8) -> Iterator[str]:
+def describe(loops: list[Loop], limits: Device, most: int = 8) -> Iterator[str]:
     """Lines on the program and its largest loops: bytes of a pass, their least time, and what moves most."""
-    for loop in found[:3]:
+    for loop in loops[:3]:
         yield f"  {loop.name}: {loop.moved / 1e9:.2f} GB a pass, {1e3 * loop.moved / limits.bandwidth:.2f} ms"
         for name, moved in loop.movers[:most]:
             yield f"    {moved / 1e9:8.3f} GB  {name}"

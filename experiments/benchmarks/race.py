@@ -53,13 +53,13 @@ def forms(environment: Mapping[str, str]) -> list[Form]:
     >>> [form.name for form in forms({"GRPO_JAX_TUNIX_PYTHON": "python"})]
     ['ours', 'plain', 'Tunix']
     """
-    found = [Form(name, (sys.executable, "-m", f"experiments.benchmarks.{name}")) for name in ("ours", "plain")]
+    here = [Form(name, (sys.executable, "-m", f"experiments.benchmarks.{name}")) for name in ("ours", "plain")]
     if python := environment.get("GRPO_JAX_TRL_PYTHON"):
         command = (python, str(HERE / "trl_worker.py"))
-        found += [Form("TRL", command), Form("TRL, memory kept", command, UNTRIMMED)]
+        here += [Form("TRL", command), Form("TRL, memory kept", command, UNTRIMMED)]
     if python := environment.get("GRPO_JAX_TUNIX_PYTHON"):
-        found.append(Form("Tunix", (python, str(HERE / "tunix_worker.py"))))
-    return found
+        here.append(Form("Tunix", (python, str(HERE / "tunix_worker.py"))))
+    return here
 
 
 def race(case: Case, runners: list[Form], repeats: int) -> list[dict[str, Any]]:
@@ -112,10 +112,10 @@ def agree(checks: list[tuple[str, list[float]]]) -> None:
     """
     (first, expected), *others = checks
     largest = max(map(abs, expected))
-    for name, found in others:
-        near = [abs(a - b) <= DIGITS * max(abs(a), 0.1 * largest) for a, b in zip(expected, found, strict=True)]
+    for name, values in others:
+        near = [abs(a - b) <= DIGITS * max(abs(a), 0.1 * largest) for a, b in zip(expected, values, strict=True)]
         if not all(near):
-            raise ValueError(f"{name} computes {found} where {first} has {expected}: not the same work")
+            raise ValueError(f"{name} computes {values} where {first} has {expected}: not the same work")
 
 
 class Worker:
@@ -219,11 +219,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     """
     lines = ["| form | useful tokens/s | s (spread) | CPU s | × plain | peak MiB | compile s, cold | cached |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    found = ratios(rows)
+    ratio_of = ratios(rows)
     for row in rows:
         s = row["seconds"]
         cells = [row["form"], f"{row['tokens_per_second']:,.0f}", f"{s['median']:.3g} ({s['low']:.3g}–{s['high']:.3g})"]
-        cells += [f"{row['cpu_seconds']['median']:.3g}", f"{found['plain'] / found[row['form']]:.2f}"]
+        cells += [f"{row['cpu_seconds']['median']:.3g}", f"{ratio_of['plain'] / ratio_of[row['form']]:.2f}"]
         cells += ["–" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}"]
         cells += [f"{row['compile_cold']:.1f}", f"{row['compile_cached']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -254,7 +254,9 @@ def define_case_flags() -> None:
     flags.DEFINE_integer("repeats", 7, "Rounds.", lower_bound=1)
     among("lengths", LENGTHS)
     flags.register_validator(
-        "vocabularies", lambda found: all(v.isdigit() and int(v) >= 64 for v in found), "must be numbers of 64 or more"
+        "vocabularies",
+        lambda values: all(v.isdigit() and int(v) >= 64 for v in values),
+        "must be numbers of 64 or more",
     )
     flags.DEFINE_string("out", "runs/benchmarks", "Where the JSON goes.")
     flags.DEFINE_bool("quick", False, "Small shapes and few repeats.")
@@ -264,7 +266,7 @@ def among(flag: str, choices: Sequence[str], needed: Sequence[str] = ()) -> None
     """Refuses other values of a list flag, and a list without what is needed."""
     words = f"must be among {', '.join(choices)}" + (f", with {' and '.join(needed)}" if needed else "")
     flags.register_validator(
-        flag, lambda found: found is None or (bool(found) and set(needed) <= set(found) <= set(choices)), words
+        flag, lambda values: values is None or (bool(values) and set(needed) <= set(values) <= set(choices)), words
     )
 
 
@@ -273,28 +275,28 @@ def run(work: str, arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")  # as the workers'
-    given, rows = flags.FLAGS, []
-    runners = [form for form in forms(os.environ) if given.forms is None or form.name in given.forms]
-    for vocabulary in map(int, given.vocabularies):
-        for lengths in given.lengths:
+    options, rows = flags.FLAGS, []
+    runners = [form for form in forms(os.environ) if options.forms is None or form.name in options.forms]
+    for vocabulary in map(int, options.vocabularies):
+        for lengths in options.lengths:
             case = Case(work, vocabulary, lengths == "ragged")
-            case = cases.quick(case) if given.quick else case
-            found = race(case, runners, 3 if given.quick else given.repeats)
-            print(f"{case.name}\n\n{table(found)}", flush=True)
-            rows += found
-            write_json(given.out, work, rows)
+            case = cases.quick(case) if options.quick else case
+            measured = race(case, runners, 3 if options.quick else options.repeats)
+            print(f"{case.name}\n\n{table(measured)}", flush=True)
+            rows += measured
+            write_json(options.out, work, rows)
 
 
 def write_json(out: str, name: str, rows: list[dict[str, Any]], module: str | None = None) -> None:
     """Rows, the machine and the command, of a module of the same name unless it is given."""
     machine = {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()}
     command = " ".join(["python", "-m", f"experiments.benchmarks.{module or name}", *sys.argv[1:]])
-    found = {"machine": machine, "command": command, "rows": rows}
+    content = {"machine": machine, "command": command, "rows": rows}
     Path(out).mkdir(parents=True, exist_ok=True)
-    (Path(out) / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (Path(out) / f"{name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _processor() -> str:
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

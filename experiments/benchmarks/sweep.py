@@ -43,12 +43,12 @@ def main(arguments: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="sweep-", dir=out))
     try:
-        found = ends(scratch)
-        found["iteration"] = [form(name) for name in ("alone", "program", "points", "batched")]
+        numbers = ends(scratch)
+        numbers["iteration"] = [form(name) for name in ("alone", "program", "points", "batched")]
     finally:
         shutil.rmtree(scratch)
-    (out / "sweep.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(table(found))
+    (out / "sweep.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    print(table(numbers))
 
 
 def ends(scratch: Path) -> dict[str, Any]:
@@ -161,13 +161,13 @@ def read_config(path: str) -> Any:
     return config
 
 
-def table(found: dict[str, Any]) -> str:
+def table(numbers: dict[str, Any]) -> str:
     """Both tables as Markdown."""
-    singles = statistics.mean(found["singles"])
+    singles = statistics.mean(numbers["singles"])
     lines = ["| what | cold, s | warm, s |", "|---|---|---|"]
-    lines.append(f"| one run | {found['single_cold']:.1f} | {singles:.1f} |")
-    lines.append(f"| sweep of {found['points']} β | {found['sweep_cold']:.1f} | {found['sweep']:.1f} |")
-    lines.append(f"| sweep, as a share of {found['points']} runs | | {found['ratio']:.2f} |")
+    lines.append(f"| one run | {numbers['single_cold']:.1f} | {singles:.1f} |")
+    lines.append(f"| sweep of {numbers['points']} β | {numbers['sweep_cold']:.1f} | {numbers['sweep']:.1f} |")
+    lines.append(f"| sweep, as a share of {numbers['points']} runs | | {numbers['ratio']:.2f} |")
     lines += [
         "",
         "| one iteration of one point | devices | wall, ms | CPU, ms | first call, s |",
@@ -179,7 +179,7 @@ def table(found: dict[str, Any]) -> str:
         "points": "16 points, one after the other",
         "batched": "16 points, batched",
     }
-    for x in found["iteration"]:
+    for x in numbers["iteration"]:
         lines.append(f"| {names[x['form']]} | {x['devices']} | {x['wall']:.1f} | {x['cpu']:.1f} | {x['first']:.1f} |")
     return "\n".join(lines)
 

@@ -64,12 +64,12 @@ def loops(text: str) -> list[Loop]:
     True
     """
     program = _Program(text)
-    found = [("program", program.entry)]
+    bodies = [("program", program.entry)]
     for computation in program.computations.values():
         for x in computation.values():
             if x.op == "while" and _passes(x) is None:
-                found.append((x.name, _attribute(x, "body")))
-    measured = [(name, program.movers(body)) for name, body in found]
+                bodies.append((x.name, _attribute(x, "body")))
+    measured = [(name, program.movers(body)) for name, body in bodies]
     return [Loop(name, sum(movers.values()), movers.most_common()) for name, movers in measured if movers]
 
 
@@ -136,10 +136,10 @@ class _Program:
 
 
 def _parse(line: str) -> Instruction | None:
-    found = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
-    if not found:
+    match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$", line)
+    if not match:
         return None
-    name, rest = found.groups()
+    name, rest = match.groups()
     end = _closing(rest) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].strip()
     op, _, rest = rest.partition("(")
@@ -158,30 +158,30 @@ def _closing(text: str) -> int:
 
 
 def _attribute(x: Instruction, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.\-]+)", x.attributes)
-    assert found, (x.name, name)
-    return found[1]
+    match = re.search(rf"\b{name}=%?([\w.\-]+)", x.attributes)
+    assert match, (x.name, name)
+    return match[1]
 
 
 def _branches(x: Instruction) -> list[str]:
-    found = re.search(r"branch_computations=\{([^}]*)\}", x.attributes)
+    match = re.search(r"branch_computations=\{([^}]*)\}", x.attributes)
     return (
-        re.findall(r"%?([\w.\-]+)", found[1])
-        if found
+        re.findall(r"%?([\w.\-]+)", match[1])
+        if match
         else [_attribute(x, f"{b}_computation") for b in ("true", "false")]
     )
 
 
 def _passes(x: Instruction) -> int | None:
-    found = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.attributes)
-    return int(found[1]) if found else None
+    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.attributes)
+    return int(match[1]) if match else None
 
 
 def _origin(x: Instruction) -> str:
     """The end of the jax operation's path that an instruction came from, and the instruction's own kind."""
-    found = re.search(r'op_name="([^"]*)"', x.attributes)
+    match = re.search(r'op_name="([^"]*)"', x.attributes)
     kind = re.sub(r"[.\d]+$", "", x.name)
-    return f"{kind} {x.type.split('{')[0]}" + (f" · {'/'.join(found[1].split('/')[-2:])}" if found else "")
+    return f"{kind} {x.type.split('{')[0]}" + (f" · {'/'.join(match[1].split('/')[-2:])}" if match else "")
 
 
 def _uses(name: str, body: dict[str, Instruction]) -> Iterator[tuple[Instruction, str]]:

@@ -38,15 +38,15 @@ def prepare(request: dict[str, Any]) -> Prepared:
         inputs = prompts.to(device)
         mask = torch.ones_like(inputs)
         with torch.inference_mode():
-            found = model.generate(inputs, attention_mask=mask, generation_config=generation)[
+            generated = model.generate(inputs, attention_mask=mask, generation_config=generation)[
                 :, prompts.shape[1] :
             ].cpu()
-        return [_length(row, len(stops or ())) for row in found.tolist()]
+        return [_length(row, len(stops or ())) for row in generated.tolist()]
 
     def generate_batch() -> list[int]:
         # Not in inference mode: the thread that generates is in none, and could not write what was made here.
-        found = model.generate_batch(prompts.tolist(), generation_config=generation, persistent_manager=True)
-        lengths = [len(output.generated_tokens) for output in found.values() if output.error is None]
+        generated = model.generate_batch(prompts.tolist(), generation_config=generation, persistent_manager=True)
+        lengths = [len(output.generated_tokens) for output in generated.values() if output.error is None]
         if len(lengths) != len(prompts) or not all(lengths):
             raise RuntimeError(f"continuous batching has finished {len(lengths)} of {len(prompts)} completions")
         return lengths

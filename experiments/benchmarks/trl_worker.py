@@ -43,10 +43,10 @@ def prepare(request: dict[str, Any]) -> Prepared:
     torch.manual_seed(0)
 
     def rollout() -> tuple[np.ndarray, np.ndarray]:
-        found, _ = trainer._generate_single_turn(prompts.tolist(), None, {}, request["group"])
+        generated, _ = trainer._generate_single_turn(prompts.tolist(), None, {}, request["group"])
         shape = len(prompts), request["completion"]
         rows, mask = np.full(shape, request["pad"], np.int64), np.zeros(shape, bool)
-        for row, seen, tokens in zip(rows, mask, found, strict=True):
+        for row, seen, tokens in zip(rows, mask, generated, strict=True):
             row[: len(tokens)], seen[: len(tokens)] = tokens, True
         return rows, mask
 
@@ -68,17 +68,17 @@ def prepare(request: dict[str, Any]) -> Prepared:
         return float(size)
 
     def repeat() -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         if request["work"] == "update":
             mask = data["mask"]
-            found["check"] = [improve(data["completions"], mask, rewards)]
+            answer["check"] = [improve(data["completions"], mask, rewards)]
         else:
             completions, mask = rollout()
         if request["work"] == "iteration":
             width = max(1, mask.any(0).sum())  # as TRL pads: to the longest
             odd = (completions.sum(1) % 2).astype(np.float32).reshape(rewards.shape)
             improve(completions[:, :width], mask[:, :width], odd)
-        return found | {"tokens": int(mask.sum())}
+        return answer | {"tokens": int(mask.sum())}
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
     return {"versions": versions, "check": check}, repeat

@@ -79,9 +79,11 @@ def prepare(request: dict[str, Any]) -> Prepared:
 
     def rollout() -> tuple[np.ndarray, np.ndarray]:
         sampler.transformer_state = nnx.variables(model, nnx.Param)
-        found = sampler(texts, length, prompts.shape[1], temperature=1.0, top_p=1.0, eos_tokens=[eos], seed=next(count))
+        generated = sampler(
+            texts, length, prompts.shape[1], temperature=1.0, top_p=1.0, eos_tokens=[eos], seed=next(count)
+        )
         rows, mask = np.full((len(texts), length), pad, np.int32), np.zeros((len(texts), length), bool)
-        for row, seen, tokens in zip(rows, mask, found.tokens, strict=True):
+        for row, seen, tokens in zip(rows, mask, generated.tokens, strict=True):
             ended = len(tokens) < length  # it drops the end
             row[: len(tokens)], seen[: len(tokens) + ended] = tokens, True
             if ended:
@@ -96,15 +98,15 @@ def prepare(request: dict[str, Any]) -> Prepared:
         return float(train_step(example)[2])
 
     def repeat() -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        answer: dict[str, Any] = {}
         if request["work"] == "update":
             mask = data["mask"]
-            found["check"] = [improve(data["completions"], mask, data["rewards"])]
+            answer["check"] = [improve(data["completions"], mask, data["rewards"])]
         else:
             completions, mask = rollout()
         if request["work"] == "iteration":
             improve(completions, mask, (completions.sum(1) % 2).astype(np.float32).reshape(data["rewards"].shape))
-        return found | {"tokens": int(mask.sum())}
+        return answer | {"tokens": int(mask.sum())}
 
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), (1, prompts.shape[1]))
     causal = jnp.tril(jnp.ones((1, prompts.shape[1], prompts.shape[1]), bool))
