@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_jax.data.tokenizers import HFTokenizer, read_bytes, read_json
+from grpo_jax.data.tokenizers import HFTokenizer, read_settings
+from grpo_jax.files import read_bounded
 
 TEMPLATE_CHARACTERS = 100_000  # the longest known has some 20,000
 WALL_SECONDS = 60.0  # a backstop: the limit that decides is of CPU time, the same on a busy machine
@@ -167,11 +168,11 @@ def _read_template(folder: Path) -> tuple[Path, str]:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return path, read_bytes(path, 4 * TEMPLATE_CHARACTERS).decode()
+            return path, read_bounded(path, 4 * TEMPLATE_CHARACTERS).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8: {error}") from None
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        found = read_json(path).get("chat_template")
+        found = read_settings(path).get("chat_template")
         if isinstance(found, list):
             named = {
                 entry["name"]: entry.get("template") for entry in found if isinstance(entry, dict) and "name" in entry

@@ -5,13 +5,14 @@ The classes share one face: ``encode`` never adds nor forges a control token, ``
 ``adds_bos`` says whether a text that stands alone begins with the BOS.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+
+from grpo_jax.files import read_bounded, read_bounded_json
 
 TOKENIZER_BYTES = 128 << 20  # of a tokenizer.json; the largest known, of 262,000 tokens, has some 33 MB
 JSON_BYTES = 16 << 20  # of the small files beside it
@@ -107,7 +108,7 @@ class HFTokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        data = read_bytes(path, TOKENIZER_BYTES)
+        data = read_bounded(path, TOKENIZER_BYTES)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises nothing more specific
@@ -121,7 +122,7 @@ class HFTokenizer:
         if self.vocab_size > MAX_ID:
             raise ValueError(f"{path}: its token ids go up to {self.vocab_size - 1}, beyond any vocabulary")
         self._named = {
-            name: read_json(self.folder / f"{name}.json")
+            name: read_settings(self.folder / f"{name}.json")
             for name in ("tokenizer_config", "special_tokens_map", "config", "generation_config")
         }
         bos, eos, pad = map(self._control_ids, ("bos", "eos", "pad"))
@@ -213,31 +214,10 @@ class HFTokenizer:
         return bool(prefix)
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """A regular file of at most ``most`` bytes; ValueError naming it otherwise."""
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path}: larger than {most} bytes")
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small file, {} where there is none; ValueError naming the file for anything else."""
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(read_bytes(path, JSON_BYTES))
-    except RecursionError as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    except ValueError as error:
-        named = str(error).startswith(str(path))
-        raise error if named else ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return entries
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in one of the small files of a folder, {} where there is none; ValueError naming the file for anything else."""
+    # A key that occurs twice is allowed here, as it is to transformers, which wrote these files.
+    return read_bounded_json(path, JSON_BYTES, unique=False) if path.exists() else {}
 
 
 def _check_text(text: str) -> None:
