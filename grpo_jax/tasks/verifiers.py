@@ -11,47 +11,33 @@ from typing import Any
 
 from grpo_jax.tasks.task import Verdict
 
-VERIFIERS: dict[str, str] = {
-    "exact": "grpo_jax.tasks.structured:verify_exact",
-    "number_hash": "grpo_jax.tasks.numeric:verify_hash",
-    "number_boxed": "grpo_jax.tasks.numeric:verify_boxed",
-    "number_tag": "grpo_jax.tasks.numeric:verify_tag",
-    "number_last": "grpo_jax.tasks.numeric:verify_last",
-    "countdown": "grpo_jax.tasks.countdown:verify",
-    "constraint": "grpo_jax.tasks.constraints:verify",
-    "json": "grpo_jax.tasks.structured:verify_json",
-    "regex": "grpo_jax.tasks.structured:verify_regex",
-    "math_verify": "grpo_jax.tasks.symbolic:verify",
+# name: module, and its functions that judge a completion, give its answer, and check a target
+_FUNCTIONS: dict[str, tuple[str, str, str | None, str]] = {
+    "exact": ("structured", "verify_exact", "answer_exact", "check_exact"),
+    "number_hash": ("numeric", "verify_hash", "answer_hash", "check_target"),
+    "number_boxed": ("numeric", "verify_boxed", "answer_boxed", "check_target"),
+    "number_tag": ("numeric", "verify_tag", "answer_tag", "check_target"),
+    "number_last": ("numeric", "verify_last", "answer_last", "check_target"),
+    "countdown": ("countdown", "verify", "answer", "check_target"),
+    "constraint": ("constraints", "verify", None, "check_target"),
+    "json": ("structured", "verify_json", "answer_json", "check_json"),
+    "regex": ("structured", "verify_regex", None, "check_regex"),
+    "math_verify": ("symbolic", "verify", "answer", "check_target"),
 }
+_EXTRAS = {  # name: module, package to install
+    "json": ("jsonschema", "jsonschema"),
+    "regex": ("re2", "google-re2"),
+    "math_verify": ("math_verify", "math-verify"),
+}
+
+VERIFIERS = {name: f"grpo_jax.tasks.{module}:{verify}" for name, (module, verify, _, _) in _FUNCTIONS.items()}
 """``verify(completion, target, truncated) -> Verdict``."""
 
-ANSWERS: dict[str, str] = {
-    "exact": "grpo_jax.tasks.structured:answer_exact",
-    "number_hash": "grpo_jax.tasks.numeric:answer_hash",
-    "number_boxed": "grpo_jax.tasks.numeric:answer_boxed",
-    "number_tag": "grpo_jax.tasks.numeric:answer_tag",
-    "number_last": "grpo_jax.tasks.numeric:answer_last",
-    "countdown": "grpo_jax.tasks.countdown:answer",
-    "json": "grpo_jax.tasks.structured:answer_json",
-    "math_verify": "grpo_jax.tasks.symbolic:answer",
-}
+ANSWERS = {name: f"grpo_jax.tasks.{module}:{answer}" for name, (module, _, answer, _) in _FUNCTIONS.items() if answer}
 """``answer(completion) -> str | None``: what a majority vote counts."""
 
-TARGETS: dict[str, str] = {
-    "exact": "grpo_jax.tasks.structured:check_exact",
-    "number_hash": "grpo_jax.tasks.numeric:check_target",
-    "number_boxed": "grpo_jax.tasks.numeric:check_target",
-    "number_tag": "grpo_jax.tasks.numeric:check_target",
-    "number_last": "grpo_jax.tasks.numeric:check_target",
-    "countdown": "grpo_jax.tasks.countdown:check_target",
-    "constraint": "grpo_jax.tasks.constraints:check_target",
-    "json": "grpo_jax.tasks.structured:check_json",
-    "regex": "grpo_jax.tasks.structured:check_regex",
-    "math_verify": "grpo_jax.tasks.symbolic:check_target",
-}
+TARGETS = {name: f"grpo_jax.tasks.{module}:{check}" for name, (module, _, _, check) in _FUNCTIONS.items()}
 """``check(target)`` raises ValueError for a target that the verifier could not use."""
-
-_EXTRAS = {"regex": ("re2", "google-re2"), "math_verify": ("math_verify", "math-verify")}  # module, package to install
 
 
 def find_verifier(name: str) -> Callable[[str, str, bool], Verdict]:
@@ -73,7 +59,9 @@ constraint, json, regex, math_verify; or module:function, your own
     if name in _EXTRAS:
         module, package = _EXTRAS[name]
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"verifier {name!r} needs the package {package}: pip install {package}")
+            raise ImportError(
+                f"verifier {name!r} needs the package {package}: pip install {package}, or the extra verifiers"
+            )
     if name not in VERIFIERS and ":" not in name:
         raise ValueError(f"unknown verifier {name!r}; known: {', '.join(VERIFIERS)}; or module:function, your own")
     if name not in VERIFIERS and (here := os.getcwd()) not in map(os.path.abspath, sys.path):

@@ -27,7 +27,7 @@ from grpo_jax.tasks import (
 from grpo_jax.tasks.workers import VerifierPool
 
 CORRECT, WRONG = Verdict.correct, Verdict.wrong
-PACKAGES = {"regex": "re2", "math_verify": "math_verify"}
+PACKAGES = {"json": "jsonschema", "regex": "re2", "math_verify": "math_verify"}
 
 # name: a target, a completion that meets it, one that does not
 CASES = {
@@ -75,6 +75,10 @@ def test_every_name_works(name: str) -> None:
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match="verifier 'json' needs the package jsonschema: pip install jsonschema, or the extra"
+    ):
+        find_verifier("json")
     with pytest.raises(ImportError, match="verifier 'regex' needs the package google-re2: pip install google-re2"):
         find_verifier("regex")
     with pytest.raises(
