@@ -88,8 +88,8 @@ def read_chat(
     """
     if system is not None and set(tokenizer.parse(system)[0]) & tokenizer.special_ids:
         raise ValueError(f"the system prompt {system[:60]!r} holds the text of a special token")
-    named = {f"{kind}_token": tokenizer.token(kind) for kind in ("bos", "eos", "pad", "unk")}
-    variables = {name: token for name, token in named.items() if token is not None}
+    tokens = {f"{kind}_token": tokenizer.token(kind) for kind in ("bos", "eos", "pad", "unk")}
+    variables = {name: token for name, token in tokens.items() if token is not None}
     source, template = _read_template(tokenizer.folder)
     variables |= dict(arguments or {})
     try:
@@ -128,14 +128,14 @@ def frame_of(template: str, *, system: str | None = None, arguments: Mapping[str
     variables = {"add_generation_prompt": True, "tools": None, "documents": None, **(arguments or {})}
     short, *rendered = _render(template, conversations, variables)
     parts = [text.split(_SENTINEL) for text in rendered]
-    if any(len(found) != 2 for found in parts):
+    if any(len(pieces) != 2 for pieces in parts):
         raise ValueError(
             "the chat template does not write the user's text once and as it is (or only stripped): such a template cannot "
             "be used"
         )
     before, after = parts[0]
-    left = _strips(_PADDINGS, [found[0].removeprefix(before) for found in parts])
-    right = _strips([padding[::-1] for padding in _PADDINGS], [found[1].removesuffix(after) for found in parts])
+    left = _strips(_PADDINGS, [pieces[0].removeprefix(before) for pieces in parts])
+    right = _strips([padding[::-1] for padding in _PADDINGS], [pieces[1].removesuffix(after) for pieces in parts])
     if left is None or right is None or short != before + "user" + after:
         raise ValueError("the chat template writes other things around one user's text than around another's")
     if system is not None and system.strip() not in before and system.strip() not in after:
@@ -156,11 +156,11 @@ def _depends(template: str, system: str | None, variables: dict[str, Any], name:
     return False
 
 
-def _strips(written: Sequence[str], found: Sequence[str]) -> bool | None:
+def _strips(paddings: Sequence[str], rendered: Sequence[str]) -> bool | None:
     """Whether a template strips one side of the user's text, from what it makes of spaces there; None: something else."""
-    if list(found) == list(written):
+    if list(rendered) == list(paddings):
         return False
-    return None if any(found) else True
+    return None if any(rendered) else True
 
 
 def _read_template(folder: Path) -> tuple[Path, str]:
@@ -172,18 +172,19 @@ def _read_template(folder: Path) -> tuple[Path, str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8: {error}") from None
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        found = read_settings(path).get("chat_template")
-        if isinstance(found, list):
-            named = {
-                entry["name"]: entry.get("template") for entry in found if isinstance(entry, dict) and "name" in entry
-            }
-            if "default" not in named:
-                raise ValueError(f"{path}: of the chat templates {sorted(map(str, named))}, none is named 'default'")
-            found = named["default"]
-        if found is not None:
-            if not isinstance(found, str):
-                raise ValueError(f"{path}: its chat_template is a {type(found).__name__}, not a text")
-            return path, found
+        template = read_settings(path).get("chat_template")
+        if isinstance(template, list):
+            entries = [entry for entry in template if isinstance(entry, dict) and "name" in entry]
+            templates = {entry["name"]: entry.get("template") for entry in entries}
+            if "default" not in templates:
+                raise ValueError(
+                    f"{path}: of the chat templates {sorted(map(str, templates))}, none is named 'default'"
+                )
+            template = templates["default"]
+        if template is not None:
+            if not isinstance(template, str):
+                raise ValueError(f"{path}: its chat_template is a {type(template).__name__}, not a text")
+            return path, template
     raise ValueError(f"{folder}: no chat template in chat_template.jinja or tokenizer_config.json")
 
 

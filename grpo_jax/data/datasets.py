@@ -123,10 +123,9 @@ def read_examples(
 
     def make(row: Mapping[str, Any]) -> Example:
         example = Example(prompts.render(row), targets.render(row))
-        if not example.prompt.strip():
-            raise ValueError("the prompt is empty")
-        if not example.target.strip():
-            raise ValueError("the target is empty")
+        for name, text in example._asdict().items():
+            if not text.strip():
+                raise ValueError(f"the {name} is empty")
         if check:
             check(example.target)
         return example

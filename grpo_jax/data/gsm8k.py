@@ -156,8 +156,8 @@ def _downloaded(split: str, folder: Path) -> Path:
 
 
 def _check(content: bytes, split: str, where: str) -> None:
-    if (found := hashlib.sha256(content).hexdigest()) != FILES[split].sha256:
+    if (digest := hashlib.sha256(content).hexdigest()) != FILES[split].sha256:
         raise ValueError(
-            f"{where} is not the official {split}.jsonl of GSM8K: {len(content)} bytes of sha256 {found}, "
+            f"{where} is not the official {split}.jsonl of GSM8K: {len(content)} bytes of sha256 {digest}, "
             f"not {FILES[split].sha256}; for other rows, use the task dataset"
         )

@@ -85,48 +85,43 @@ _JOINT = re.compile(
 
 
 def _find_hash(text: str, complete: bool) -> tuple[list[Answer], bool]:
-    found = [Answer(*match.span(), match[1]) for match in _HASH_LINE.finditer(text)]
-    if found and found[-1].end == len(text) and not complete:
-        return found[:-1], True
-    return found, False
+    answers = [Answer(*match.span(), match[1]) for match in _HASH_LINE.finditer(text)]
+    if answers and answers[-1].end == len(text) and not complete:
+        return answers[:-1], True
+    return answers, False
 
 
 _HASH_LINE = re.compile(r"#{4,}+([^\n#]*+)")
 
 
 def _find_boxed(text: str, complete: bool) -> tuple[list[Answer], bool]:
-    found: list[Answer] = []
-    stack: list[tuple[bool, int, int]] = []  # is a box, where it starts, where its inside starts
+    answers: list[Answer] = []
+    stack: list[
+        tuple[bool, int, int]
+    ] = []  # of each open brace: whether it is a box, where that starts, and its inside
     for match in _BRACE.finditer(text):
         if match[0] == "}":
             if stack:
                 boxed, start, inside = stack.pop()
                 if boxed:
-                    while found and found[-1].start > start:  # inside this one
-                        found.pop()
-                    found.append(Answer(start, match.end(), text[inside : match.start()]))
+                    while answers and answers[-1].start > start:  # inside this one
+                        answers.pop()
+                    answers.append(Answer(start, match.end(), text[inside : match.start()]))
         elif match[0][0] != "\\" or match[1]:
             stack.append((match[1] is not None, match.start(), match.end()))
-    last = found[-1].end if found else 0
-    return found, any(boxed and start >= last for boxed, start, _ in stack)
+    last = answers[-1].end if answers else 0
+    return answers, any(boxed and start >= last for boxed, start, _ in stack)
 
 
 _BRACE = re.compile(r"\\(boxed|fbox)\s*+\{|\\.|[{}]", re.DOTALL)
 
 
 def _find_tag(text: str, complete: bool) -> tuple[list[Answer], bool]:
-    found: list[Answer] = []
-    opened: re.Match[str] | None = None
-    for match in _ANSWER_TAG.finditer(text):
-        if match[0] == "<answer>":
-            opened = match
-        elif opened:
-            found.append(Answer(opened.start(), match.end(), text[opened.end() : match.start()]))
-            opened = None
-    return found, opened is not None
+    answers = [Answer(*match.span(), match[1]) for match in _TAGGED.finditer(text)]
+    return answers, text.rfind("<answer>") > text.rfind("</answer>")
 
 
-_ANSWER_TAG = re.compile("</?answer>")
+_TAGGED = re.compile("<answer>((?:[^<]|<(?!/?answer>))*+)</answer>")
 
 HASH = Form(re.compile("####"), _find_hash)
 BOXED = Form(re.compile(r"\\f?box"), _find_boxed)

@@ -1,6 +1,6 @@
 """Countdown: make a number out of given ones with + - * / and parentheses, each given number used exactly once.
 
-Puzzles are drawn here, so that each has a solution; answers are read by a parser of a dozen lines, in exact fractions.
+Puzzles are made here, from random steps that solve them; answers are read by a parser of a dozen lines, in exact fractions.
 A target is text, ``24: 3 8 8 1``: what to make, and from what; ``24: [3, 8, 8, 1]`` says the same.
 """
 
@@ -21,7 +21,8 @@ MAX_CHARACTERS, MAX_DEPTH = 256, 32
 """An answer of more characters, or with more parentheses open at a time, is ``too_long``."""
 
 _SPELLINGS = str.maketrans("×÷−", "*/-")
-_TOKEN = re.compile(r"[ \t\r\n]*(0|[1-9][0-9]*|[-+*/()])")
+_SPACE = re.compile(r"[ \t\r\n]+")
+_TOKEN = re.compile(r"0|[1-9][0-9]*|[-+*/()]")
 _TARGET = re.compile(r"([0-9]{1,9}): ?(\[?)([0-9]{1,9}(?:,? [0-9]{1,9}){1,15})(\]?)")
 
 
@@ -45,11 +46,12 @@ def countdown(
     >>> task.examples[0], task.demonstrations(task.examples[0])
     (Example(prompt='16 23 25 = 64? ', target='64: 16 23 25'), '<answer>25+23+16</answer>')
     """
-    limits = {"num_examples": 10**7, "max_number": 10**6, "max_total": 10**9 - 1}
-    given = {"num_examples": num_examples, "max_number": max_number, "max_total": max_total}
-    if wrong := [
-        f"{name}={value} must be 1 to {limits[name]}" for name, value in given.items() if not 1 <= value <= limits[name]
-    ]:
+    options = (
+        ("num_examples", num_examples, 10**7),
+        ("max_number", max_number, 10**6),
+        ("max_total", max_total, 10**9 - 1),
+    )
+    if wrong := [f"{name}={value} must be 1 to {most}" for name, value, most in options if not 1 <= value <= most]:
         raise ValueError("; ".join(wrong))
     if not 2 <= num_numbers <= 6:
         raise ValueError(f"num_numbers={num_numbers} must be 2 to 6")
@@ -175,15 +177,10 @@ def _parse(completion: str, truncated: bool) -> "_Expression | Verdict":
 
 
 def _tokens(text: str) -> list[str] | None:
-    text = text.translate(_SPELLINGS).rstrip(" \t\r\n")
-    tokens, position = [], 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if not match:
-            return None
-        tokens.append(match[1])
-        position = match.end()
-    return tokens
+    """The numbers, operators and parentheses of a text; None where it holds anything else."""
+    text = text.translate(_SPELLINGS)
+    tokens = _TOKEN.findall(text)
+    return tokens if "".join(tokens) == _SPACE.sub("", text) else None
 
 
 class _NotAnExpression(Exception):

@@ -80,10 +80,10 @@ def verify(completion: str, target: str, truncated: bool) -> Verdict:
         gold = _parse_target(wanted)
         if not gold:
             return Verdict.correct if _tight(body) == _tight(wanted) else Verdict.wrong
-        found = _parse(body)
-        if not found:
+        parsed = _parse(body)
+        if not parsed:
             return Verdict.unparsable
-        return Verdict.correct if _equal(gold, found) else Verdict.wrong
+        return Verdict.correct if _equal(gold, parsed) else Verdict.wrong
     except TimeoutException:
         clear_cache()  # what it left there may be large
         return Verdict.timeout
@@ -231,9 +231,9 @@ def _parse(body: str) -> tuple[Any, ...]:
         return ()
 
 
-def _equal(gold: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
+def _equal(gold: tuple[Any, ...], parsed: tuple[Any, ...]) -> bool:
     try:
-        return math_verify.verify(list(gold), list(found), timeout_seconds=_SECONDS, raise_on_error=True)
+        return math_verify.verify(list(gold), list(parsed), timeout_seconds=_SECONDS, raise_on_error=True)
     except MemoryError:
         raise
     except Exception:  # not a number, say: equal to nothing

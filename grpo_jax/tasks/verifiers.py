@@ -1,5 +1,6 @@
 """Verifiers by name, or by the import path of a user's own; with what belongs to each."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -110,19 +111,16 @@ def import_path(verify: Callable[..., Any]) -> str:
     module, name = getattr(verify, "__module__", None), getattr(verify, "__qualname__", "<unnamed>")
     if not module or module == "__main__" or "<" in name:
         raise ValueError(f"verifier {module}:{name} is not a named function of a module, so workers cannot import it")
-    found = sys.modules.get(module)
-    try:
-        if found is not None and attrgetter(name)(found) == verify:
+    with contextlib.suppress(KeyError, AttributeError):
+        if attrgetter(name)(sys.modules[module]) == verify:
             return f"{module}:{name}"
-    except AttributeError:
-        pass
     raise ValueError(f"verifier {module}:{name} is not what that name of the module means, so workers cannot import it")
 
 
 def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # it exists, and lacks something itself
@@ -134,7 +132,7 @@ def _imported(path: str) -> Any:
     except (ValueError, TypeError):
         raise ValueError(f"verifier {path!r}: {module!r} is not the name of a module") from None
     try:
-        return attrgetter(name)(found)
+        return attrgetter(name)(imported)
     except AttributeError:
-        where = getattr(found, "__file__", None)
+        where = getattr(imported, "__file__", None)
         raise ValueError(f"verifier {path!r}: module {module!r} has no function {name!r} ({where})") from None
