@@ -13,7 +13,7 @@ bounds the memory. What may be joined to an answer before those is ``too_long``.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from grpo_jax.tasks.task import Verdict
@@ -67,6 +67,19 @@ def last_answer(completion: str, truncated: bool, form: Form) -> tuple[str, ...]
     if unread and joined == len(answers) and _JOINT.fullmatch(text, 0, answers[0].start):
         return Verdict.too_long
     return tuple(answer.body for answer in answers[-joined:])
+
+
+def nesting(brackets: Iterable[str], opening: str = "([{") -> int:
+    """How many brackets are open at a time, at most.
+
+    >>> nesting("(()())"), nesting("]][["), nesting("")
+    (2, 0, 0)
+    """
+    deepest = depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket in opening else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 _TURN = re.compile(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from grpo_jax.tasks.answers import TAG, last_answer
+from grpo_jax.tasks.answers import TAG, last_answer, nesting
 from grpo_jax.tasks.task import Example, Task, Verdict
 
 PROMPT = (
@@ -163,11 +163,8 @@ def _parse(completion: str, truncated: bool) -> "_Expression | Verdict":
     tokens = _tokens(bodies[-1])
     if tokens is None or any(_tokens(other) != tokens for other in bodies):
         return Verdict.unparsable
-    depth = 0
-    for token in tokens:
-        depth += (token == "(") - (token == ")")
-        if depth > MAX_DEPTH:
-            return Verdict.too_long
+    if nesting(token for token in tokens if token in "()") > MAX_DEPTH:
+        return Verdict.too_long
     tokens.reverse()
     try:
         expression = _sum(tokens)
@@ -235,12 +232,9 @@ def _join(kind: str, parts: list[tuple[bool, _Expression]]) -> _Expression:
 def _spell(expression: _Expression) -> str:
     if not expression.kind:
         return str(expression.numbers[0])
-    inverse_sign = "-" if expression.kind == "+" else "/"
+    signs = "+-" if expression.kind == "+" else "*/"
     texts = []
     for inverse, part in expression.parts:
         text = _spell(part)
         texts.append((inverse, f"({text})" if expression.kind == "*" and part.kind else text))
-    texts.sort()
-    return "".join((inverse_sign if inverse else expression.kind) + text for inverse, text in texts).removeprefix(
-        expression.kind
-    )
+    return "".join(signs[inverse] + text for inverse, text in sorted(texts)).removeprefix(expression.kind)

@@ -160,11 +160,9 @@ def _is_unit(text: str) -> bool:
 
 
 def _is_unit_word(word: str) -> bool:
-    return word in _LETTER_UNITS if len(word) == 1 else not _is_no_unit(word)
-
-
-def _is_no_unit(word: str) -> bool:
-    return bool(_NO_UNITS.fullmatch(word)) or changes_value(word)
+    if len(word) == 1:
+        return word in _LETTER_UNITS
+    return not (_NO_UNITS.fullmatch(word) or changes_value(word))
 
 
 def _value(match: re.Match[str]) -> str | Verdict:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from grpo_jax.files import unique_keys
+from grpo_jax.tasks.answers import nesting
 from grpo_jax.tasks.task import Verdict
 
 MAX_CHARACTERS = 64 * 1024
@@ -182,11 +183,7 @@ def _without_fence(text: str) -> str:
 
 
 def _depth(text: str) -> int:
-    deepest = depth = 0
-    for match in _STRINGS_AND_BRACKETS.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        deepest = max(deepest, depth)
-    return deepest
+    return nesting(piece for piece in _STRINGS_AND_BRACKETS.findall(text) if piece[0] != '"')
 
 
 def _read(text: str) -> Any:

@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from grpo_jax.tasks import numeric
-from grpo_jax.tasks.answers import BOXED, last_answer
+from grpo_jax.tasks.answers import BOXED, last_answer, nesting
 from grpo_jax.tasks.rational import changes_value, read_number
 from grpo_jax.tasks.task import Verdict
 
@@ -140,7 +140,7 @@ def _plain(text: str) -> str:
 
 def _refusal(body: str, wanted: str) -> Verdict | None:
     """Why an answer is not handed on."""
-    if len(body) > MAX_ANSWER or _depth(body) > MAX_NESTING:
+    if len(body) > MAX_ANSWER or nesting(bracket[-1] for bracket in _BRACKET.findall(body)) > MAX_NESTING:
         return Verdict.too_long
     tight = _tight(body)
     if not tight or _UNFINISHED.search(tight):
@@ -180,14 +180,6 @@ def _same_kind(body: str, wanted: str) -> bool:
 def _letters(text: str) -> str:
     """Without what sets text in another type, white space, and case."""
     return re.sub(r"[\s{}]", "", _tight(_TEXT.sub(r"\1", text))).lower()
-
-
-def _depth(body: str) -> int:
-    deepest = depth = 0
-    for match in _BRACKET.finditer(body):
-        depth += 1 if match[0][-1] in "{[(" else -1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _is_tower(tight: str) -> bool:

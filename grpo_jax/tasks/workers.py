@@ -85,11 +85,9 @@ class VerifierPool:
         Raises ValueError where the lengths differ, RuntimeError where the pool is closed or a worker cannot be
         replaced.
         """
-        rows = zip(completions, targets, truncated, strict=True)
-        batch = _Batch([], 0)
-        items = [_Item(batch, i, (text, target, bool(cut))) for i, (text, target, cut) in enumerate(rows)]
-        batch.verdicts = [Verdict.crash] * len(items)
-        batch.remaining = len(items)
+        requests = list(zip(completions, targets, map(bool, truncated), strict=True))
+        batch = _Batch([Verdict.crash] * len(requests), len(requests))
+        items = [_Item(batch, i, request) for i, request in enumerate(requests)]
         with self._changed:
             self._check()
             self._queue.extend(items)
@@ -119,9 +117,6 @@ class VerifierPool:
     def _check(self) -> None:
         if self._failure:
             raise RuntimeError(str(self._failure)) from self._failure
-        self._check_open()
-
-    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the verifier pool is closed")
 
@@ -152,7 +147,7 @@ class VerifierPool:
             worker = WorkerProcess(self._verifier, self._memory_limit)
             with self._changed:
                 self._workers.add(worker)
-                self._check_open()
+                self._check()
             try:
                 error = worker.receive(_START_SECONDS)
             except (OSError, EOFError, ValueError):
