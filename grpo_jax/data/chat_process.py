@@ -18,9 +18,8 @@ MEMORY_BYTES = 512 << 20  # of address space; the interpreter and jinja2 take so
 CPU_SECONDS = 2
 OUTPUT_CHARACTERS = 1_000_000  # of one rendering
 REPLY_BYTES = 64 << 20  # of the file that the reply is written to: four renderings, in ASCII
-DATE = datetime.datetime(
-    2024, 7, 26
-)  # what templates of Llama 3 write without a clock; a run must not depend on the day
+# What templates of Llama 3 write without a clock; a run must not depend on the day.
+DATE = datetime.datetime(2024, 7, 26)
 
 
 def main() -> None:

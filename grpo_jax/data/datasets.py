@@ -31,14 +31,8 @@ def make_task(name: str, /, **options: Any) -> Task:
     >>> make_task("arithmetic", operand_max=1).examples[-1]
     Example(prompt='1+1=', target='2')
     """
-    tasks: dict[str, Callable[..., Task]] = {
-        "arithmetic": arithmetic,
-        "stories": stories,
-        "countdown": countdown,
-        "gsm8k": gsm8k,
-        "dataset": dataset,
-        "reasoning_gym": reasoning_gym,
-    }
+    functions: tuple[Callable[..., Task], ...] = (arithmetic, stories, countdown, gsm8k, dataset, reasoning_gym)
+    tasks = {function.__name__: function for function in functions}
     if name not in tasks:
         raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(tasks)}")
     parameters = inspect.signature(tasks[name]).parameters.values()

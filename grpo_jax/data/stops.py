@@ -85,7 +85,10 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _of_folder(tokenizer: HFTokenizer) -> list[bytes]:
-    library = tokenizer._tokenizer  # the library's own object: what its tokens mean is its decoder's to say
+    library = tokenizer._tokenizer  # the library's own object, whose decoder says what its tokens mean
+    where = tokenizer.folder / "tokenizer.json"
+
+    # What the decoder does to the tokens of a text, step by step.
     decoder = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {"type": "none"}
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     replacements: list[tuple[str, str]] = []
@@ -105,14 +108,11 @@ def _of_folder(tokenizer: HFTokenizer) -> list[bytes]:
             case {"type": "Strip", "stop": 0} if fused:  # the first space of a whole text
                 pass
             case _:
-                raise ValueError(
-                    f"{tokenizer.folder / 'tokenizer.json'}: stop strings need a byte-level or SentencePiece decoder, not "
-                    f"{step!r:.60}"
-                )
+                raise ValueError(f"{where}: stop strings need a byte-level or SentencePiece decoder, not {step!r:.60}")
     if not (byte_level or replacements or byte_fallback):
-        raise ValueError(
-            f"{tokenizer.folder / 'tokenizer.json'}: stop strings need a decoder that joins tokens into text"
-        )
+        raise ValueError(f"{where}: stop strings need a decoder that joins tokens into text")
+
+    # The same done to each token alone.
     texts = [b""] * tokenizer.vocab_size
     for text, i in library.get_vocab(with_added_tokens=True).items():
         if i in tokenizer.special_ids:

@@ -191,7 +191,7 @@ def _read(text: str) -> Any:
         value = float(digits)
         if not math.isfinite(value):
             raise ValueError(f"{digits[:20]} is beyond every float")
-        return value
+        return int(value) if value.is_integer() else value  # 1.0 is 1 in JSON
 
     def whole(digits: str) -> int:
         if len(digits) > _MAX_DIGITS:
@@ -269,11 +269,4 @@ def _validator_class() -> Any:
 
 
 def _spell(value: Any) -> str:
-    def whole(value: Any) -> Any:
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, list):
-            return [whole(item) for item in value]
-        return {key: whole(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return json.dumps(whole(value), sort_keys=True, separators=(",", ":"))
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -195,11 +195,6 @@ def _is_tower(tight: str) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=4096)
-def _parse_target(wanted: str) -> tuple[Any, ...]:
-    return _parse(wanted)
-
-
 def _parse(body: str) -> tuple[Any, ...]:
     box = math_verify.LatexExtractionConfig(
         try_extract_without_anchor=False,
@@ -221,6 +216,9 @@ def _parse(body: str) -> tuple[Any, ...]:
         raise
     except Exception:
         return ()
+
+
+_parse_target = functools.lru_cache(maxsize=4096)(_parse)
 
 
 def _equal(gold: tuple[Any, ...], parsed: tuple[Any, ...]) -> bool:
