@@ -122,11 +122,15 @@ def frame_of(template: str, *, system: str | None = None, arguments: Mapping[str
         raise ValueError(f"the chat template has {len(template)} characters, more than {TEMPLATE_CHARACTERS}")
     if clash := {"messages", "add_generation_prompt"} & set(arguments or {}):
         raise ValueError(f"the chat template's variables {sorted(clash)} are not for arguments to set")
+
+    # The same conversation around a short text, and around a sentinel with three kinds of space at its sides.
     first = [] if system is None else [{"role": "system", "content": system}]
     texts = ["user", *(padding + _SENTINEL + padding[::-1] for padding in _PADDINGS)]
     conversations = [[*first, {"role": "user", "content": text}] for text in texts]
     variables = {"add_generation_prompt": True, "tools": None, "documents": None, **(arguments or {})}
     short, *rendered = _render(template, conversations, variables)
+
+    # What stands around the sentinel must be the same each time.
     parts = [text.split(_SENTINEL) for text in rendered]
     if any(len(pieces) != 2 for pieces in parts):
         raise ValueError(

@@ -61,9 +61,6 @@ def _render(template: str, conversations: Sequence[Any], variables: Mapping[str,
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    def strftime_now(form: str) -> str:
-        return DATE.strftime(form)
-
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **other: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **other)
 
@@ -71,7 +68,7 @@ def _render(template: str, conversations: Sequence[Any], variables: Mapping[str,
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
     compiled = environment.from_string(template)
     rendered = []
     for messages in conversations:

@@ -74,6 +74,8 @@ def gsm8k(
     template, answers = parse_template(prompt), parse_template("{answer}")
     if set(template.fields) != {"question"}:
         raise ValueError(f"prompt={prompt!r} must hold the field {{question}}, and no other")
+
+    # Rows as examples and solutions.
     verify, answer, check = find_verifier(verifier), find_answer(verifier), find_target_check(verifier)
     ending = _FORMATS.get(verifier, _FORMATS["number_hash"])[1]
 
@@ -83,6 +85,7 @@ def gsm8k(
             check(number)
         return Example(template.render(row), number), solution + ending.format(number)
 
+    # The official rows, and no others.
     folder = prepared(path, data_dir)
     splits = open_splits(folder, ("question", "answer"))
     counts = {name: part.num_rows for name, part in splits.items()}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.data.chat import ChatFormat
 from grpo_jax.rollout import PromptBatch
 from grpo_jax.tasks import Task
 
@@ -23,12 +24,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
-
-
-class Chat(Protocol):
-    """What turns a user's text into a whole prompt, its BOS included: see `grpo_jax.data.chat.read_chat`."""
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class PromptSet(NamedTuple):
@@ -54,7 +49,7 @@ def encode_prompts(
     max_prompt: int,
     max_completion: int,
     too_long: str = "error",
-    chat: Chat | None = None,
+    chat: ChatFormat | None = None,
 ) -> tuple[Task, PromptSet]:
     """Encodes every prompt and every demonstration of a task; none is ever cut.
 
@@ -92,20 +87,24 @@ def encode_prompts(
         raise ValueError(f"too_long={too_long!r} is neither 'error' nor 'drop'")
     if not task.examples:
         raise ValueError(f"task {task.name!r} has no prompts")
+
+    # The tokens of every example, and the rows that fit.
     encoded = [_encode(task, row, tokenizer, chat, stop_id) for row in range(len(task.examples))]
     fitting = [
         row for row, (ids, answer) in enumerate(encoded) if len(ids) <= max_prompt and len(answer) <= max_completion
     ]
     if not fitting or (too_long == "error" and len(fitting) < len(encoded)):
         raise ValueError(_too_long(task, encoded, fitting, max_prompt, max_completion))
+
+    # Prompts end at the right edge, and answers begin at the left.
     width = max(len(encoded[row][0]) for row in fitting)
     tokens = np.full((len(fitting), width), tokenizer.pad_id, np.int32)  # [N, S]
     mask = np.zeros(tokens.shape, bool)
     answers = np.full((len(fitting), max_completion), tokenizer.pad_id, np.int32)  # [N, T]
     answer_mask = np.zeros(answers.shape, bool)
     for i, (ids, answer) in enumerate(encoded[row] for row in fitting):
-        tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True  # at the right
-        answers[i, : len(answer)], answer_mask[i, : len(answer)] = answer, True  # at the left
+        tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True
+        answers[i, : len(answer)], answer_mask[i, : len(answer)] = answer, True
     if len(fitting) < len(encoded):
         task = task._replace(examples=tuple(task.examples[row] for row in fitting))
     return task, PromptSet(tokens, mask, answers, answer_mask)
@@ -116,8 +115,10 @@ def prompt_batch(prompts: PromptSet, index: np.ndarray | jax.Array) -> PromptBat
     return PromptBatch(*map(jnp.asarray, (prompts.tokens[index], prompts.mask[index], index.astype(np.int32))))
 
 
-def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: Chat | None, stop_id: int) -> tuple[list[int], list[int]]:
-    """The ids of a prompt and of its demonstration, [] where the task has none."""
+_Encoded = tuple[list[int], list[int]]  # the ids of a prompt, and of its demonstration, [] where the task has none
+
+
+def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: ChatFormat | None, stop_id: int) -> _Encoded:
     example = task.examples[row]
     try:
         if chat is not None:
@@ -132,9 +133,7 @@ def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: Chat | None, stop_
         raise ValueError(f"{_describe(task, row)}: {error}") from error
 
 
-def _too_long(
-    task: Task, encoded: list[tuple[list[int], list[int]]], fitting: list[int], max_prompt: int, max_completion: int
-) -> str:
+def _too_long(task: Task, encoded: list[_Encoded], fitting: list[int], max_prompt: int, max_completion: int) -> str:
     """Which example is the first that does not fit, how many do not, and which limits would hold all."""
     row = min(set(range(len(encoded))) - set(fitting))
     (size, answer_size), count = map(len, encoded[row]), len(encoded) - len(fitting)

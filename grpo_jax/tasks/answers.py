@@ -1,15 +1,15 @@
 r"""Where a completion states its answer: after ``####``, in ``\boxed{}``, or in ``<answer>…</answer>``.
 
-One answer counts, however many a completion states, so that stating more does not raise the chance of a reward:
+A completion has one answer, however many it states, so that stating more does not raise the chance of a reward:
 
-- the last one; but answers between which no word of running text stands ("so", "no", not "and", "or", a letter, a digit,
-  punctuation, a LaTeX command) are one answer, of several parts.
-- An answer in a later turn does not count. A turn ends at a control token in text form (``<|im_end|>``), at a line that opens
-  with "User:" or "Human:", and, once an answer has begun, at one that opens with "Question:", "Q:" or "Problem:".
-- An answer that a truncated completion finished counts, if no other has begun.
+- The last answer counts. Answers with no word of running text between them are one answer of several parts: "so" and "no" are
+  such words, but "and", "or", a letter, a digit, punctuation and LaTeX commands are not.
+- An answer in a later turn does not count. A turn ends at a control token in text form (``<|im_end|>``), at a line that begins
+  with "User:" or "Human:", and, once an answer has begun, at one that begins with "Question:", "Q:" or "Problem:".
+- In a truncated completion, the last finished answer counts if no other has begun after it.
 
-Time is linear in the text: turns are looked for in all of it, and answers in the last 16,384 characters of the first turn, which
-bounds the memory. What may be joined to an answer before those is ``too_long``.
+Time is linear in the text. Turns are looked for in all of it, answers only in the last 16,384 characters of the first turn, which
+bounds the memory. An answer that may have a part before those characters is ``too_long``.
 """
 
 import re
@@ -19,7 +19,7 @@ from typing import NamedTuple
 from grpo_jax.tasks.task import Verdict
 
 MAX_CHARACTERS = 16 * 1024
-"""Of a completion's first turn, answers are looked for in so much, from its end."""
+"""Answers are looked for in so many characters at the end of a completion's first turn."""
 
 
 class Answer(NamedTuple):
@@ -33,8 +33,8 @@ class Answer(NamedTuple):
 class Form(NamedTuple):
     """How answers are marked.
 
-    begins: matches where one begins. find: ``find(text, complete)``, the finished answers in order, and whether another has
-    begun after them; complete says that the text did not just break off.
+    begins: matches where an answer begins. find: ``find(text, complete)`` returns the finished answers in order, and whether
+    another has begun after them; complete is False for a text that was cut off.
     """
 
     begins: re.Pattern[str]
@@ -42,25 +42,30 @@ class Form(NamedTuple):
 
 
 def last_answer(completion: str, truncated: bool, form: Form) -> tuple[str, ...] | Verdict:
-    r"""What stands between the marks of the last answer, after that of the answers joined to it; usually one text.
+    r"""The texts between the marks of the last answer and of the answers joined to it, in their order; usually one text.
 
-    completion: text before EOS. truncated: no EOS was emitted. Returns ``unparsable`` instead where there is no answer, and
-    ``too_long`` where the cut, or the part that is not read, may hide it or a part of it.
+    completion: text before EOS. truncated: no EOS was emitted. Returns ``unparsable`` where there is no answer, and
+    ``too_long`` where the cut, or the part that is not read, may hide the answer or a part of it.
 
     >>> last_answer("<answer>1</answer> no, <answer>2</answer>", False, TAG)
     ('2',)
     >>> last_answer(r"$\boxed{1}$ or $\boxed{\frac{1}{2}}$.", False, BOXED), last_answer(r"\boxed{1", True, BOXED)
     (('1', '\\frac{1}{2}'), <Verdict.too_long: 'too_long'>)
     """
+    # The first turn. If it has ended, it is complete even in a truncated completion.
     text, complete = completion, not truncated
     if turn := _TURN.search(text):
         text, complete = text[: turn.start()], True
     if (first := form.begins.search(text)) and (question := _QUESTION.search(text, first.end())):
         text, complete = text[: question.start()], True
+
+    # The answers in its last characters.
     unread, text = len(text) > MAX_CHARACTERS, text[-MAX_CHARACTERS:]
     answers, begun = form.find(text, complete)
     if begun or not answers:
         return Verdict.unparsable if complete and not (unread and not answers) else Verdict.too_long
+
+    # The last answer, and how many before it are joined to it.
     joined = 1
     while joined < len(answers) and _JOINT.fullmatch(text, answers[-joined - 1].end, answers[-joined].start):
         joined += 1

@@ -1,9 +1,9 @@
 """Checkable constraints on a text: words it holds or lacks, how it begins and ends, how long it is, how it is spelled.
 
-A constraint is text: clauses joined by ``&``, all of which must hold (so no clause can ask for an ``&``). Words are
-maximal runs of letters, without case, so "Dog!" holds ``dog`` and "dogs" does not: a plural is another word, and
-``any:dog|dogs`` takes both. Characters are compared as they are, with case. The text begins and ends where its white
-space does. Clauses marked * speak of the end: they want a text that has stopped by itself.
+A constraint is a text of clauses joined by ``&``, all of which must hold (so no clause can ask for an ``&``). Words are
+maximal runs of letters, compared without case: "Dog!" holds ``dog``, but "dogs" is another word, and ``any:dog|dogs`` takes
+both. Characters are compared with case. White space at the beginning and at the end of the text is ignored. Clauses marked *
+are about the end, and want a text that has stopped by itself.
 
     word:dog          this word occurs
     any:happy|glad    at least one of these words occurs
@@ -64,11 +64,6 @@ def verify(completion: str, target: str, truncated: bool) -> Verdict:
     text = completion.rstrip()
     holds = all(_HOLDS[clause.kind](clause.arguments, text, words) for clause in clauses)
     return Verdict.correct if holds else Verdict.wrong
-
-
-def check_target(target: str) -> None:
-    """Raises the ValueError of ``parse_constraint``."""
-    parse_constraint(target)
 
 
 def parse_constraint(constraint: str) -> tuple[Clause, ...]:

@@ -1,4 +1,4 @@
-"""Countdown: make a number out of given ones with + - * / and parentheses, each given number used exactly once.
+"""Countdown: make a total out of some numbers with + - * / and parentheses, using each number exactly once.
 
 Puzzles are made here, from random steps that solve them; answers are read by a parser of a dozen lines, in exact fractions.
 A target is text, ``24: 3 8 8 1``: what to make, and from what; ``24: [3, 8, 8, 1]`` says the same.
@@ -57,6 +57,8 @@ def countdown(
         raise ValueError(f"num_numbers={num_numbers} must be 2 to 6")
     if "{numbers}" not in prompt or "{total}" not in prompt:
         raise ValueError(f"prompt={prompt!r} must hold {{numbers}} and {{total}}")
+
+    # Puzzles that have a solution: numbers at random, and the total that random steps make of them.
     random_float = random.Random(seed).random  # the one method whose numbers no Python version may change
     seen = set()
     solutions: dict[str, str] = {}
@@ -82,7 +84,7 @@ def countdown(
 
 
 def verify(completion: str, target: str, truncated: bool) -> Verdict:
-    """Correct iff the last ``<answer>…</answer>`` holds an expression of the given numbers, each once, that makes the total.
+    """Correct iff the last ``<answer>…</answer>`` holds an expression of the numbers, each once, that makes the total.
 
     An expression has whole numbers in ASCII digits, ``+ - * /`` (or ``− × ÷``), parentheses, and white space; a minus may
     open the whole or a parenthesis. Nothing else is read: ``3*8=24``, ``3.0``, ``1_0``, ``08``, ``2**3`` are ``unparsable``,
@@ -131,7 +133,7 @@ def _read_target(target: str) -> tuple[int, list[int]]:
 
 
 def _combine(numbers: list[int], random_float: Callable[[], float]) -> tuple[int, str]:
-    """Two at a time, until one is left: its value and its expression."""
+    """Combines two of the numbers at a time until one is left; returns its value and its expression."""
     left = [(number, str(number), 3) for number in numbers]  # value, text, how tightly it binds: 1 sum, 2 product
     while len(left) > 1:
         a, b = sorted((left.pop(int(random_float() * len(left))) for _ in range(2)), reverse=True)

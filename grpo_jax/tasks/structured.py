@@ -1,4 +1,4 @@
-"""Completions whose form is the task: a given text, text that matches a pattern, JSON of a wanted shape.
+"""Verifiers of whole completions: a certain text, text that matches a pattern, JSON that meets a schema.
 
 The whole completion counts, without the white space around it; one that did not stop by itself is ``too_long``.
 """
@@ -17,7 +17,7 @@ from grpo_jax.tasks.task import Verdict
 MAX_CHARACTERS = 64 * 1024
 """A longer completion is ``too_long`` unread."""
 MAX_DEPTH = 64
-"""JSON with more brackets open at a time is ``too_long``: no verdict depends on how much stack there is."""
+"""JSON with more brackets open at a time is ``too_long``, so that no verdict depends on the size of the stack."""
 _MAX_DIGITS = 400  # of a JSON integer; Python reads at most 4300
 
 _NEEDS = "this verifier needs the package {}: pip install 'grpo_jax[verifiers]'"
@@ -82,7 +82,7 @@ def check_exact(target: str) -> None:
 def verify_regex(completion: str, target: str, truncated: bool) -> Verdict:
     """Correct iff the pattern of the target matches the whole completion, white space around it aside.
 
-    The pattern is one of RE2 (https://github.com/google/re2/wiki/Syntax): no back-references, no looking around; in return
+    The pattern is one of RE2 (https://github.com/google/re2/wiki/Syntax), without back-references or look-around. In return,
     the time is linear in the completion for every pattern. ``.`` does not match a newline; ``(?s)`` at the front lets it.
     A completion that is not Unicode (half a surrogate pair) is ``unparsable``. Needs the package google-re2. Raises
     ValueError for a pattern that RE2 refuses.
@@ -111,8 +111,9 @@ def check_regex(target: str) -> None:
 def verify_json(completion: str, target: str, truncated: bool) -> Verdict:
     """Correct iff the completion is JSON, bare or in one ```` ```json ```` fence, and has the shape the target asks for.
 
-    JSON as in RFC 8259: no ``NaN``, no comments, no trailing commas; and no key twice, no number beyond a float or of more
-    than 400 digits. What is not such JSON, or stands beside it, is ``unparsable``; JSON of another shape is ``wrong``.
+    JSON as in RFC 8259, without ``NaN``, comments or trailing commas, without a key that occurs twice in an object, and without
+    numbers beyond a float or of more than 400 digits. A completion that is not such JSON, or holds more than it, is
+    ``unparsable``; JSON of another shape is ``wrong``.
 
     target: a JSON Schema (https://json-schema.org/draft/2020-12) of the keywords in ``_KEYWORDS``; a ``pattern`` is one of
     RE2. ``{}`` asks for any JSON, ``{"const": …}`` for one value exactly. Needs the package jsonschema, and google-re2 for a

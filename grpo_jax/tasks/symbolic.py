@@ -1,9 +1,9 @@
 r"""Mathematical answers in ``\boxed{}`` that need not be numbers, compared by the package math-verify.
 
-Where both sides are plain numbers, numeric.py decides alone, exactly; everything else (formulas, intervals, sets, matrices,
-words) goes to math-verify, reading nothing but the box. It runs under SIGALRM in the main thread, and what hangs in C can only
-be killed: run this verifier in a `VerifierPool`, whose workers are such processes. Costly answers are refused unread, so that
-deadlines are left with what is hostile; and so are answers that leave the work to the verifier.
+Where both sides are plain numbers, numeric.py decides, exactly. Everything else (formulas, intervals, sets, matrices, words)
+goes to math-verify, which is shown nothing but the box. It sets SIGALRM in the main thread, and code that hangs in C can only be
+killed: run this verifier in a `VerifierPool`, whose workers are processes. Costly answers are refused before they are parsed, so
+that only hostile ones meet a deadline. Answers that leave the work to the verifier, such as an integral, are refused too.
 """
 
 import functools
@@ -139,7 +139,7 @@ def _plain(text: str) -> str:
 
 
 def _refusal(body: str, wanted: str) -> Verdict | None:
-    """Why an answer is not handed on."""
+    """Why an answer is not given to math-verify; None where it is."""
     if len(body) > MAX_ANSWER or nesting(bracket[-1] for bracket in _BRACKET.findall(body)) > MAX_NESTING:
         return Verdict.too_long
     tight = _tight(body)
@@ -154,7 +154,7 @@ def _refusal(body: str, wanted: str) -> Verdict | None:
 
 
 def _hides(body: str, wanted: str) -> bool:
-    r"""Whether math-verify, which drops text and subscripts from ``42\text{ or 41}`` and ``42_{41}``, would drop what counts."""
+    r"""Whether math-verify would drop a part that counts: it drops the text of ``42\text{ or 41}`` and the 41 of ``42_{41}``."""
     if _letters(body) == _letters(wanted):
         return False
     texts = [text for text in _TEXT.findall(body) if not _JOINING.fullmatch(text)]
@@ -169,7 +169,7 @@ def _hides(body: str, wanted: str) -> bool:
 
 
 def _same_kind(body: str, wanted: str) -> bool:
-    r"""Not so for y = 5 and x = 5, nor for (1,2) and \{1,2\}, which are one to math-verify."""
+    r"""False for y = 5 and x = 5, and for (1,2) and \{1,2\}, which math-verify takes for equal."""
     names = [text.split("=")[0] for text in (_tight(body), _tight(wanted)) if text.count("=") == 1]
     if len(names) == 2 and names[0] != names[1] and all(len(name) == 1 for name in names):
         return False

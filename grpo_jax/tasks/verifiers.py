@@ -1,4 +1,4 @@
-"""Verifiers by name, or by the import path of a user's own; with what belongs to each."""
+"""Finds a verifier by its name, or by the import path of a user's own, and the functions that belong to it."""
 
 import contextlib
 import importlib
@@ -20,12 +20,13 @@ _FUNCTIONS: dict[str, tuple[str, str, str | None, str]] = {
     "number_tag": ("numeric", "verify_tag", "answer_tag", "check_target"),
     "number_last": ("numeric", "verify_last", "answer_last", "check_target"),
     "countdown": ("countdown", "verify", "answer", "check_target"),
-    "constraint": ("constraints", "verify", None, "check_target"),
+    "constraint": ("constraints", "verify", None, "parse_constraint"),
     "json": ("structured", "verify_json", "answer_json", "check_json"),
     "regex": ("structured", "verify_regex", None, "check_regex"),
     "math_verify": ("symbolic", "verify", "answer", "check_target"),
 }
-_EXTRAS = {  # name: module, package to install
+# name: module that the verifier needs, package to install
+_EXTRAS = {
     "json": ("jsonschema", "jsonschema"),
     "regex": ("re2", "google-re2"),
     "math_verify": ("math_verify", "math-verify"),
