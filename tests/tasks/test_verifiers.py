@@ -228,20 +228,20 @@ def test_the_working_directory_is_searched_last(users: Path, tmp_path: Path) -> 
     (work / "decimal.py").write_text("raise RuntimeError('hides the library')")
     root = os.fspath(Path(verifiers.__file__).parents[2])
 
-    def found(name: str, folder: Path) -> str:
+    def looked_up(name: str, folder: Path) -> str:
         command = [sys.executable, os.fspath(home / "launch.py"), name]
         environment = os.environ | {"PYTHONPATH": root}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return run.stdout.strip()
 
-    assert found("users_own:verify", work) == "correct wrong"
-    absent = found("users_own:verify", home.parent / "home")
+    assert looked_up("users_own:verify", work) == "correct wrong"
+    absent = looked_up("users_own:verify", home.parent / "home")
     assert "there is no module 'users_own'" in absent and f"looked in {home}" in absent
-    assert str(work) in found("absent_module:verify", work)
-    assert "module 'users_own' has no function 'absent'" in (missing := found("users_own:absent", work))
+    assert str(work) in looked_up("absent_module:verify", work)
+    assert "module 'users_own' has no function 'absent'" in (missing := looked_up("users_own:absent", work))
     assert str(work / "users_own.py") in missing
-    assert found("decimal:absent", work).startswith("verifier 'decimal:absent': module 'decimal' has no function")
+    assert looked_up("decimal:absent", work).startswith("verifier 'decimal:absent': module 'decimal' has no function")
 
 
 def texts_and_golds(shared: Path, marker: Path) -> tuple[list[dict], list[str]]:
