@@ -1,6 +1,7 @@
 """Checks of a run's configuration: every conflict at once, with the numbers, before anything is compiled."""
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,26 @@ from grpo_jax.models.config import DTYPES, REMATS, DecoderConfig
 from grpo_jax.objective import Objective, named_objective
 from grpo_jax.tasks import Task
 
-_SCHEDULES = ("cosine", "linear", "constant")
-_TOKENIZERS = ("characters", "bytes")
+_AT_LEAST = {
+    0: ("seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay", "evaluate.examples",
+        "evaluate.kept_samples"),
+    2: ("rollout.group_size",),
+    1: ("rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval",
+        "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples",
+        "evaluate.prompts", "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches",
+        "train.microbatch_tokens", "train.row_length", "train.iterations_per_program", "train.chunk_size",
+        "train.max_skipped", "checkpoint.interval", "checkpoint.keep", "rollout.top_k", "verifier.num_workers",
+        "mesh.fsdp", "mesh.tensor"),
+}  # fmt: skip
+_POSITIVE = ("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm", "warm_start.learning_rate",
+             "verifier.deadline")  # fmt: skip
+_CHOICES = {
+    "optimizer.schedule": ("cosine", "linear", "constant"),
+    "model.dtype": DTYPES,
+    "model.remat": REMATS,
+    "model.tokenizer": ("characters", "bytes"),
+    "data.too_long": ("error", "drop"),
+}
 
 
 class ConfigError(ValueError):
@@ -32,85 +51,27 @@ def validate(config: Any, *, num_devices: int, training: bool = True) -> tuple[T
     Raises:
       ConfigError: with one line per conflict, naming keys and numbers.
     """
-    found: list[str] = []
-    for key, value in flat(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            found.append(f"{key}={value} must be finite")
+    # The values of the keys, each by itself.
+    conflicts = [*_number_conflicts(config), *_choice_conflicts(config)]
 
-    def at_least(least: float, *keys: str) -> None:
-        for key in keys:
-            value = config[key.split(".")[0]][key.split(".")[1]] if "." in key else config[key]
-            if value is not None and not value >= least:
-                found.append(f"{key}={value} must be at least {least}")
-
-    def positive(*keys: str) -> None:
-        for key in keys:
-            group, name = key.split(".")
-            if not config[group][name] > 0:
-                found.append(f"{key}={config[group][name]} must be positive")
-
-    at_least(0, "seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay")
-    at_least(0, "evaluate.examples", "evaluate.kept_samples")
-    at_least(2, "rollout.group_size")
-    at_least(1, "rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval")
-    at_least(
-        1, "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples"
-    )
-    at_least(
-        1, "evaluate.prompts", "evaluate.batch_samples", "train.iterations", "train.inner_epochs", "train.minibatches"
-    )
-    at_least(1, "train.microbatch_tokens", "train.row_length", "train.iterations_per_program", "train.chunk_size")
-    at_least(1, "train.max_skipped", "checkpoint.interval", "checkpoint.keep", "rollout.top_k")
-    at_least(1, "verifier.num_workers", "mesh.fsdp", "mesh.tensor")
-    positive("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm")
-    positive("warm_start.learning_rate", "verifier.deadline")
-    for key in ("b1", "b2"):
-        if not 0 <= config.optimizer[key] < 1:
-            found.append(f"optimizer.{key}={config.optimizer[key]} must be in [0, 1)")
-    for key, value in (
-        ("warm_start.target", config.warm_start.target),
-        ("evaluate.confidence", config.evaluate.confidence),
-    ):
-        if not 0 < value < 1:
-            found.append(f"{key}={value} must be inside (0, 1)")
-    top_p, min_p = config.rollout.top_p, config.rollout.min_p
-    if top_p is not None and not 0 < top_p <= 1:
-        found.append(f"rollout.top_p={top_p} must be in (0, 1]")
-    if min_p is not None and not 0 <= min_p <= 1:
-        found.append(f"rollout.min_p={min_p} must be in [0, 1]")
-    longest, row = config.rollout.max_completion, config.train.row_length
-    if row is not None and row < longest:
-        found.append(f"train.row_length={row} is less than one completion of rollout.max_completion={longest}")
-    for key, value, choices in (
-        ("optimizer.schedule", config.optimizer.schedule, _SCHEDULES),
-        ("model.dtype", config.model.dtype, DTYPES),
-        ("model.remat", config.model.remat, REMATS),
-        ("model.tokenizer", config.model.tokenizer, _TOKENIZERS),
-        ("data.too_long", config.data.too_long, ("error", "drop")),
-    ):
-        if value not in choices:
-            found.append(f"{key}={value!r} is not one of {', '.join(choices)}")
-    if config.seed >= 2**32:
-        found.append(f"seed={config.seed} must be below 2**32")
-
-    if not all(type(i) is int for i in config.model.stop_ids):
-        found.append(f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)")
-    if not all(isinstance(text, str) and text for text in config.model.stop_strings):
-        found.append(f"model.stop_strings={tuple(config.model.stop_strings)} must be texts, none of them empty")
+    # What the config names, made as a run would make it.
     if config.model.path is None:
-        _attempt(found, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **decoder_options(config)))
-    objective = _attempt(found, "objective", lambda: named_objective(**_description(config)))
+        _attempt(conflicts, "model", lambda: DecoderConfig(vocab_size=1, max_length=1, **decoder_options(config)))
+    objective = _attempt(conflicts, "objective", lambda: named_objective(**_description(config)))
     if objective is not None:
-        found += _weight_conflicts(config, objective)
-    task = _attempt(found, "task", lambda: make_task(config.task.name, **task_options(config)))
-    if not found:
-        found += _divisions(config, num_devices, training)
+        conflicts += _weight_conflicts(config, objective)
+    task = _attempt(conflicts, "task", lambda: make_task(config.task.name, **task_options(config)))
+
+    # What the values mean together.
+    if not conflicts:
+        conflicts += _division_conflicts(config, num_devices, training)
     if task is not None:
-        found += _model_conflicts(config)
+        conflicts += _model_conflicts(config)
         if training:
-            found += _training_conflicts(config, task)
-    if found or task is None or objective is None:
-        raise ConfigError(found)
+            conflicts += _training_conflicts(config, task)
+
+    if conflicts or task is None or objective is None:
+        raise ConfigError(conflicts)
     return task, objective
 
 
@@ -144,114 +105,157 @@ def _description(config: Any) -> dict[str, Any]:
     return {key: choice for key, choice in config.objective.items() if key not in weights}
 
 
-def _weight_conflicts(config: Any, objective: Objective) -> list[str]:
-    found = []
-    for key, held, anchor in (
+def _attempt(conflicts: list[str], group: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` returns, or None after its error has joined the conflicts."""
+    try:
+        return make()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        conflicts.append(f"{group}: {error}")
+    except (Exception, SystemExit) as error:  # a user's own module may fail in any way when it is imported
+        conflicts.append(f"{group}: {type(error).__name__}: {error}")
+    return None
+
+
+def _number_conflicts(config: Any) -> Iterator[str]:
+    values = flat(config)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value} must be finite"
+
+    # Lower bounds; a key that is not set has none.
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            if values[key] is not None and not values[key] >= least:
+                yield f"{key}={values[key]} must be at least {least}"
+    for key in _POSITIVE:
+        if not values[key] > 0:
+            yield f"{key}={values[key]} must be positive"
+
+    # Intervals within [0, 1].
+    for key in ("optimizer.b1", "optimizer.b2"):
+        if not 0 <= values[key] < 1:
+            yield f"{key}={values[key]} must be in [0, 1)"
+    for key in ("warm_start.target", "evaluate.confidence"):
+        if not 0 < values[key] < 1:
+            yield f"{key}={values[key]} must be inside (0, 1)"
+    top_p, min_p = config.rollout.top_p, config.rollout.min_p
+    if top_p is not None and not 0 < top_p <= 1:
+        yield f"rollout.top_p={top_p} must be in (0, 1]"
+    if min_p is not None and not 0 <= min_p <= 1:
+        yield f"rollout.min_p={min_p} must be in [0, 1]"
+
+    # A packed row holds the longest completion.
+    longest, row = config.rollout.max_completion, config.train.row_length
+    if row is not None and row < longest:
+        yield f"train.row_length={row} is less than one completion of rollout.max_completion={longest}"
+
+
+def _choice_conflicts(config: Any) -> Iterator[str]:
+    values = flat(config)
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            yield f"{key}={values[key]!r} is not one of {', '.join(choices)}"
+    if config.seed >= 2**32:
+        yield f"seed={config.seed} must be below 2**32"
+    if not all(type(i) is int for i in config.model.stop_ids):
+        yield f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)"
+    if not all(isinstance(text, str) and text for text in config.model.stop_strings):
+        yield f"model.stop_strings={tuple(config.model.stop_strings)} must be texts, none of them empty"
+
+
+def _weight_conflicts(config: Any, objective: Objective) -> Iterator[str]:
+    # A KL of the objective wants a weight, and a weight wants a KL.
+    for key, has_kl, anchor in (
         ("beta", objective.holds_to_reference, "the reference"),
         ("beta_mirror", objective.holds_to_previous, "the previous policy"),
     ):
         weight = config.objective[key]
-        if held and not weight > 0:
-            found.append(f"objective.{key}={weight} must be positive: it weighs the objective's KL to {anchor}")
-        if not held and weight != 0:
-            found.append(
-                f"objective.{key}={weight} would do nothing: the objective has no KL to {anchor}; set it to 0.0"
-            )
+        if has_kl and not weight > 0:
+            yield f"objective.{key}={weight} must be positive: it weighs the objective's KL to {anchor}"
+        if not has_kl and weight != 0:
+            yield f"objective.{key}={weight} would do nothing: the objective has no KL to {anchor}; set it to 0.0"
     if config.objective.entropy_bonus < 0:
-        found.append(f"objective.entropy_bonus={config.objective.entropy_bonus} must not be negative")
+        yield f"objective.entropy_bonus={config.objective.entropy_bonus} must not be negative"
+
+    # How many steps the objective allows on one rollout.
     if objective.holds_to_previous and config.train.inner_epochs == 1:
-        found.append(
+        yield (
             "train.inner_epochs=1 with a KL to the previous policy, which is 0 when a prompt is first visited: set 2 or more"
         )
     steps = config.train.inner_epochs * config.train.minibatches
     if objective.ratio == "none" and steps > 1:
-        found.append(
+        yield (
             f"objective.ratio='none' is for data from the current policy, and train.inner_epochs · train.minibatches = {steps} "
             "steps on one rollout are not: set both to 1"
         )
-    return found
 
 
-def _attempt(found: list[str], group: str, make: Any) -> Any:
-    try:
-        return make()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        found.append(f"{group}: {error}")
-    except (Exception, SystemExit) as error:  # a user's own module may fail in any way when it is imported
-        found.append(f"{group}: {type(error).__name__}: {error}")
-        return None
-
-
-def _divisions(config: Any, num_devices: int, training: bool) -> list[str]:
-    found = []
+def _division_conflicts(config: Any, num_devices: int, training: bool) -> Iterator[str]:
+    # The devices make the mesh, and share the prompts of a minibatch equally.
     prompts, minibatches = config.data.prompts_per_iteration, config.train.minibatches
     fsdp, tensor, data = config.mesh.fsdp, config.mesh.tensor, config.mesh.data
     if data == -1:
         data = num_devices // (fsdp * tensor)
     if data < 1 or data * fsdp * tensor != num_devices:
-        found.append(
+        yield (
             f"mesh.data={config.mesh.data} · mesh.fsdp={fsdp} · mesh.tensor={tensor} does not make the {num_devices} device(s)"
         )
     elif training and prompts % (minibatches * data * fsdp):
-        found.append(
+        yield (
             f"data.prompts_per_iteration={prompts} is not divisible by train.minibatches={minibatches} · "
             f"{data * fsdp} devices along mesh.data and mesh.fsdp"
         )
+
+    # Samples are drawn in equal batches; the last probe has at least as many as the others.
     samples, most = config.evaluate.final_samples, config.evaluate.batch_samples
     for key in ("samples", "final_samples"):
         if config.evaluate[key] > most and config.evaluate[key] % most:
-            found.append(f"evaluate.{key}={config.evaluate[key]} is not a multiple of evaluate.batch_samples={most}")
-    if not training:
-        return found
-    if samples < config.evaluate.samples:
-        found.append(f"evaluate.final_samples={samples} is below evaluate.samples={config.evaluate.samples}")
-    if samples < 8:
-        found.append(f"evaluate.final_samples={samples} must be at least 8, for pass@8")
-    return found
+            yield f"evaluate.{key}={config.evaluate[key]} is not a multiple of evaluate.batch_samples={most}"
+    if training and samples < config.evaluate.samples:
+        yield f"evaluate.final_samples={samples} is below evaluate.samples={config.evaluate.samples}"
+    if training and samples < 8:
+        yield f"evaluate.final_samples={samples} must be at least 8, for pass@8"
 
 
-def _model_conflicts(config: Any) -> list[str]:
-    found = []
+def _model_conflicts(config: Any) -> Iterator[str]:
     if config.data.chat and config.model.path is None:
-        found.append("data.chat=True needs a model folder with a chat template: set model.path")
+        yield "data.chat=True needs a model folder with a chat template: set model.path"
     for key in ("system", "enable_thinking"):
         if config.data[key] is not None and not config.data.chat:
-            found.append(f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True")
+            yield f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True"
     if config.model.path is not None and not Path(config.model.path).is_dir():
-        found.append(f"model.path={config.model.path!r} is not a folder")
-    return found
+        yield f"model.path={config.model.path!r} is not a folder"
 
 
-def _training_conflicts(config: Any, task: Task) -> list[str]:
-    found = []
+def _training_conflicts(config: Any, task: Task) -> Iterator[str]:
+    # Sampling from the whole distribution, which is what the loss scores.
     for key in ("top_k", "top_p", "min_p"):
         if config.rollout[key] is not None:
-            found.append(
+            yield (
                 f"rollout.{key}={config.rollout[key]} cannot be trained with: the loss scores the whole distribution, so the "
                 f"sampled policy and the trained one would differ. Leave it unset; --mode=evaluate accepts it"
             )
+
+    # A micro-batch holds a packed row, and that a completion.
     longest, most, row = config.rollout.max_completion, config.train.microbatch_tokens, config.train.row_length
     if most < longest:
-        found.append(f"train.microbatch_tokens={most} is less than one completion of rollout.max_completion={longest}")
+        yield f"train.microbatch_tokens={most} is less than one completion of rollout.max_completion={longest}"
     if row is not None and most < row:
-        found.append(f"train.row_length={row} is more than train.microbatch_tokens={most}")
-    rows = len(task.examples)
-    if config.data.prompts_per_iteration > rows:
-        found.append(
-            f"data.prompts_per_iteration={config.data.prompts_per_iteration} exceeds the {rows} prompts of task {task.name!r}: "
+        yield f"train.row_length={row} is more than train.microbatch_tokens={most}"
+
+    # Prompts enough for an iteration.
+    prompts, rows = config.data.prompts_per_iteration, len(task.examples)
+    if prompts > rows:
+        yield (
+            f"data.prompts_per_iteration={prompts} exceeds the {rows} prompts of task {task.name!r}: "
             "an iteration would hold a prompt twice"
         )
-    if config.model.path is None:
-        if task.demonstrations is None:
-            found.append(
-                f"task {task.name!r} has no demonstrations for a warm start: set model.path to a pretrained model"
-            )
-        elif config.warm_start.max_steps == 0:
-            found.append(
-                "a random model without a warm start never succeeds: set model.path, or warm_start.max_steps > 0"
-            )
-    elif config.warm_start.max_steps and task.demonstrations is None:
-        found.append(
-            f"warm_start.max_steps={config.warm_start.max_steps}, but task {task.name!r} has no demonstrations: set 0"
-        )
-    return found
+
+    # A policy that succeeds sometimes: a pretrained one, or a random one after a warm start.
+    warm_start = config.warm_start.max_steps
+    if config.model.path is None and task.demonstrations is None:
+        yield f"task {task.name!r} has no demonstrations for a warm start: set model.path to a pretrained model"
+    elif config.model.path is None and warm_start == 0:
+        yield "a random model without a warm start never succeeds: set model.path, or warm_start.max_steps > 0"
+    elif warm_start and task.demonstrations is None:
+        yield f"warm_start.max_steps={warm_start}, but task {task.name!r} has no demonstrations: set 0"

@@ -1,7 +1,11 @@
-"""Files that are read whole and written whole: JSON, JSON lines, and text that is either the old one or the new one."""
+"""Files that are read whole and written whole: JSON, JSON lines, and text that is either the old one or the new one.
+
+`read_bounded` and `read_bounded_json` are for files that somebody else made, which may be of any size and hold anything.
+"""
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,61 @@ def read_json(path: Path) -> Any:
       OSError, ValueError: it cannot be read, or is not UTF-8 or not JSON.
     """
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a regular file; ValueError naming one that is not regular (a FIFO, say) or has more than ``most``."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: more than {most} bytes")
+    return content
+
+
+def read_bounded_json(path: Path, most: int, *, unique: bool = True) -> dict[str, Any]:
+    """The object of a JSON file of at most ``most`` bytes.
+
+    Args:
+      path: of the file.
+      most: bytes.
+      unique: whether a key that occurs twice in an object is refused; otherwise its last value counts.
+
+    Raises:
+      ValueError: from `read_bounded` and `parse_object`.
+    """
+    return parse_object(read_bounded(path, most), path, unique=unique)
+
+
+def parse_object(text: bytes, path: Path, *, unique: bool = True) -> dict[str, Any]:
+    """The object that a JSON text is; ValueError naming the file for any other value, and for what JSON does not allow.
+
+    >>> parse_object(b'{"a": 1, "a": 2}', Path("config.json"))
+    Traceback (most recent call last):
+    ...
+    ValueError: config.json: JSON that cannot be read: duplicate a: a key occurs twice
+    """
+    try:
+        entries = json.loads(text, object_pairs_hook=unique_keys if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: its JSON is not an object")
+    return entries
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``object_pairs_hook`` of `json.loads`: the object of these pairs; ValueError for a key that occurs twice.
+
+    >>> json.loads('{"a": 1, "b": {"a": 2}}', object_pairs_hook=unique_keys)
+    {'a': 1, 'b': {'a': 2}}
+    """
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate {ascii(repeated)[1:-1][:200]}: a key occurs twice")
+    return entries
 
 
 def read_jsonl(path: Path, *, torn_end: bool = False) -> list[Any]:

@@ -69,8 +69,8 @@ def test_stop_strings_are_texts():
 
 
 def test_all_conflicts_at_once():
-    found = conflicts(seed=-1, rollout__top_p=2.0, train__chunk_size=0, model__stop_strings=("",))
-    assert [line.split("=")[0] for line in found[:4]] == [
+    messages = conflicts(seed=-1, rollout__top_p=2.0, train__chunk_size=0, model__stop_strings=("",))
+    assert [line.split("=")[0] for line in messages[:4]] == [
         "seed",
         "train.chunk_size",
         "rollout.top_p",

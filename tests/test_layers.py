@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "objective": ({"products"}, {"jax"}),
     "theory": (set(), {"jax"}),
-    "tasks": (set(), {"math_verify", "re2", "sympy"}),  # inside the functions that need them
+    "tasks": ({"files"}, {"jsonschema", "math_verify", "re2", "sympy"}),  # inside the functions that need them
     "rollout": ({"objective"}, {"jax"}),
     "models": ({"files", "products", "rollout"}, {"jax", "flax", "numpy", "ml_dtypes"}),
     "data": (
@@ -96,6 +96,7 @@ HEAVY = {
     "array_record",
     "grain",
     "jinja2",
+    "jsonschema",
     "math_verify",
     "pyarrow",
     "re2",

@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_jax.data.tokenizers import HFTokenizer, read_bytes, read_json
+from grpo_jax.data.tokenizers import HFTokenizer, read_settings
+from grpo_jax.files import read_bounded
 
 TEMPLATE_CHARACTERS = 100_000  # the longest known has some 20,000
 WALL_SECONDS = 60.0  # a backstop: the limit that decides is of CPU time, the same on a busy machine
@@ -87,8 +88,8 @@ def read_chat(
     """
     if system is not None and set(tokenizer.parse(system)[0]) & tokenizer.special_ids:
         raise ValueError(f"the system prompt {system[:60]!r} holds the text of a special token")
-    named = {f"{kind}_token": tokenizer.token(kind) for kind in ("bos", "eos", "pad", "unk")}
-    variables = {name: token for name, token in named.items() if token is not None}
+    tokens = {f"{kind}_token": tokenizer.token(kind) for kind in ("bos", "eos", "pad", "unk")}
+    variables = {name: token for name, token in tokens.items() if token is not None}
     source, template = _read_template(tokenizer.folder)
     variables |= dict(arguments or {})
     try:
@@ -121,20 +122,24 @@ def frame_of(template: str, *, system: str | None = None, arguments: Mapping[str
         raise ValueError(f"the chat template has {len(template)} characters, more than {TEMPLATE_CHARACTERS}")
     if clash := {"messages", "add_generation_prompt"} & set(arguments or {}):
         raise ValueError(f"the chat template's variables {sorted(clash)} are not for arguments to set")
+
+    # The same conversation around a short text, and around a sentinel with three kinds of space at its sides.
     first = [] if system is None else [{"role": "system", "content": system}]
     texts = ["user", *(padding + _SENTINEL + padding[::-1] for padding in _PADDINGS)]
     conversations = [[*first, {"role": "user", "content": text}] for text in texts]
     variables = {"add_generation_prompt": True, "tools": None, "documents": None, **(arguments or {})}
     short, *rendered = _render(template, conversations, variables)
+
+    # What stands around the sentinel must be the same each time.
     parts = [text.split(_SENTINEL) for text in rendered]
-    if any(len(found) != 2 for found in parts):
+    if any(len(pieces) != 2 for pieces in parts):
         raise ValueError(
             "the chat template does not write the user's text once and as it is (or only stripped): such a template cannot "
             "be used"
         )
     before, after = parts[0]
-    left = _strips(_PADDINGS, [found[0].removeprefix(before) for found in parts])
-    right = _strips([padding[::-1] for padding in _PADDINGS], [found[1].removesuffix(after) for found in parts])
+    left = _strips(_PADDINGS, [pieces[0].removeprefix(before) for pieces in parts])
+    right = _strips([padding[::-1] for padding in _PADDINGS], [pieces[1].removesuffix(after) for pieces in parts])
     if left is None or right is None or short != before + "user" + after:
         raise ValueError("the chat template writes other things around one user's text than around another's")
     if system is not None and system.strip() not in before and system.strip() not in after:
@@ -155,11 +160,11 @@ def _depends(template: str, system: str | None, variables: dict[str, Any], name:
     return False
 
 
-def _strips(written: Sequence[str], found: Sequence[str]) -> bool | None:
+def _strips(paddings: Sequence[str], rendered: Sequence[str]) -> bool | None:
     """Whether a template strips one side of the user's text, from what it makes of spaces there; None: something else."""
-    if list(found) == list(written):
+    if list(rendered) == list(paddings):
         return False
-    return None if any(found) else True
+    return None if any(rendered) else True
 
 
 def _read_template(folder: Path) -> tuple[Path, str]:
@@ -167,22 +172,23 @@ def _read_template(folder: Path) -> tuple[Path, str]:
     path = folder / "chat_template.jinja"
     if path.exists():
         try:
-            return path, read_bytes(path, 4 * TEMPLATE_CHARACTERS).decode()
+            return path, read_bounded(path, 4 * TEMPLATE_CHARACTERS).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8: {error}") from None
     for path in (folder / "tokenizer_config.json", folder / "chat_template.json"):
-        found = read_json(path).get("chat_template")
-        if isinstance(found, list):
-            named = {
-                entry["name"]: entry.get("template") for entry in found if isinstance(entry, dict) and "name" in entry
-            }
-            if "default" not in named:
-                raise ValueError(f"{path}: of the chat templates {sorted(map(str, named))}, none is named 'default'")
-            found = named["default"]
-        if found is not None:
-            if not isinstance(found, str):
-                raise ValueError(f"{path}: its chat_template is a {type(found).__name__}, not a text")
-            return path, found
+        template = read_settings(path).get("chat_template")
+        if isinstance(template, list):
+            entries = [entry for entry in template if isinstance(entry, dict) and "name" in entry]
+            templates = {entry["name"]: entry.get("template") for entry in entries}
+            if "default" not in templates:
+                raise ValueError(
+                    f"{path}: of the chat templates {sorted(map(str, templates))}, none is named 'default'"
+                )
+            template = templates["default"]
+        if template is not None:
+            if not isinstance(template, str):
+                raise ValueError(f"{path}: its chat_template is a {type(template).__name__}, not a text")
+            return path, template
     raise ValueError(f"{folder}: no chat template in chat_template.jinja or tokenizer_config.json")
 
 

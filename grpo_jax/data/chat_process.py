@@ -18,9 +18,8 @@ MEMORY_BYTES = 512 << 20  # of address space; the interpreter and jinja2 take so
 CPU_SECONDS = 2
 OUTPUT_CHARACTERS = 1_000_000  # of one rendering
 REPLY_BYTES = 64 << 20  # of the file that the reply is written to: four renderings, in ASCII
-DATE = datetime.datetime(
-    2024, 7, 26
-)  # what templates of Llama 3 write without a clock; a run must not depend on the day
+# What templates of Llama 3 write without a clock; a run must not depend on the day.
+DATE = datetime.datetime(2024, 7, 26)
 
 
 def main() -> None:
@@ -62,9 +61,6 @@ def _render(template: str, conversations: Sequence[Any], variables: Mapping[str,
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    def strftime_now(form: str) -> str:
-        return DATE.strftime(form)
-
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, **other: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, **other)
 
@@ -72,7 +68,7 @@ def _render(template: str, conversations: Sequence[Any], variables: Mapping[str,
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
     compiled = environment.from_string(template)
     rendered = []
     for messages in conversations:

@@ -10,18 +10,10 @@ from grpo_jax.data.gsm8k import gsm8k
 from grpo_jax.data.reasoning import reasoning_gym
 from grpo_jax.data.splits import open_splits, read_split
 from grpo_jax.data.templates import parse_template
-from grpo_jax.tasks import (
-    Example,
-    Task,
-    arithmetic,
-    countdown,
-    find_answer,
-    find_target_check,
-    find_verifier,
-    stories,
-)
+from grpo_jax.tasks import Example, Task, arithmetic, countdown, find_answer, find_target_check, find_verifier, stories
 
-_SUCH_AS = {  # of the options that have no default
+# Examples of the options that have no default, for the error that asks for them.
+_SUCH_AS = {
     "source": "rows.jsonl",
     "prompt": "{question}",
     "target": "{answer}",
@@ -39,14 +31,8 @@ def make_task(name: str, /, **options: Any) -> Task:
     >>> make_task("arithmetic", operand_max=1).examples[-1]
     Example(prompt='1+1=', target='2')
     """
-    tasks: dict[str, Callable[..., Task]] = {
-        "arithmetic": arithmetic,
-        "stories": stories,
-        "countdown": countdown,
-        "gsm8k": gsm8k,
-        "dataset": dataset,
-        "reasoning_gym": reasoning_gym,
-    }
+    functions: tuple[Callable[..., Task], ...] = (arithmetic, stories, countdown, gsm8k, dataset, reasoning_gym)
+    tasks = {function.__name__: function for function in functions}
     if name not in tasks:
         raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(tasks)}")
     parameters = inspect.signature(tasks[name]).parameters.values()
@@ -87,7 +73,7 @@ def dataset(
     :2: the target 'many' is not one number (unparsable)
     """
     verify, check = find_verifier(verifier), find_target_check(verifier)
-    examples = _examples(source, split, prompt, target, data_dir, check)
+    examples = read_examples(source, split=split, prompt=prompt, target=target, data_dir=data_dir, check=check)
     return Task(Path(source).absolute().name, examples, verify, answer=find_answer(verifier))
 
 
@@ -98,6 +84,7 @@ def read_examples(
     prompt: str,
     target: str,
     data_dir: str | os.PathLike[str] | None = None,
+    check: Callable[[str], Any] | None = None,
 ) -> tuple[Example, ...]:
     """A prompt and a target from every row of a split, in the order of the dataset.
 
@@ -112,10 +99,11 @@ def read_examples(
         taken as it is spelled there.
       target: likewise, for the verifier: ``"{answer}"``.
       data_dir: where tensorflow-datasets keeps what it has prepared; None: ``$TFDS_DATA_DIR`` or ~/tensorflow_datasets.
+      check: raises ValueError for a target that is refused.
 
     Raises:
       ValueError: naming the file and line (from 1), or the split and row (from 0), of a row that is broken, lacks a field, or
-        whose prompt or target is empty; for a source, split or template that cannot be read.
+        whose prompt or target is empty or refused; for a source, split or template that cannot be read.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
@@ -123,27 +111,15 @@ def read_examples(
     ...     read_examples(file.name, split="train", prompt="Q: {question}", target="{answer}")
     (Example(prompt='Q: 7+8?', target='15'),)
     """
-    return _examples(source, split, prompt, target, data_dir, None)
-
-
-def _examples(
-    source: str | os.PathLike[str],
-    split: str,
-    prompt: str,
-    target: str,
-    data_dir: str | os.PathLike[str] | None,
-    check: Callable[[str], Any] | None,
-) -> tuple[Example, ...]:
     prompts, targets = parse_template(prompt), parse_template(target)
     if not prompts.fields:
         raise ValueError(f"prompt={prompt!r} names no field of a row, such as {{question}}")
 
     def make(row: Mapping[str, Any]) -> Example:
         example = Example(prompts.render(row), targets.render(row))
-        if not example.prompt.strip():
-            raise ValueError("the prompt is empty")
-        if not example.target.strip():
-            raise ValueError("the target is empty")
+        for name, text in example._asdict().items():
+            if not text.strip():
+                raise ValueError(f"the {name} is empty")
         if check:
             check(example.target)
         return example

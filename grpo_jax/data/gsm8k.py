@@ -74,6 +74,8 @@ def gsm8k(
     template, answers = parse_template(prompt), parse_template("{answer}")
     if set(template.fields) != {"question"}:
         raise ValueError(f"prompt={prompt!r} must hold the field {{question}}, and no other")
+
+    # Rows as examples and solutions.
     verify, answer, check = find_verifier(verifier), find_answer(verifier), find_target_check(verifier)
     ending = _FORMATS.get(verifier, _FORMATS["number_hash"])[1]
 
@@ -83,6 +85,7 @@ def gsm8k(
             check(number)
         return Example(template.render(row), number), solution + ending.format(number)
 
+    # The official rows, and no others.
     folder = prepared(path, data_dir)
     splits = open_splits(folder, ("question", "answer"))
     counts = {name: part.num_rows for name, part in splits.items()}
@@ -156,8 +159,8 @@ def _downloaded(split: str, folder: Path) -> Path:
 
 
 def _check(content: bytes, split: str, where: str) -> None:
-    if (found := hashlib.sha256(content).hexdigest()) != FILES[split].sha256:
+    if (digest := hashlib.sha256(content).hexdigest()) != FILES[split].sha256:
         raise ValueError(
-            f"{where} is not the official {split}.jsonl of GSM8K: {len(content)} bytes of sha256 {found}, "
+            f"{where} is not the official {split}.jsonl of GSM8K: {len(content)} bytes of sha256 {digest}, "
             f"not {FILES[split].sha256}; for other rows, use the task dataset"
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.data.chat import ChatFormat
 from grpo_jax.rollout import PromptBatch
 from grpo_jax.tasks import Task
 
@@ -13,33 +14,16 @@ from grpo_jax.tasks import Task
 class Tokenizer(Protocol):
     """What the trainer needs of a tokenizer: see `grpo_jax.data.tokenizers`."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def bos_id(self) -> int | None: ...
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def adds_bos(self) -> bool: ...
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    stop_ids: tuple[int, ...]
+    adds_bos: bool
 
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
-
-
-class Chat(Protocol):
-    """What turns a user's text into a whole prompt, its BOS included: see `grpo_jax.data.chat.read_chat`."""
-
-    def encode(self, text: str) -> list[int]: ...
 
 
 class PromptSet(NamedTuple):
@@ -65,7 +49,7 @@ def encode_prompts(
     max_prompt: int,
     max_completion: int,
     too_long: str = "error",
-    chat: Chat | None = None,
+    chat: ChatFormat | None = None,
 ) -> tuple[Task, PromptSet]:
     """Encodes every prompt and every demonstration of a task; none is ever cut.
 
@@ -83,7 +67,7 @@ def encode_prompts(
       chat: of the model, or None for a model that continues text.
 
     Returns:
-      The task with the examples that were kept, in their order (so ``len`` says how many were dropped, for one limit or the
+      The task with the examples that fit, in their order (so ``len`` says how many were dropped, for one limit or the
       other), and their `PromptSet`: row i is example i.
 
     Raises:
@@ -103,22 +87,26 @@ def encode_prompts(
         raise ValueError(f"too_long={too_long!r} is neither 'error' nor 'drop'")
     if not task.examples:
         raise ValueError(f"task {task.name!r} has no prompts")
+
+    # The tokens of every example, and the rows that fit.
     encoded = [_encode(task, row, tokenizer, chat, stop_id) for row in range(len(task.examples))]
-    kept = [
+    fitting = [
         row for row, (ids, answer) in enumerate(encoded) if len(ids) <= max_prompt and len(answer) <= max_completion
     ]
-    if not kept or (too_long == "error" and len(kept) < len(encoded)):
-        raise ValueError(_too_long(task, encoded, kept, max_prompt, max_completion))
-    width = max(len(encoded[row][0]) for row in kept)
-    tokens = np.full((len(kept), width), tokenizer.pad_id, np.int32)
+    if not fitting or (too_long == "error" and len(fitting) < len(encoded)):
+        raise ValueError(_too_long(task, encoded, fitting, max_prompt, max_completion))
+
+    # Prompts end at the right edge, and answers begin at the left.
+    width = max(len(encoded[row][0]) for row in fitting)
+    tokens = np.full((len(fitting), width), tokenizer.pad_id, np.int32)  # [N, S]
     mask = np.zeros(tokens.shape, bool)
-    answers = np.full((len(kept), max_completion), tokenizer.pad_id, np.int32)
+    answers = np.full((len(fitting), max_completion), tokenizer.pad_id, np.int32)  # [N, T]
     answer_mask = np.zeros(answers.shape, bool)
-    for i, (ids, answer) in enumerate(encoded[row] for row in kept):
+    for i, (ids, answer) in enumerate(encoded[row] for row in fitting):
         tokens[i, width - len(ids) :], mask[i, width - len(ids) :] = ids, True
         answers[i, : len(answer)], answer_mask[i, : len(answer)] = answer, True
-    if len(kept) < len(encoded):
-        task = task._replace(examples=tuple(task.examples[row] for row in kept))
+    if len(fitting) < len(encoded):
+        task = task._replace(examples=tuple(task.examples[row] for row in fitting))
     return task, PromptSet(tokens, mask, answers, answer_mask)
 
 
@@ -127,8 +115,10 @@ def prompt_batch(prompts: PromptSet, index: np.ndarray | jax.Array) -> PromptBat
     return PromptBatch(*map(jnp.asarray, (prompts.tokens[index], prompts.mask[index], index.astype(np.int32))))
 
 
-def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: Chat | None, stop_id: int) -> tuple[list[int], list[int]]:
-    """The ids of a prompt and of its demonstration, [] where the task has none."""
+_Encoded = tuple[list[int], list[int]]  # the ids of a prompt, and of its demonstration, [] where the task has none
+
+
+def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: ChatFormat | None, stop_id: int) -> _Encoded:
     example = task.examples[row]
     try:
         if chat is not None:
@@ -140,34 +130,26 @@ def _encode(task: Task, row: int, tokenizer: Tokenizer, chat: Chat | None, stop_
             raise ValueError("it has no tokens")
         return ids, [*tokenizer.encode(task.demonstrations(example)), stop_id] if task.demonstrations else []
     except ValueError as error:
-        raise ValueError(f"{_named(task, row)}: {error}") from error
+        raise ValueError(f"{_describe(task, row)}: {error}") from error
 
 
-def _too_long(
-    task: Task, encoded: list[tuple[list[int], list[int]]], kept: list[int], max_prompt: int, max_completion: int
-) -> str:
+def _too_long(task: Task, encoded: list[_Encoded], fitting: list[int], max_prompt: int, max_completion: int) -> str:
     """Which example is the first that does not fit, how many do not, and which limits would hold all."""
-    row = min(set(range(len(encoded))) - set(kept))
-    (size, answer_size), count = map(len, encoded[row]), len(encoded) - len(kept)
+    row = min(set(range(len(encoded))) - set(fitting))
+    (size, answer_size), count = map(len, encoded[row]), len(encoded) - len(fitting)
     longest, longest_answer = (max(map(len, column)) for column in zip(*encoded, strict=True))
     if size > max_prompt:
-        first = f"{_named(task, row)} has {size} tokens; data.max_prompt={max_prompt} allows {max_prompt}"
+        first = f"{_describe(task, row)} has {size} tokens; data.max_prompt={max_prompt} allows {max_prompt}"
     else:
         first = (
-            f"the answer to {_named(task, row)} has {answer_size} tokens, its stop token included; "
+            f"the answer to {_describe(task, row)} has {answer_size} tokens, its stop token included; "
             f"rollout.max_completion={max_completion} allows {max_completion}"
         )
-    limits = [
-        f"{key}={longest}"
-        for key, longest, most in (
-            ("data.max_prompt", longest, max_prompt),
-            ("rollout.max_completion", longest_answer, max_completion),
-        )
-        if longest > most
-    ]
-    drop = ", data.too_long='drop' leaves them out" if kept else ""
+    limits = [f"data.max_prompt={longest}"] if longest > max_prompt else []
+    limits += [f"rollout.max_completion={longest_answer}"] if longest_answer > max_completion else []
+    drop = ", data.too_long='drop' leaves them out" if fitting else ""
     return f"{first}. {count} of {len(encoded)} prompts do not fit: {' and '.join(limits)} would hold all{drop}"
 
 
-def _named(task: Task, row: int) -> str:
+def _describe(task: Task, row: int) -> str:
     return f"prompt {row} of task {task.name!r} ({task.examples[row].prompt[:60]!r})"

@@ -3,42 +3,17 @@
 from grpo_jax.tasks import Example, Task, find_answer, find_target_check, find_verifier
 
 AUDITED_VERSION = "0.1.25"
-AUDITED = {
-    "basic_arithmetic": "number_tag",
-    "binary_alternation": "number_tag",
-    "chain_sum": "number_tag",
-    "count_bits": "number_tag",
-    "count_primes": "number_tag",
-    "decimal_chain_sum": "number_tag",
-    "gcd": "number_tag",
-    "gsm_symbolic": "number_tag",
-    "largest_island": "number_tag",
-    "lcm": "number_tag",
-    "leg_counting": "number_tag",
-    "letter_counting": "number_tag",
-    "maze": "number_tag",
-    "number_format": "number_tag",
-    "products": "number_tag",
-    "rectangle_count": "number_tag",
-    "rotten_oranges": "number_tag",
-    "self_reference": "number_tag",
-    "simple_equations": "number_tag",
-    "simple_geometry": "number_tag",
-    "base_conversion": "exact",
-    "caesar_cipher": "exact",
-    "color_cube_rotation": "exact",
-    "manipulate_matrix": "exact",
-    "needle_haystack": "exact",
-    "rotate_matrix": "exact",
-    "spell_backward": "exact",
-    "spiral_matrix": "exact",
-    "string_insertion": "exact",
-    "string_manipulation": "exact",
-    "string_splitting": "exact",
-    "string_synthesis": "exact",
-    "word_sequence_reversal": "exact",
-    "word_sorting": "exact",
-}
+AUDITED = dict.fromkeys(
+    ["basic_arithmetic", "binary_alternation", "chain_sum", "count_bits", "count_primes", "decimal_chain_sum", "gcd",
+     "gsm_symbolic", "largest_island", "lcm", "leg_counting", "letter_counting", "maze", "number_format", "products",
+     "rectangle_count", "rotten_oranges", "self_reference", "simple_equations", "simple_geometry"],
+    "number_tag",
+) | dict.fromkeys(
+    ["base_conversion", "caesar_cipher", "color_cube_rotation", "manipulate_matrix", "needle_haystack", "rotate_matrix",
+     "spell_backward", "spiral_matrix", "string_insertion", "string_manipulation", "string_splitting",
+     "string_synthesis", "word_sequence_reversal", "word_sorting"],
+    "exact",
+)  # fmt: skip
 """Generators whose questions have one right answer, and the verifier that judges it.
 
 Not here: those with several right answers (n_queens, jugs, word_ladder) or several spellings of it (time_intervals,

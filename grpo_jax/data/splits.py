@@ -88,15 +88,18 @@ def _slices(splits: dict[str, Split], spec: str) -> list[tuple[str, int, int]]:
 
     sizes = {name: tfds.core.SplitInfo(name, [split.num_rows], 0) for name, split in splits.items()}
     try:
-        found = tfds.core.ReadInstruction.from_spec(spec).to_absolute(sizes)
+        pieces = tfds.core.ReadInstruction.from_spec(spec).to_absolute(sizes)
     except (ValueError, NotImplementedError) as error:
         there = ", ".join(f"{name} ({split.num_rows} rows)" for name, split in splits.items())
-        alone = (
-            "; the rows of a single file are its split train, whatever its name" if list(splits) == ["train"] else ""
-        )
-        raise ValueError(f"split {spec!r}: {' '.join(str(error).split())} There are: {there}{alone}") from None
-    ends = [splits[x.splitname].num_rows if x.to is None else x.to for x in found]
-    return [(x.splitname, x.from_ or 0, max(x.from_ or 0, stop)) for x, stop in zip(found, ends, strict=True)]
+        if list(splits) == ["train"]:
+            there += "; the rows of a single file are its split train, whatever its name"
+        raise ValueError(f"split {spec!r}: {' '.join(str(error).split())} There are: {there}") from None
+    slices = []
+    for piece in pieces:
+        start = piece.from_ or 0
+        stop = splits[piece.splitname].num_rows if piece.to is None else piece.to
+        slices.append((piece.splitname, start, max(start, stop)))
+    return slices
 
 
 def _file(path: Path, kind: str, fields: tuple[str, ...]) -> Split:
@@ -104,23 +107,23 @@ def _file(path: Path, kind: str, fields: tuple[str, ...]) -> Split:
 
 
 def _folder(folder: Path, fields: tuple[str, ...]) -> dict[str, Split]:
-    found: dict[str, list[re.Match[str]]] = {}
+    files: dict[str, list[str]] = {}
+    kinds: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         if match := _FILE.fullmatch(path.name):
-            found.setdefault(match["split"], []).append(match)
-    if not found:
+            files.setdefault(match["split"], []).append(path.name)
+            kinds.setdefault(match["split"], match["kind"])
+    if not files:
         raise ValueError(f"{folder}: holds no .jsonl, .ndjson or .parquet file, nor a prepared dataset")
-    for name, matches in found.items():
-        files, kind = [match.string for match in matches], matches[0]["kind"]
-        parts = [f"{name}-{i:05}-of-{len(files):05}.{kind}" for i in range(len(files))]
-        if files != [f"{name}.{kind}"] and files != parts:
+    splits = {}
+    for name, names in files.items():
+        parts = [f"{name}-{i:05}-of-{len(names):05}.{kinds[name]}" for i in range(len(names))]
+        if names not in ([f"{name}.{kinds[name]}"], parts):
             raise ValueError(
-                f"{folder}: split {name!r} wants one file, or all parts of one; there are: {', '.join(files)}"
+                f"{folder}: split {name!r} wants one file, or all parts of one; there are: {', '.join(names)}"
             )
-    return {
-        name: _joined([_file(folder / match.string, match["kind"], fields) for match in matches])
-        for name, matches in found.items()
-    }
+        splits[name] = _joined([_file(folder / part, kinds[name], fields) for part in names])
+    return splits
 
 
 def _joined(parts: list[Split]) -> Split:
@@ -153,11 +156,10 @@ def _parquet(path: Path, fields: tuple[str, ...]) -> Split:
             raise ValueError(f"{path}: cannot be read as Parquet: {error}") from None
         columns = {name: table.column(name) for name in table.column_names}
         # A number in its own width: 0.1 of 32 bits would become 0.10000000149011612 as a Python float.
-        narrow = {
-            name: c.type.to_pandas_dtype()
-            for name, c in columns.items()
-            if c.type in (pyarrow.float16(), pyarrow.float32())
+        floats = {
+            name: column for name, column in columns.items() if column.type in (pyarrow.float16(), pyarrow.float32())
         }
+        narrow = {name: column.type.to_pandas_dtype() for name, column in floats.items()}
 
         def value(name: str, cell: Any) -> Any:
             return narrow[name](cell) if name in narrow and cell is not None else cell
@@ -165,7 +167,7 @@ def _parquet(path: Path, fields: tuple[str, ...]) -> Split:
         def row(i: int) -> Any:
             return make({name: value(name, column[i].as_py()) for name, column in columns.items()})
 
-        return [_named(f"{path}[{start + i}]", row, i) for i in range(table.num_rows)]
+        return [_naming(f"{path}[{start + i}]", row, i) for i in range(table.num_rows)]
 
     return Split(file.metadata.num_rows, read)
 
@@ -199,18 +201,19 @@ def _prepared(folder: str | Path) -> dict[str, Split]:
 
     def read(split: str, make: Make, start: int, stop: int) -> list[Any]:
         info, where = builder.info.splits[split], f"{folder}, {split}"
-        stored = len(_named(where, ArrayRecordDataSource, [os.fspath(file) for file in info.filepaths]))
+        stored = len(_naming(where, ArrayRecordDataSource, [os.fspath(file) for file in info.filepaths]))
         if stored != info.num_examples:
             raise ValueError(f"{where}: has {stored} rows, not {info.num_examples}; prepare it again")
-        rows = _named(where, builder.as_data_source, split)
-        return [_named(f"{where}[{i}]", lambda i: make(rows[i]), i) for i in range(start, stop)]
+        rows = _naming(where, builder.as_data_source, split)
+        return [_naming(f"{where}[{i}]", lambda i: make(rows[i]), i) for i in range(start, stop)]
 
     return {
         str(name): Split(split.num_examples, partial(read, str(name))) for name, split in builder.info.splits.items()
     }
 
 
-def _named(where: str, make: Callable[..., Any], *arguments: Any) -> Any:
+def _naming(where: str, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``make`` returns; its errors as a ValueError that says where."""
     try:
         return make(*arguments)
     except ValueError as error:

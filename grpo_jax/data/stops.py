@@ -7,7 +7,7 @@ state to a state, and the whole becomes one table that a sampler can step with o
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 
@@ -60,7 +60,8 @@ def stop_table(tokenizer: Tokenizer, strings: Sequence[str], *, vocab_size: int 
         raise ValueError(f"the tokenizer has {len(texts):,} tokens, and the model only {columns:,}")
     different, which = np.unique(np.array([*texts, *[b""] * (columns - len(texts))], object), return_inverse=True)
     for word in words:
-        if not _reaches_the_end(_over_tokens(_automaton([word]), different)):
+        table = _over_tokens(_automaton([word]), different)
+        if len(table) - 1 not in _reachable(table):
             raise ValueError(
                 f"no tokens of this vocabulary make the stop string {word.decode()!r}: it would never be found"
             )
@@ -84,7 +85,10 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _of_folder(tokenizer: HFTokenizer) -> list[bytes]:
-    library = tokenizer._tokenizer  # the library's own object: what its tokens mean is its decoder's to say
+    library = tokenizer._tokenizer  # the library's own object, whose decoder says what its tokens mean
+    where = tokenizer.folder / "tokenizer.json"
+
+    # What the decoder does to the tokens of a text, step by step.
     decoder = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {"type": "none"}
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     replacements: list[tuple[str, str]] = []
@@ -104,14 +108,11 @@ def _of_folder(tokenizer: HFTokenizer) -> list[bytes]:
             case {"type": "Strip", "stop": 0} if fused:  # the first space of a whole text
                 pass
             case _:
-                raise ValueError(
-                    f"{tokenizer.folder / 'tokenizer.json'}: stop strings need a byte-level or SentencePiece decoder, not "
-                    f"{step!r:.60}"
-                )
+                raise ValueError(f"{where}: stop strings need a byte-level or SentencePiece decoder, not {step!r:.60}")
     if not (byte_level or replacements or byte_fallback):
-        raise ValueError(
-            f"{tokenizer.folder / 'tokenizer.json'}: stop strings need a decoder that joins tokens into text"
-        )
+        raise ValueError(f"{where}: stop strings need a decoder that joins tokens into text")
+
+    # The same done to each token alone.
     texts = [b""] * tokenizer.vocab_size
     for text, i in library.get_vocab(with_added_tokens=True).items():
         if i in tokenizer.special_ids:
@@ -179,17 +180,23 @@ def _automaton(words: Iterable[bytes]) -> np.ndarray:
 
 def _with_one_end(step: np.ndarray, ends: set[int]) -> np.ndarray:
     """Merges the states ``ends`` into one, the last, which nothing leaves, and drops what only they led to."""
+    others = sorted(_reachable(step, ends) - ends)
+    last = len(others)
+    number = np.full(len(step), last)
+    number[others] = np.arange(last)
+    return np.concatenate([number[step[others]], np.full((1, 256), last)]).astype(np.min_scalar_type(last))
+
+
+def _reachable(table: np.ndarray, ends: Container[int] = ()) -> set[int]:
+    """The states to which a way leads from state 0; it may end in one of ``ends``, but not lead through it."""
     reached, queue = {0}, deque([0])
     while queue:
-        for target in map(int, np.unique(step[queue.popleft()])):
-            if target not in reached and target not in ends:
-                reached.add(target)
-                queue.append(target)
-    kept = sorted(reached)
-    number = np.full(len(step), len(kept))
-    number[kept] = np.arange(len(kept))
-    last = np.full((1, 256), len(kept))
-    return np.concatenate([number[step[kept]], last]).astype(np.min_scalar_type(len(kept)))
+        for state in map(int, np.unique(table[queue.popleft()])):
+            if state not in reached:
+                reached.add(state)
+                if state not in ends:
+                    queue.append(state)
+    return reached
 
 
 def _over_tokens(step: np.ndarray, texts: Sequence[bytes] | np.ndarray) -> np.ndarray:
@@ -205,13 +212,3 @@ def _over_tokens(step: np.ndarray, texts: Sequence[bytes] | np.ndarray) -> np.nd
     table = np.empty_like(state)
     table[:, order] = state
     return table
-
-
-def _reaches_the_end(table: np.ndarray) -> bool:
-    seen, queue = {0}, deque([0])
-    while queue:
-        for target in map(int, np.unique(table[queue.popleft()])):
-            if target not in seen:
-                seen.add(target)
-                queue.append(target)
-    return len(table) - 1 in seen

@@ -5,7 +5,6 @@ The classes share one face: ``encode`` never adds nor forges a control token, ``
 ``adds_bos`` says whether a text that stands alone begins with the BOS.
 """
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +12,24 @@ from typing import Any
 
 import tokenizers
 
+from grpo_jax.files import read_bounded, read_bounded_json
+
 TOKENIZER_BYTES = 128 << 20  # of a tokenizer.json; the largest known, of 262,000 tokens, has some 33 MB
 JSON_BYTES = 16 << 20  # of the small files beside it
 MAX_ID = 1 << 24  # no vocabulary is that large; and ids must fit int32
 
 
-class CharTokenizer:
+class _SmallTokenizer:
+    """The control tokens of a vocabulary without a file."""
+
+    pad_id: int = 0
+    bos_id: int | None = 1
+    eos_id: int | None = 2
+    stop_ids: tuple[int, ...] = (2,)
+    adds_bos: bool = True
+
+
+class CharTokenizer(_SmallTokenizer):
     """One id per character of an alphabet, after 0 pad, 1 bos, 2 eos.
 
     ValueError for an alphabet that is empty, repeats a character or holds half of a surrogate pair, and for text outside it.
@@ -33,11 +44,6 @@ class CharTokenizer:
             raise ValueError(f"alphabet {alphabet!r} is empty or repeats a character")
         _check_text(alphabet)
         self.alphabet = alphabet
-        self.pad_id: int = 0
-        self.bos_id: int | None = 1
-        self.eos_id: int | None = 2
-        self.stop_ids: tuple[int, ...] = (2,)
-        self.adds_bos = True
         self.vocab_size = 3 + len(alphabet)
         self._ids = {character: 3 + i for i, character in enumerate(alphabet)}
 
@@ -53,7 +59,7 @@ class CharTokenizer:
         return "".join(self.alphabet[i - 3] for i in map(int, ids) if 3 <= i < self.vocab_size)
 
 
-class ByteTokenizer:
+class ByteTokenizer(_SmallTokenizer):
     """One id per byte of UTF-8, after 0 pad, 1 bos, 2 eos: any text, without a file.
 
     >>> tokenizer = ByteTokenizer()
@@ -61,13 +67,7 @@ class ByteTokenizer:
     ([198, 172, 64], 'é=', '�')
     """
 
-    def __init__(self) -> None:
-        self.pad_id: int = 0
-        self.bos_id: int | None = 1
-        self.eos_id: int | None = 2
-        self.stop_ids: tuple[int, ...] = (2,)
-        self.adds_bos = True
-        self.vocab_size = 3 + 256
+    vocab_size: int = 3 + 256
 
     def encode(self, text: str) -> list[int]:
         """Ids of the bytes, no control token added; ValueError where half of a surrogate pair stands alone."""
@@ -107,7 +107,7 @@ class HFTokenizer:
         path = self.folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        data = read_bytes(path, TOKENIZER_BYTES)
+        data = read_bounded(path, TOKENIZER_BYTES)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises nothing more specific
@@ -120,8 +120,8 @@ class HFTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if self.vocab_size > MAX_ID:
             raise ValueError(f"{path}: its token ids go up to {self.vocab_size - 1}, beyond any vocabulary")
-        self._named = {
-            name: read_json(self.folder / f"{name}.json")
+        self._settings = {
+            name: read_settings(self.folder / f"{name}.json")
             for name in ("tokenizer_config", "special_tokens_map", "config", "generation_config")
         }
         bos, eos, pad = map(self._control_ids, ("bos", "eos", "pad"))
@@ -143,10 +143,10 @@ class HFTokenizer:
         _check_text(text)
         self._tokenizer.encode_special_tokens = False
         try:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = True
-        return found.ids, found.offsets
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, U+FFFD for bytes that are not UTF-8; control tokens and ids outside the vocabulary are skipped."""
@@ -156,9 +156,9 @@ class HFTokenizer:
     def token(self, kind: str) -> str | None:
         """The text of the "bos", "eos", "pad" or "unk" token as tokenizer_config.json or special_tokens_map.json name it."""
         for name in ("tokenizer_config", "special_tokens_map"):
-            if f"{kind}_token" not in self._named[name]:
+            if f"{kind}_token" not in self._settings[name]:
                 continue
-            token = self._named[name][f"{kind}_token"]
+            token = self._settings[name][f"{kind}_token"]
             token = token.get("content") if isinstance(token, dict) else token
             if token is None and kind != "bos":  # for the BOS, null says in so many words that there is none
                 continue
@@ -170,33 +170,33 @@ class HFTokenizer:
     def _control_ids(self, kind: str) -> list[int]:
         """Ids named for one purpose, the one to use first, each made special and beyond the reach of text."""
         token = self.token(kind)
-        found = []
+        ids = []
         if token is not None:
-            found.append(self._checked(token, self._tokenizer.token_to_id(token), kind))
-        unused = kind == "bos" and "bos_token" in self._named["tokenizer_config"]
-        for name in () if unused or (found and kind != "eos") else ("config", "generation_config"):
-            ids: Any = self._named[name].get(f"{kind}_token_id")
-            for i in ids if isinstance(ids, list) else [ids]:
+            ids.append(self._checked(token, self._tokenizer.token_to_id(token), kind))
+        unused = kind == "bos" and "bos_token" in self._settings["tokenizer_config"]
+        for name in () if unused or (ids and kind != "eos") else ("config", "generation_config"):
+            named: Any = self._settings[name].get(f"{kind}_token_id")
+            for i in named if isinstance(named, list) else [named]:
                 if i is None or (kind == "pad" and i == -1):  # -1: none, in the oldest Llama folders
                     continue
                 known = type(i) is int and 0 <= i < self.vocab_size
-                found.append(self._checked(self._tokenizer.id_to_token(i) if known else None, i, kind))
-        return list(dict.fromkeys(found))
+                ids.append(self._checked(self._tokenizer.id_to_token(i) if known else None, i, kind))
+        return list(dict.fromkeys(ids))
 
-    def _checked(self, token: str | None, found: Any, kind: str) -> int:
-        if token is None or found is None:
-            name = found if token is None else token
+    def _checked(self, token: str | None, token_id: Any, kind: str) -> int:
+        if token is None or token_id is None:
+            name = token_id if token is None else token
             raise ValueError(f"{self.folder}: the {kind} token {name!r} is not in tokenizer.json's vocabulary")
         # Only tokens marked special are kept out of what is encoded and decoded; some files do not mark theirs.
         self._tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-        if found in self.encode(token):
+        if token_id in self.encode(token):
             raise ValueError(
                 f"{self.folder}: the text {token!r} is encoded as the {kind} token, so text could forge it"
             )
-        return found
+        return token_id
 
     def _adds_bos(self, path: Path) -> bool:
-        flag = self._named["tokenizer_config"].get("add_bos_token")
+        flag = self._settings["tokenizer_config"].get("add_bos_token")
         if not isinstance(flag, bool | None):
             raise ValueError(f"{self.folder}/tokenizer_config.json: add_bos_token is {flag!r}, not true or false")
         if self._tokenizer.post_processor is None:
@@ -213,31 +213,10 @@ class HFTokenizer:
         return bool(prefix)
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """A regular file of at most ``most`` bytes; ValueError naming it otherwise."""
-    if not path.is_file():
-        raise ValueError(f"{path}: not a regular file")
-    with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path}: larger than {most} bytes")
-    return data
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a small file, {} where there is none; ValueError naming the file for anything else."""
-    if not path.exists():
-        return {}
-    try:
-        entries = json.loads(read_bytes(path, JSON_BYTES))
-    except RecursionError as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    except ValueError as error:
-        named = str(error).startswith(str(path))
-        raise error if named else ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return entries
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in one of the small files of a folder, {} where there is none; ValueError naming the file for anything else."""
+    # A key that occurs twice is allowed here, as it is to transformers, which wrote these files.
+    return read_bounded_json(path, JSON_BYTES, unique=False) if path.exists() else {}
 
 
 def _check_text(text: str) -> None:

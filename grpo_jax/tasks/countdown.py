@@ -1,6 +1,6 @@
-"""Countdown: make a number out of given ones with + - * / and parentheses, each given number used exactly once.
+"""Countdown: make a total out of some numbers with + - * / and parentheses, using each number exactly once.
 
-Puzzles are drawn here, so that each has a solution; answers are read by a parser of a dozen lines, in exact fractions.
+Puzzles are made here, from random steps that solve them; answers are read by a parser of a dozen lines, in exact fractions.
 A target is text, ``24: 3 8 8 1``: what to make, and from what; ``24: [3, 8, 8, 1]`` says the same.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from grpo_jax.tasks.answers import TAG, last_answer
+from grpo_jax.tasks.answers import TAG, last_answer, nesting
 from grpo_jax.tasks.task import Example, Task, Verdict
 
 PROMPT = (
@@ -21,7 +21,8 @@ MAX_CHARACTERS, MAX_DEPTH = 256, 32
 """An answer of more characters, or with more parentheses open at a time, is ``too_long``."""
 
 _SPELLINGS = str.maketrans("×÷−", "*/-")
-_TOKEN = re.compile(r"[ \t\r\n]*(0|[1-9][0-9]*|[-+*/()])")
+_SPACE = re.compile(r"[ \t\r\n]+")
+_TOKEN = re.compile(r"0|[1-9][0-9]*|[-+*/()]")
 _TARGET = re.compile(r"([0-9]{1,9}): ?(\[?)([0-9]{1,9}(?:,? [0-9]{1,9}){1,15})(\]?)")
 
 
@@ -45,16 +46,19 @@ def countdown(
     >>> task.examples[0], task.demonstrations(task.examples[0])
     (Example(prompt='16 23 25 = 64? ', target='64: 16 23 25'), '<answer>25+23+16</answer>')
     """
-    limits = {"num_examples": 10**7, "max_number": 10**6, "max_total": 10**9 - 1}
-    given = {"num_examples": num_examples, "max_number": max_number, "max_total": max_total}
-    if wrong := [
-        f"{name}={value} must be 1 to {limits[name]}" for name, value in given.items() if not 1 <= value <= limits[name]
-    ]:
+    options = (
+        ("num_examples", num_examples, 10**7),
+        ("max_number", max_number, 10**6),
+        ("max_total", max_total, 10**9 - 1),
+    )
+    if wrong := [f"{name}={value} must be 1 to {most}" for name, value, most in options if not 1 <= value <= most]:
         raise ValueError("; ".join(wrong))
     if not 2 <= num_numbers <= 6:
         raise ValueError(f"num_numbers={num_numbers} must be 2 to 6")
     if "{numbers}" not in prompt or "{total}" not in prompt:
         raise ValueError(f"prompt={prompt!r} must hold {{numbers}} and {{total}}")
+
+    # Puzzles that have a solution: numbers at random, and the total that random steps make of them.
     random_float = random.Random(seed).random  # the one method whose numbers no Python version may change
     seen = set()
     solutions: dict[str, str] = {}
@@ -80,7 +84,7 @@ def countdown(
 
 
 def verify(completion: str, target: str, truncated: bool) -> Verdict:
-    """Correct iff the last ``<answer>…</answer>`` holds an expression of the given numbers, each once, that makes the total.
+    """Correct iff the last ``<answer>…</answer>`` holds an expression of the numbers, each once, that makes the total.
 
     An expression has whole numbers in ASCII digits, ``+ - * /`` (or ``− × ÷``), parentheses, and white space; a minus may
     open the whole or a parenthesis. Nothing else is read: ``3*8=24``, ``3.0``, ``1_0``, ``08``, ``2**3`` are ``unparsable``,
@@ -129,7 +133,7 @@ def _read_target(target: str) -> tuple[int, list[int]]:
 
 
 def _combine(numbers: list[int], random_float: Callable[[], float]) -> tuple[int, str]:
-    """Two at a time, until one is left: its value and its expression."""
+    """Combines two of the numbers at a time until one is left; returns its value and its expression."""
     left = [(number, str(number), 3) for number in numbers]  # value, text, how tightly it binds: 1 sum, 2 product
     while len(left) > 1:
         a, b = sorted((left.pop(int(random_float() * len(left))) for _ in range(2)), reverse=True)
@@ -161,11 +165,8 @@ def _parse(completion: str, truncated: bool) -> "_Expression | Verdict":
     tokens = _tokens(bodies[-1])
     if tokens is None or any(_tokens(other) != tokens for other in bodies):
         return Verdict.unparsable
-    depth = 0
-    for token in tokens:
-        depth += (token == "(") - (token == ")")
-        if depth > MAX_DEPTH:
-            return Verdict.too_long
+    if nesting(token for token in tokens if token in "()") > MAX_DEPTH:
+        return Verdict.too_long
     tokens.reverse()
     try:
         expression = _sum(tokens)
@@ -175,15 +176,10 @@ def _parse(completion: str, truncated: bool) -> "_Expression | Verdict":
 
 
 def _tokens(text: str) -> list[str] | None:
-    text = text.translate(_SPELLINGS).rstrip(" \t\r\n")
-    tokens, position = [], 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if not match:
-            return None
-        tokens.append(match[1])
-        position = match.end()
-    return tokens
+    """The numbers, operators and parentheses of a text; None where it holds anything else."""
+    text = text.translate(_SPELLINGS)
+    tokens = _TOKEN.findall(text)
+    return tokens if "".join(tokens) == _SPACE.sub("", text) else None
 
 
 class _NotAnExpression(Exception):
@@ -238,12 +234,9 @@ def _join(kind: str, parts: list[tuple[bool, _Expression]]) -> _Expression:
 def _spell(expression: _Expression) -> str:
     if not expression.kind:
         return str(expression.numbers[0])
-    inverse_sign = "-" if expression.kind == "+" else "/"
+    signs = "+-" if expression.kind == "+" else "*/"
     texts = []
     for inverse, part in expression.parts:
         text = _spell(part)
         texts.append((inverse, f"({text})" if expression.kind == "*" and part.kind else text))
-    texts.sort()
-    return "".join((inverse_sign if inverse else expression.kind) + text for inverse, text in texts).removeprefix(
-        expression.kind
-    )
+    return "".join(signs[inverse] + text for inverse, text in sorted(texts)).removeprefix(expression.kind)

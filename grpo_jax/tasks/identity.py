@@ -1,4 +1,4 @@
-"""What a task is, in a few characters: a run, or an evaluation, that goes on later must find the same data and verifier."""
+"""Digests of a task: a run or an evaluation that is resumed must find the same data and the same verifier."""
 
 import hashlib
 import json

@@ -1,12 +1,12 @@
 r"""Exact numeric answers: ``#### 42``, ``\boxed{42}``, ``<answer>42</answer>``, or the last number of the text.
 
-Which answer of a completion counts, says ``answers.py``: the last one of its first turn, if it is finished. What is a number, and
-when two are equal, says ``rational.py``: 1,000.00 is 1000, 3.50 is 7/2, 42 km is 42, 42.0000001 is not, and nothing is equal to a
-text that is no number. Answers with no word of running text between them, such as "or", are refused unless they are equal.
+``answers.py`` decides which answer of a completion counts: the last one of its first turn, if it is finished. ``rational.py``
+decides what a number is and when two are equal: 1,000.00 is 1000, 3.50 is 7/2, 42 km is 42, 42.0000001 is not, and a text that
+is no number equals nothing. Answers with no word of running text between them ("41 or 42") are refused unless they are equal.
 
-``verify_last`` looks at the last number alone, without marks: it believes any text that ends in the right number, and is there
-for models that know no format. Time is linear in the text; answers are looked for in the last
-16,384 characters of the first turn, and have at most 512.
+``verify_last`` takes the last number of the text, without marks. It believes any text that ends in the right number, and is meant
+for models that know no format. Time is linear in the text. Answers are looked for in the last 16,384 characters of the first
+turn, and have at most 512 characters.
 """
 
 import re
@@ -30,7 +30,7 @@ def verify_hash(completion: str, target: str, truncated: bool) -> Verdict:
     >>> [str(verify_hash(text, "42", True)) for text in ("#### 42\nThat", "#### 42")]
     ['correct', 'too_long']
     """
-    return _verdict(_given(completion, truncated, HASH), target)
+    return _verdict(_stated_number(completion, truncated, HASH), target)
 
 
 def verify_boxed(completion: str, target: str, truncated: bool) -> Verdict:
@@ -43,7 +43,7 @@ def verify_boxed(completion: str, target: str, truncated: bool) -> Verdict:
     >>> [str(verify_boxed(text, "42", False)) for text in texts]
     ['correct', 'correct', 'unparsable']
     """
-    return _verdict(_given(completion, truncated, BOXED), target)
+    return _verdict(_stated_number(completion, truncated, BOXED), target)
 
 
 def verify_tag(completion: str, target: str, truncated: bool) -> Verdict:
@@ -56,7 +56,7 @@ def verify_tag(completion: str, target: str, truncated: bool) -> Verdict:
     >>> [str(verify_tag(text, "42", False)) for text in texts]
     ['correct', 'wrong', 'unparsable']
     """
-    return _verdict(_given(completion, truncated, TAG), target)
+    return _verdict(_stated_number(completion, truncated, TAG), target)
 
 
 def verify_last(completion: str, target: str, truncated: bool) -> Verdict:
@@ -68,7 +68,7 @@ def verify_last(completion: str, target: str, truncated: bool) -> Verdict:
     >>> [str(verify_last(text, "42", False)) for text in ("So it is 84/2 km.", "42 of 100", "1,2,42", "cm^2")]
     ['correct', 'wrong', 'unparsable', 'unparsable']
     """
-    return _verdict(_given(completion, truncated, _LAST), target)
+    return _verdict(_stated_number(completion, truncated, _LAST), target)
 
 
 def answer_hash(completion: str) -> str | None:
@@ -79,7 +79,7 @@ def answer_hash(completion: str) -> str | None:
     >>> answer_hash("#### 3.50"), answer_hash("#### 4.2e1 km"), answer_hash("42")
     ('7/2', '42', None)
     """
-    return _spelling(_given(completion, False, HASH))
+    return _spelling(_stated_number(completion, False, HASH))
 
 
 def answer_boxed(completion: str) -> str | None:
@@ -88,7 +88,7 @@ def answer_boxed(completion: str) -> str | None:
     >>> answer_boxed(r"\boxed{-\frac{14}{4}}"), answer_boxed(r"\boxed{-\infty}"), answer_boxed(r"\boxed{\frac00}")
     ('-7/2', '-∞', None)
     """
-    return _spelling(_given(completion, False, BOXED))
+    return _spelling(_stated_number(completion, False, BOXED))
 
 
 def answer_tag(completion: str) -> str | None:
@@ -97,7 +97,7 @@ def answer_tag(completion: str) -> str | None:
     >>> answer_tag("<answer>1,000</answer>"), answer_tag("<answer>1,00</answer>")
     ('1000', None)
     """
-    return _spelling(_given(completion, False, TAG))
+    return _spelling(_stated_number(completion, False, TAG))
 
 
 def answer_last(completion: str) -> str | None:
@@ -106,7 +106,7 @@ def answer_last(completion: str) -> str | None:
     >>> answer_last("16 - 3 - 4 = 9 eggs, of 12"), answer_last("none")
     ('12', None)
     """
-    return _spelling(_given(completion, False, _LAST))
+    return _spelling(_stated_number(completion, False, _LAST))
 
 
 @lru_cache(maxsize=1024)
@@ -124,7 +124,7 @@ def check_target(target: str) -> str:
     ValueError: the target '3,5' is not one number (unparsable)
     """
     marked = next((form for form in (HASH, BOXED, TAG) if form.begins.search(target)), None)
-    value = _given(target, False, marked) if marked else read_number(target)
+    value = _stated_number(target, False, marked) if marked else read_number(target)
     if isinstance(value, Verdict):
         raise ValueError(f"the target {target[-200:]!r} is not one number ({value})")
     return value
@@ -141,8 +141,8 @@ def _spelling(value: str | Verdict) -> str | None:
     return None if isinstance(value, Verdict) else value
 
 
-def _given(completion: str, truncated: bool, form: Form) -> str | Verdict:
-    """The number that a completion gives as its answer."""
+def _stated_number(completion: str, truncated: bool, form: Form) -> str | Verdict:
+    """The number that a completion states as its answer."""
     bodies = last_answer(completion, truncated, form)
     if isinstance(bodies, Verdict):
         return bodies

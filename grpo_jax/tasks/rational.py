@@ -4,13 +4,13 @@ r"""Reads one number out of text, exactly: the value in one spelling, or why the
     dropped   $…$  \(…\)  \text{…}  **…**  a name ("x =", "Final answer:")  currency  %  a unit ("km/h", "dollars a day")
     refused   40+2  1=42  41 or 42  3,5  1,00  1.000,5  0,500  3 7/2  1/0  42²  2x  2π  5k  5 dozen  not: 5  ４２ (other digits)
 
-What an expression would come to is never computed, and digits are only converted once they are known to be few, so no text
-is expensive; every repetition below is possessive or bounded, so that matching is linear in the text.
+No text is expensive: expressions are never computed, digits are converted only when they are known to be few, and every
+repetition below is possessive or bounded, so that matching is linear in the text.
 
-The unit is not judged: a dataset's rows seldom have one, and 36 of GSM8K's 1,319 test rows ask for a percentage and have
-the bare number, so that 25% must be 25 and not 1/4. What looks like a unit or a name but changes the value is refused, in all
-the words known here, even where it is a count (3 quarters, 5 pairs); and so is a comma that groups no thousands, since 3,5 is
-3.5 to some and a list to others.
+The unit is not judged. The rows of a dataset seldom have one, and 36 of GSM8K's 1,319 test rows ask for a percentage and have
+the bare number, so 25% must be 25 and not 1/4. A word that looks like a unit or a name but changes the value is refused, even
+where it is a count (3 quarters, 5 pairs). A comma that does not group thousands is refused too, since 3,5 is 3.5 to some and a
+list to others.
 """
 
 import math
@@ -19,20 +19,20 @@ import re
 from grpo_jax.tasks.task import Verdict
 
 MAX_CHARACTERS = 512
-"""Of a text to be read; a longer one is ``too_long``, and so is one that passes the next three."""
+"""A longer text is ``too_long``, and so is one that passes one of the next three limits."""
 MAX_BRACES = 64
-"""Opening braces, so that none are nested deeper."""
+"""So many opening braces, and so no deeper nesting."""
 MAX_DIGITS = 400
-"""Of one literal."""
+"""So many digits in one literal."""
 MAX_EXPONENT = 400
-"""Of ten: no value has more digits than Python converts to text."""
+"""So large a power of ten: no value has more digits than Python converts to text."""
 
 
 def read_number(text: str) -> str | Verdict:
     r"""The number that a text is, in one spelling per value; ``unparsable`` if it is none, ``too_long`` if it passes a cap.
 
-    text: any. Returns an integer ("42"), a fraction in lowest terms ("-7/2"), "∞" or "-∞", or one of the two verdicts; a
-    Verdict is a str as well, so ask for that first. Never raises.
+    text: any. Returns an integer ("42"), a fraction in lowest terms ("-7/2"), "∞" or "-∞", or one of the two verdicts. A
+    Verdict is a str as well, so test for it first. Never raises.
 
     >>> [str(read_number(text)) for text in (" $1,000.50. ", r"x = -\frac{14}{4} \text{ km/h}", "1e-2", "-0.0", "∞")]
     ['2001/2', '-7/2', '1/100', '0', '∞']
@@ -71,7 +71,7 @@ def changes_value(word: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """The text without its layout and what wraps it."""
+    """The text without its layout and without the commands, signs and spaces around it."""
     if not text.isalnum():
         text = _LAYOUT.sub(_laid_out, text)
     before = None
@@ -118,7 +118,7 @@ _NUMBER = re.compile(
     rf"(?:(?P<name>[A-Za-z\\][A-Za-z_\ \\]{{0,40}}+)?+ [=:])?+ [\s*]*+ {_SIGNED} {_CORE} (?P<unit>.*)",
     re.VERBOSE | re.DOTALL,
 )
-# A number that is not the end of a name or of another number, or else a run of digits that is read as a whole, in vain.
+# A number that is not the end of a name or of another number; or else a whole run of digits, which is read as no number.
 _NUMBER_IN_TEXT = re.compile(
     rf"""(?=[-+−$€£¥₹.\\∞\d])(?<![\w^])(?<!\^\{{) (?:
     (?:(?<![)\]}}%])[-−+])? (?:[$€£¥₹])?+ [-−+]? {_CORE} (?![0-9^]|[.,/][0-9]|\ *(?:{_SCALE})\b|[kKMB]\b)
@@ -160,11 +160,9 @@ def _is_unit(text: str) -> bool:
 
 
 def _is_unit_word(word: str) -> bool:
-    return word in _LETTER_UNITS if len(word) == 1 else not _is_no_unit(word)
-
-
-def _is_no_unit(word: str) -> bool:
-    return bool(_NO_UNITS.fullmatch(word)) or changes_value(word)
+    if len(word) == 1:
+        return word in _LETTER_UNITS
+    return not (_NO_UNITS.fullmatch(word) or changes_value(word))
 
 
 def _value(match: re.Match[str]) -> str | Verdict:

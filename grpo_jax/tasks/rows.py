@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+from grpo_jax.files import unique_keys
+
 T = TypeVar("T")
 
 
@@ -49,19 +51,13 @@ def count_rows(path: str | os.PathLike[str]) -> int:
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return row
-
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is no JSON")
 
     text = line.decode("utf-8")
     if not text.strip():
         raise ValueError("an empty line; a row is an object, {...}")
-    row = json.loads(text, object_pairs_hook=unique, parse_int=Number, parse_float=Number, parse_constant=refuse)
+    row = json.loads(text, object_pairs_hook=unique_keys, parse_int=Number, parse_float=Number, parse_constant=refuse)
     if not isinstance(row, dict):
         raise ValueError("wants an object, {...}")
     return row

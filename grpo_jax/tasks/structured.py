@@ -1,4 +1,4 @@
-"""Completions whose form is the task: a given text, text that matches a pattern, JSON of a wanted shape.
+"""Verifiers of whole completions: a certain text, text that matches a pattern, JSON that meets a schema.
 
 The whole completion counts, without the white space around it; one that did not stop by itself is ``too_long``.
 """
@@ -7,18 +7,48 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
+from grpo_jax.files import unique_keys
+from grpo_jax.tasks.answers import nesting
 from grpo_jax.tasks.task import Verdict
 
 MAX_CHARACTERS = 64 * 1024
 """A longer completion is ``too_long`` unread."""
 MAX_DEPTH = 64
-"""JSON with more brackets open at a time is ``too_long``: no verdict depends on how much stack there is."""
+"""JSON with more brackets open at a time is ``too_long``, so that no verdict depends on the size of the stack."""
 _MAX_DIGITS = 400  # of a JSON integer; Python reads at most 4300
 
-_TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
+_NEEDS = "this verifier needs the package {}: pip install 'grpo_jax[verifiers]'"
+
+_SCHEMA: dict[str, Any] = {"type": ["object", "boolean"]}
+_SCHEMAS = {"type": "array", "items": _SCHEMA, "minItems": 1}
+_COUNT = {"type": "integer", "minimum": 0}
+_NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
+_TYPE = {"enum": ["object", "array", "string", "integer", "number", "boolean", "null"]}
+_KEYWORDS: dict[str, Any] = {
+    "type": {"anyOf": [_TYPE, {"type": "array", "items": _TYPE, "minItems": 1}]},
+    "const": {},
+    "enum": {"type": "array", "minItems": 1},
+    "properties": {"type": "object"},
+    "required": {"type": "array", "items": _TEXT},
+    "additionalProperties": _SCHEMA,
+    "items": _SCHEMA,
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"), _COUNT),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _NUMBER),
+    **dict.fromkeys(("pattern", "title", "description"), _TEXT),
+    **dict.fromkeys(("prefixItems", "allOf", "anyOf", "oneOf"), _SCHEMAS),
+    **dict.fromkeys(("not", "if", "then", "else", "contains", "propertyNames"), _SCHEMA),
+}
+"""The keywords of JSON Schema that are understood, and what each may be set to, as a schema.
+
+Not here: ``$ref``, by which a completion could make a check take exponential time (and which could name a file or a host);
+``$schema``, which would bring back the package's own rules; ``patternProperties``, whose patterns the package gives to Python's
+slow ``re``; ``uniqueItems``, which takes quadratic time; ``multipleOf``, which fails for large numbers; and what asks nothing
+of a value, such as ``format`` and ``default``.
+"""
+
 _STRINGS_AND_BRACKETS = re.compile(r'"(?:[^"\\]|\\.?)*+(?:"|\Z)|[][{}]', re.DOTALL)  # linear: every attempt matches
 
 
@@ -52,7 +82,7 @@ def check_exact(target: str) -> None:
 def verify_regex(completion: str, target: str, truncated: bool) -> Verdict:
     """Correct iff the pattern of the target matches the whole completion, white space around it aside.
 
-    The pattern is one of RE2 (https://github.com/google/re2/wiki/Syntax): no back-references, no looking around; in return
+    The pattern is one of RE2 (https://github.com/google/re2/wiki/Syntax), without back-references or look-around. In return,
     the time is linear in the completion for every pattern. ``.`` does not match a newline; ``(?s)`` at the front lets it.
     A completion that is not Unicode (half a surrogate pair) is ``unparsable``. Needs the package google-re2. Raises
     ValueError for a pattern that RE2 refuses.
@@ -81,27 +111,29 @@ def check_regex(target: str) -> None:
 def verify_json(completion: str, target: str, truncated: bool) -> Verdict:
     """Correct iff the completion is JSON, bare or in one ```` ```json ```` fence, and has the shape the target asks for.
 
-    JSON as in RFC 8259: no ``NaN``, no comments, no trailing commas; and no key twice, no number beyond a float or of more
-    than 400 digits. What is not such JSON, or stands beside it, is ``unparsable``; JSON of another shape is ``wrong``.
+    JSON as in RFC 8259, without ``NaN``, comments or trailing commas, without a key that occurs twice in an object, and without
+    numbers beyond a float or of more than 400 digits. A completion that is not such JSON, or holds more than it, is
+    ``unparsable``; JSON of another shape is ``wrong``.
 
-    target: a JSON object with some of these keys of JSON Schema, which mean the same there: ``type``, ``const``, ``enum``,
-    ``properties``, ``required``, ``additionalProperties`` (true or false), ``items``, ``minItems``, ``maxItems``. ``{}`` asks
-    for any JSON, ``{"const": …}`` for one value exactly. Raises ValueError for another target.
+    target: a JSON Schema (https://json-schema.org/draft/2020-12) of the keywords in ``_KEYWORDS``; a ``pattern`` is one of
+    RE2. ``{}`` asks for any JSON, ``{"const": …}`` for one value exactly. Needs the package jsonschema, and google-re2 for a
+    pattern. Raises ValueError for a target that is no such schema.
 
+    >>> import pytest; _ = pytest.importorskip("jsonschema")
     >>> shape = '{"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}'
     >>> [str(verify_json(text, shape, False)) for text in ('{"age": 3}', '{"age": "3"}', "{}", "age: 3")]
     ['correct', 'wrong', 'wrong', 'unparsable']
     >>> verify_json("```json\\n[1, 2.0]\\n```", '{"const": [1, 2]}', False)
     <Verdict.correct: 'correct'>
     """
-    schema = _schema(target)
+    validator = _validator(target)
     if truncated or len(completion) > MAX_CHARACTERS or _depth(completion) > MAX_DEPTH:
         return Verdict.too_long
     try:
         value = _read(_without_fence(completion.strip()))
     except ValueError:
         return Verdict.unparsable
-    return Verdict.correct if _has_shape(value, schema) else Verdict.wrong
+    return Verdict.correct if validator.is_valid(value) else Verdict.wrong
 
 
 def answer_json(completion: str) -> str | None:
@@ -119,21 +151,23 @@ def answer_json(completion: str) -> str | None:
 
 
 def check_json(target: str) -> None:
-    """Raises ValueError for a target that is not a shape, naming the key that is not understood.
+    """Raises ValueError for a target that is not a schema as `verify_json` wants it, naming the key that is not understood.
 
-    >>> check_json('{"type": "array", "items": {"pattern": "a+"}}')
+    >>> import pytest; _ = pytest.importorskip("jsonschema")
+    >>> check_json('{"type": "array", "items": {"minLength": "1"}}')
     Traceback (most recent call last):
     ...
-    ValueError: shape at items: unknown key 'pattern'; known: type, const, enum, properties, required, additionalProperties, \
-items, minItems, maxItems
+    ValueError: shape at items: minLength cannot be "1"
     """
-    _schema(target)
+    _validator(target)
 
 
 @functools.lru_cache(maxsize=4096)
 def _pattern(target: str) -> Any:
-    import re2
-
+    try:
+        import re2
+    except ModuleNotFoundError:
+        raise ImportError(_NEEDS.format("google-re2")) from None
     options = re2.Options()
     options.log_errors = False
     try:
@@ -150,24 +184,15 @@ def _without_fence(text: str) -> str:
 
 
 def _depth(text: str) -> int:
-    deepest = depth = 0
-    for match in _STRINGS_AND_BRACKETS.finditer(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
-        deepest = max(deepest, depth)
-    return deepest
+    return nesting(piece for piece in _STRINGS_AND_BRACKETS.findall(text) if piece[0] != '"')
 
 
 def _read(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return dict(pairs)
-
     def finite(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
             raise ValueError(f"{digits[:20]} is beyond every float")
-        return value
+        return int(value) if value.is_integer() else value  # 1.0 is 1 in JSON
 
     def whole(digits: str) -> int:
         if len(digits) > _MAX_DIGITS:
@@ -177,11 +202,12 @@ def _read(text: str) -> Any:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
-    return json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_int=whole, parse_constant=refuse)
+    return json.loads(text, object_pairs_hook=unique_keys, parse_float=finite, parse_int=whole, parse_constant=refuse)
 
 
 @functools.lru_cache(maxsize=4096)
-def _schema(target: str) -> dict[str, Any]:
+def _validator(target: str) -> Any:
+    """What checks values against the schema that a target is; it reads no file and no network."""
     if _depth(target) > MAX_DEPTH:
         raise ValueError(f"the shape is more than {MAX_DEPTH} brackets deep")
     try:
@@ -189,89 +215,59 @@ def _schema(target: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"the shape {target[:100]!r} is not JSON: {error}") from None
     _check_schema(schema, "")
-    return schema
+    return _validator_class()(schema)
 
 
-def _check_schema(schema: Any, where: str) -> None:
-    def fail(message: str) -> None:
-        raise ValueError(f"shape{f' at {repr(where[:200])[1:-1]}' if where else ''}: {message}")
-
+def _check_schema(schema: Any, place: str) -> None:
+    """Refuses a keyword that JSON Schema would ignore: misspelled, it would ask for nothing, and reward anything."""
+    where = f"shape at {repr(place[1:201])[1:-1]}" if place else "shape"
     if not isinstance(schema, dict):
-        fail("wants an object of keys and what they ask for")
+        raise ValueError(f"{where}: wants an object of keys and what they ask for")
     for key, wanted in schema.items():
-        if key not in _KEYS:
-            fail(f"unknown key {key[:40]!r}; known: {', '.join(_KEYS)}")
-        if not _KEYS[key](wanted):
-            fail(f"{key} cannot be {_spell(wanted)[:100]}")
-    for name, inner in schema.get("properties", {}).items():
-        _check_schema(inner, f"{where}.{name}".lstrip("."))
-    if "items" in schema:
-        _check_schema(schema["items"], f"{where}.items".lstrip("."))
+        if key not in _KEYWORDS:
+            raise ValueError(f"{where}: unknown key {key[:40]!r}; known: {', '.join(_KEYWORDS)}")
+        if not _validator_class()(_KEYWORDS[key]).is_valid(wanted):
+            raise ValueError(f"{where}: {key} cannot be {_spell(wanted)[:100]}")
+        if key == "pattern":
+            _pattern(wanted)
+        inner = {}
+        if key == "properties":
+            inner = wanted
+        elif _KEYWORDS[key] is _SCHEMA:
+            inner = {key: wanted}
+        elif _KEYWORDS[key] is _SCHEMAS:
+            inner = {f"{key}.{i}": each for i, each in enumerate(wanted)}
+        for name, each in inner.items():
+            if not isinstance(each, bool):  # true and false are schemas, too
+                _check_schema(each, f"{place}.{name}")
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+@functools.cache
+def _validator_class() -> Any:
+    """The package's validator with three keywords of our own.
 
+    Some completions would cost its ``pattern`` exponential time; its ``anyOf`` and ``oneOf`` keep every error of every branch.
+    """
+    try:
+        from jsonschema import Draft202012Validator, ValidationError
+        from jsonschema.validators import extend
+    except ModuleNotFoundError:
+        raise ImportError(_NEEDS.format("jsonschema")) from None
 
-_KEYS: dict[str, Callable[[Any], bool]] = {
-    "type": lambda wanted: wanted in _TYPES,
-    "const": lambda wanted: True,
-    "enum": lambda wanted: isinstance(wanted, list) and bool(wanted),
-    "properties": lambda wanted: isinstance(wanted, dict),
-    "required": lambda wanted: isinstance(wanted, list) and all(isinstance(name, str) for name in wanted),
-    "additionalProperties": lambda wanted: isinstance(wanted, bool),
-    "items": lambda wanted: isinstance(wanted, dict),
-    "minItems": _is_count,
-    "maxItems": _is_count,
-}
+    def pattern(validator: Any, wanted: str, value: Any, schema: Any) -> Iterator[Any]:
+        if isinstance(value, str) and not _pattern(wanted).search(value.encode(errors="surrogatepass")):
+            yield ValidationError("it does not match the pattern")
 
+    def any_of(validator: Any, wanted: list[Any], value: Any, schema: Any) -> Iterator[Any]:
+        if not any(validator.evolve(schema=each).is_valid(value) for each in wanted):
+            yield ValidationError("it meets none of the schemas")
 
-def _has_shape(value: Any, schema: dict[str, Any]) -> bool:
-    """As JSON Schema 2020-12 has it: what asks about objects or arrays lets everything else pass."""
-    if "type" in schema and not _has_type(value, schema["type"]):
-        return False
-    if "const" in schema and not _same(value, schema["const"]):
-        return False
-    if "enum" in schema and not any(_same(value, allowed) for allowed in schema["enum"]):
-        return False
-    if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        return (
-            all(name in value for name in schema.get("required", ()))
-            and (schema.get("additionalProperties", True) or all(name in properties for name in value))
-            and all(_has_shape(value[name], inner) for name, inner in properties.items() if name in value)
-        )
-    if isinstance(value, list):
-        return schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", math.inf) and all(
-            _has_shape(item, schema.get("items", {})) for item in value
-        )
-    return True
+    def one_of(validator: Any, wanted: list[Any], value: Any, schema: Any) -> Iterator[Any]:
+        if sum(validator.evolve(schema=each).is_valid(value) for each in wanted) != 1:
+            yield ValidationError("it does not meet exactly one of the schemas")
 
-
-def _has_type(value: Any, name: str) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return {
-        "object": isinstance(value, dict),
-        "array": isinstance(value, list),
-        "string": isinstance(value, str),
-        "integer": number and value == math.floor(value),
-        "number": number,
-        "boolean": isinstance(value, bool),
-        "null": value is None,
-    }[name]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal as JSON: 1 is 1.0, and true is not 1."""
-    return _spell(a) == _spell(b)
+    return extend(Draft202012Validator, {"pattern": pattern, "anyOf": any_of, "oneOf": one_of})
 
 
 def _spell(value: Any) -> str:
-    def whole(value: Any) -> Any:
-        if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if isinstance(value, list):
-            return [whole(item) for item in value]
-        return {key: whole(item) for key, item in value.items()} if isinstance(value, dict) else value
-
-    return json.dumps(whole(value), sort_keys=True, separators=(",", ":"))
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

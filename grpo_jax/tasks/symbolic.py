@@ -1,9 +1,9 @@
 r"""Mathematical answers in ``\boxed{}`` that need not be numbers, compared by the package math-verify.
 
-Where both sides are plain numbers, numeric.py decides alone, exactly; everything else (formulas, intervals, sets, matrices,
-words) goes to math-verify, reading nothing but the box. It runs under SIGALRM in the main thread, and what hangs in C can only
-be killed: run this verifier in a `VerifierPool`, whose workers are such processes. Costly answers are refused unread, so that
-deadlines are left with what is hostile; and so are answers that leave the work to the verifier.
+Where both sides are plain numbers, numeric.py decides, exactly. Everything else (formulas, intervals, sets, matrices, words)
+goes to math-verify, which is shown nothing but the box. It sets SIGALRM in the main thread, and code that hangs in C can only be
+killed: run this verifier in a `VerifierPool`, whose workers are processes. Costly answers are refused before they are parsed, so
+that only hostile ones meet a deadline. Answers that leave the work to the verifier, such as an integral, are refused too.
 """
 
 import functools
@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from grpo_jax.tasks import numeric
-from grpo_jax.tasks.answers import BOXED, last_answer
+from grpo_jax.tasks.answers import BOXED, last_answer, nesting
 from grpo_jax.tasks.rational import changes_value, read_number
 from grpo_jax.tasks.task import Verdict
 
@@ -80,10 +80,10 @@ def verify(completion: str, target: str, truncated: bool) -> Verdict:
         gold = _parse_target(wanted)
         if not gold:
             return Verdict.correct if _tight(body) == _tight(wanted) else Verdict.wrong
-        found = _parse(body)
-        if not found:
+        parsed = _parse(body)
+        if not parsed:
             return Verdict.unparsable
-        return Verdict.correct if _equal(gold, found) else Verdict.wrong
+        return Verdict.correct if _equal(gold, parsed) else Verdict.wrong
     except TimeoutException:
         clear_cache()  # what it left there may be large
         return Verdict.timeout
@@ -139,8 +139,8 @@ def _plain(text: str) -> str:
 
 
 def _refusal(body: str, wanted: str) -> Verdict | None:
-    """Why an answer is not handed on."""
-    if len(body) > MAX_ANSWER or _depth(body) > MAX_NESTING:
+    """Why an answer is not given to math-verify; None where it is."""
+    if len(body) > MAX_ANSWER or nesting(bracket[-1] for bracket in _BRACKET.findall(body)) > MAX_NESTING:
         return Verdict.too_long
     tight = _tight(body)
     if not tight or _UNFINISHED.search(tight):
@@ -154,7 +154,7 @@ def _refusal(body: str, wanted: str) -> Verdict | None:
 
 
 def _hides(body: str, wanted: str) -> bool:
-    r"""Whether math-verify, which drops text and subscripts from ``42\text{ or 41}`` and ``42_{41}``, would drop what counts."""
+    r"""Whether math-verify would drop a part that counts: it drops the text of ``42\text{ or 41}`` and the 41 of ``42_{41}``."""
     if _letters(body) == _letters(wanted):
         return False
     texts = [text for text in _TEXT.findall(body) if not _JOINING.fullmatch(text)]
@@ -169,7 +169,7 @@ def _hides(body: str, wanted: str) -> bool:
 
 
 def _same_kind(body: str, wanted: str) -> bool:
-    r"""Not so for y = 5 and x = 5, nor for (1,2) and \{1,2\}, which are one to math-verify."""
+    r"""False for y = 5 and x = 5, and for (1,2) and \{1,2\}, which math-verify takes for equal."""
     names = [text.split("=")[0] for text in (_tight(body), _tight(wanted)) if text.count("=") == 1]
     if len(names) == 2 and names[0] != names[1] and all(len(name) == 1 for name in names):
         return False
@@ -180,14 +180,6 @@ def _same_kind(body: str, wanted: str) -> bool:
 def _letters(text: str) -> str:
     """Without what sets text in another type, white space, and case."""
     return re.sub(r"[\s{}]", "", _tight(_TEXT.sub(r"\1", text))).lower()
-
-
-def _depth(body: str) -> int:
-    deepest = depth = 0
-    for match in _BRACKET.finditer(body):
-        depth += 1 if match[0][-1] in "{[(" else -1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _is_tower(tight: str) -> bool:
@@ -201,11 +193,6 @@ def _is_tower(tight: str) -> bool:
         elif character == "^" and inside and not tight[i - 1].isalpha():
             return True
     return False
-
-
-@functools.lru_cache(maxsize=4096)
-def _parse_target(wanted: str) -> tuple[Any, ...]:
-    return _parse(wanted)
 
 
 def _parse(body: str) -> tuple[Any, ...]:
@@ -231,9 +218,12 @@ def _parse(body: str) -> tuple[Any, ...]:
         return ()
 
 
-def _equal(gold: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
+_parse_target = functools.lru_cache(maxsize=4096)(_parse)
+
+
+def _equal(gold: tuple[Any, ...], parsed: tuple[Any, ...]) -> bool:
     try:
-        return math_verify.verify(list(gold), list(found), timeout_seconds=_SECONDS, raise_on_error=True)
+        return math_verify.verify(list(gold), list(parsed), timeout_seconds=_SECONDS, raise_on_error=True)
     except MemoryError:
         raise
     except Exception:  # not a number, say: equal to nothing

@@ -1,5 +1,6 @@
-"""Verifiers by name, or by the import path of a user's own; with what belongs to each."""
+"""Finds a verifier by its name, or by the import path of a user's own, and the functions that belong to it."""
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -11,47 +12,34 @@ from typing import Any
 
 from grpo_jax.tasks.task import Verdict
 
-VERIFIERS: dict[str, str] = {
-    "exact": "grpo_jax.tasks.structured:verify_exact",
-    "number_hash": "grpo_jax.tasks.numeric:verify_hash",
-    "number_boxed": "grpo_jax.tasks.numeric:verify_boxed",
-    "number_tag": "grpo_jax.tasks.numeric:verify_tag",
-    "number_last": "grpo_jax.tasks.numeric:verify_last",
-    "countdown": "grpo_jax.tasks.countdown:verify",
-    "constraint": "grpo_jax.tasks.constraints:verify",
-    "json": "grpo_jax.tasks.structured:verify_json",
-    "regex": "grpo_jax.tasks.structured:verify_regex",
-    "math_verify": "grpo_jax.tasks.symbolic:verify",
+# name: module, and its functions that judge a completion, give its answer, and check a target
+_FUNCTIONS: dict[str, tuple[str, str, str | None, str]] = {
+    "exact": ("structured", "verify_exact", "answer_exact", "check_exact"),
+    "number_hash": ("numeric", "verify_hash", "answer_hash", "check_target"),
+    "number_boxed": ("numeric", "verify_boxed", "answer_boxed", "check_target"),
+    "number_tag": ("numeric", "verify_tag", "answer_tag", "check_target"),
+    "number_last": ("numeric", "verify_last", "answer_last", "check_target"),
+    "countdown": ("countdown", "verify", "answer", "check_target"),
+    "constraint": ("constraints", "verify", None, "parse_constraint"),
+    "json": ("structured", "verify_json", "answer_json", "check_json"),
+    "regex": ("structured", "verify_regex", None, "check_regex"),
+    "math_verify": ("symbolic", "verify", "answer", "check_target"),
 }
+# name: module that the verifier needs, package to install
+_EXTRAS = {
+    "json": ("jsonschema", "jsonschema"),
+    "regex": ("re2", "google-re2"),
+    "math_verify": ("math_verify", "math-verify"),
+}
+
+VERIFIERS = {name: f"grpo_jax.tasks.{module}:{verify}" for name, (module, verify, _, _) in _FUNCTIONS.items()}
 """``verify(completion, target, truncated) -> Verdict``."""
 
-ANSWERS: dict[str, str] = {
-    "exact": "grpo_jax.tasks.structured:answer_exact",
-    "number_hash": "grpo_jax.tasks.numeric:answer_hash",
-    "number_boxed": "grpo_jax.tasks.numeric:answer_boxed",
-    "number_tag": "grpo_jax.tasks.numeric:answer_tag",
-    "number_last": "grpo_jax.tasks.numeric:answer_last",
-    "countdown": "grpo_jax.tasks.countdown:answer",
-    "json": "grpo_jax.tasks.structured:answer_json",
-    "math_verify": "grpo_jax.tasks.symbolic:answer",
-}
+ANSWERS = {name: f"grpo_jax.tasks.{module}:{answer}" for name, (module, _, answer, _) in _FUNCTIONS.items() if answer}
 """``answer(completion) -> str | None``: what a majority vote counts."""
 
-TARGETS: dict[str, str] = {
-    "exact": "grpo_jax.tasks.structured:check_exact",
-    "number_hash": "grpo_jax.tasks.numeric:check_target",
-    "number_boxed": "grpo_jax.tasks.numeric:check_target",
-    "number_tag": "grpo_jax.tasks.numeric:check_target",
-    "number_last": "grpo_jax.tasks.numeric:check_target",
-    "countdown": "grpo_jax.tasks.countdown:check_target",
-    "constraint": "grpo_jax.tasks.constraints:check_target",
-    "json": "grpo_jax.tasks.structured:check_json",
-    "regex": "grpo_jax.tasks.structured:check_regex",
-    "math_verify": "grpo_jax.tasks.symbolic:check_target",
-}
+TARGETS = {name: f"grpo_jax.tasks.{module}:{check}" for name, (module, _, _, check) in _FUNCTIONS.items()}
 """``check(target)`` raises ValueError for a target that the verifier could not use."""
-
-_EXTRAS = {"regex": ("re2", "google-re2"), "math_verify": ("math_verify", "math-verify")}  # module, package to install
 
 
 def find_verifier(name: str) -> Callable[[str, str, bool], Verdict]:
@@ -73,7 +61,9 @@ constraint, json, regex, math_verify; or module:function, your own
     if name in _EXTRAS:
         module, package = _EXTRAS[name]
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"verifier {name!r} needs the package {package}: pip install {package}")
+            raise ImportError(
+                f"verifier {name!r} needs the package {package}: pip install {package}, or the extra verifiers"
+            )
     if name not in VERIFIERS and ":" not in name:
         raise ValueError(f"unknown verifier {name!r}; known: {', '.join(VERIFIERS)}; or module:function, your own")
     if name not in VERIFIERS and (here := os.getcwd()) not in map(os.path.abspath, sys.path):
@@ -122,19 +112,16 @@ def import_path(verify: Callable[..., Any]) -> str:
     module, name = getattr(verify, "__module__", None), getattr(verify, "__qualname__", "<unnamed>")
     if not module or module == "__main__" or "<" in name:
         raise ValueError(f"verifier {module}:{name} is not a named function of a module, so workers cannot import it")
-    found = sys.modules.get(module)
-    try:
-        if found is not None and attrgetter(name)(found) == verify:
+    with contextlib.suppress(KeyError, AttributeError):
+        if attrgetter(name)(sys.modules[module]) == verify:
             return f"{module}:{name}"
-    except AttributeError:
-        pass
     raise ValueError(f"verifier {module}:{name} is not what that name of the module means, so workers cannot import it")
 
 
 def _imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # it exists, and lacks something itself
@@ -146,7 +133,7 @@ def _imported(path: str) -> Any:
     except (ValueError, TypeError):
         raise ValueError(f"verifier {path!r}: {module!r} is not the name of a module") from None
     try:
-        return attrgetter(name)(found)
+        return attrgetter(name)(imported)
     except AttributeError:
-        where = getattr(found, "__file__", None)
+        where = getattr(imported, "__file__", None)
         raise ValueError(f"verifier {path!r}: module {module!r} has no function {name!r} ({where})") from None

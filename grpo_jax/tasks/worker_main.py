@@ -63,7 +63,6 @@ def _verdict(verify: Callable[..., Any], completion: str, target: str, truncated
     except BaseException as error:
         return Verdict.crash, f"{type(error).__name__}: {error}"[:300]
     if not isinstance(verdict, Verdict):
-        return Verdict.crash, (
-            f"it returned a {type(verdict).__name__}, not a Verdict: return Verdict.correct or Verdict.wrong"
-        )
+        kind = type(verdict).__name__
+        return Verdict.crash, f"it returned a {kind}, not a Verdict: return Verdict.correct or Verdict.wrong"
     return verdict, ""

@@ -1,4 +1,4 @@
-"""Verifiers in processes of their own: a completion that hangs or crashes one costs its own reward, not the run.
+"""Verifiers in processes of their own: a completion that makes one hang or crash loses its own reward, and the run goes on.
 
 A worker is a fresh interpreter that imports the verifier's module and nothing of the trainer: never a fork (jax is
 loaded here) and never a second import of the launching script. It takes batches as lines of JSON on its standard
@@ -34,9 +34,9 @@ class VerifierPool:
     it, however that ends.
 
     An item whose judging passes the deadline is a ``timeout``. It is a ``crash`` if the verifier raised or returned
-    something else than a Verdict, or if it ended its worker (exit, abort, out of memory) twice, each time a fresh
-    one: a worker that something else killed costs nobody a reward. The other items are unaffected. The first crash is
-    logged, and its reason is kept in ``first_crash``: printable ASCII, "" while there is none.
+    something else than a Verdict, or if it ended two fresh workers, one after the other (exit, abort, out of memory): so
+    no item loses its reward when something else kills a worker. The other items are unaffected. The first crash is
+    logged, and its reason stays in ``first_crash``: printable ASCII, "" while there is none.
 
     Raises ValueError for a verifier that a worker could not import or numbers out of range; RuntimeError if its
     import fails.
@@ -85,11 +85,9 @@ class VerifierPool:
         Raises ValueError where the lengths differ, RuntimeError where the pool is closed or a worker cannot be
         replaced.
         """
-        rows = zip(completions, targets, truncated, strict=True)
-        batch = _Batch([], 0)
-        items = [_Item(batch, i, (text, target, bool(cut))) for i, (text, target, cut) in enumerate(rows)]
-        batch.verdicts = [Verdict.crash] * len(items)
-        batch.remaining = len(items)
+        requests = list(zip(completions, targets, map(bool, truncated), strict=True))
+        batch = _Batch([Verdict.crash] * len(requests), len(requests))
+        items = [_Item(batch, i, request) for i, request in enumerate(requests)]
         with self._changed:
             self._check()
             self._queue.extend(items)
@@ -119,9 +117,6 @@ class VerifierPool:
     def _check(self) -> None:
         if self._failure:
             raise RuntimeError(str(self._failure)) from self._failure
-        self._check_open()
-
-    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("the verifier pool is closed")
 
@@ -152,7 +147,7 @@ class VerifierPool:
             worker = WorkerProcess(self._verifier, self._memory_limit)
             with self._changed:
                 self._workers.add(worker)
-                self._check_open()
+                self._check()
             try:
                 error = worker.receive(_START_SECONDS)
             except (OSError, EOFError, ValueError):

@@ -84,12 +84,12 @@ def test_frames():
         ("m.content.lstrip()", True, False),
         ("('x' ~ m.content) | trim", False, True),
     ):
-        found = frame_of("{% for m in messages %}{{ " + expression + " }}{% endfor %}")
-        assert (found.strips_left, found.strips_right) == (left, right)
+        frame = frame_of("{% for m in messages %}{{ " + expression + " }}{% endfor %}")
+        assert (frame.strips_left, frame.strips_right) == (left, right)
     assert frame_of(PLAIN, system="S {{ 1 + 1 }}").before == "[system]S {{ 1 + 1 }}[end][user]"
     extras = "{{ strftime_now('%d %b %Y') }}{{ [x, none] | tojson }}{% generation %}{{ y }}{% endgeneration %}{{ z }}"
-    found = frame_of(PLAIN + extras, arguments={"x": {"é": "<'&>"}, "y": 2})
-    assert found.after == """[end]26 Jul 2024[{"é": "<'&>"}, null]2"""
+    frame = frame_of(PLAIN + extras, arguments={"x": {"é": "<'&>"}, "y": 2})
+    assert frame.after == """[end]26 Jul 2024[{"é": "<'&>"}, null]2"""
     assert frame_of("\n".join(["  {% for m in messages %}", "{{ m.content }}", "  {% endfor %}", "x"])).after == "\nx"
 
 

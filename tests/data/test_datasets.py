@@ -192,9 +192,9 @@ def test_unusual_lines_that_are_right(tmp_path: Path) -> None:
     ]
     lines += ['{"question": -0, "answer": ' + "9" * 5000 + "}"]
     path.write_bytes("\r\n".join(lines).encode())  # no end to the last line
-    found = read_examples(path, split="train", prompt="{question}", target="{answer}")
-    assert [example.prompt for example in found] == [*rows, "😀", "y", "-0"]
-    assert [example.target for example in found[5:]] == ["1", "0.10", "9" * 5000]  # numbers as they are spelled
+    examples = read_examples(path, split="train", prompt="{question}", target="{answer}")
+    assert [example.prompt for example in examples] == [*rows, "😀", "y", "-0"]
+    assert [example.target for example in examples[5:]] == ["1", "0.10", "9" * 5000]  # numbers as they are spelled
 
 
 def test_rows_that_are_alike_are_kept(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ def test_values_of_columns(tmp_path: Path) -> None:
         numbers = np.array([0.1, 42.5], kind.to_pandas_dtype())
         table = pyarrow.table({"question": ["q", "r"], "answer": pyarrow.array(numbers)})
         parquet.write_table(table, tmp_path / "floats.parquet")
-        found = read_examples(tmp_path / "floats.parquet", split="train", prompt="{question}", target="{answer}")
-        assert [example.target for example in found] == ["0.1", "42.5"]
+        examples = read_examples(tmp_path / "floats.parquet", split="train", prompt="{question}", target="{answer}")
+        assert [example.target for example in examples] == ["0.1", "42.5"]
     text = pyarrow.array([b"fine", b"\xff"]).view(pyarrow.binary())
     table = pyarrow.table({"question": pyarrow.StringArray.from_buffers(2, text.buffers()[1], text.buffers()[2])})
     parquet.write_table(table, tmp_path / "bytes.parquet")
@@ -353,8 +353,8 @@ def test_templates_that_cannot_be(tmp_path: Path, template: str, message: str) -
 
 def test_templates(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"a b": "x{question}", "0": 3, "ü": "%s"}])
-    found = read_examples(path, split="train", prompt="{{{a b}}} {0}{0}{ü}", target="constant")
-    assert found == (Example("{x{question}} 33%s", "constant"),)
+    examples = read_examples(path, split="train", prompt="{{{a b}}} {0}{0}{ü}", target="constant")
+    assert examples == (Example("{x{question}} 33%s", "constant"),)
 
 
 def user_verifier(completion: str, target: str, truncated: bool) -> Verdict:
@@ -397,10 +397,10 @@ def test_make_task(tmp_path: Path) -> None:
             make_task(name, **options)
     such = {"source": "'rows.jsonl'", "prompt": "'{question}'", "target": "'{answer}'", "verifier": "'number_last'"}
     texts = [f"task.dataset.{key} (such as {value})" for key, value in such.items()]
-    for given in ((), ("source", "verifier"), ("source", "prompt", "target")):
-        wanted = ", ".join(text for key, text in zip(such, texts, strict=True) if key not in given)
+    for options in ((), ("source", "verifier"), ("source", "prompt", "target")):
+        wanted = ", ".join(text for key, text in zip(such, texts, strict=True) if key not in options)
         with pytest.raises(ValueError, match=f"^{re.escape(wanted)} must be set$"):
-            make_task("dataset", split="train", **dict.fromkeys(given, "{x}"))
+            make_task("dataset", split="train", **dict.fromkeys(options, "{x}"))
     with pytest.raises(ValueError, match=r"^task\.reasoning_gym\.name \(such as 'gcd'\) must be set$"):
         make_task("reasoning_gym", seed=1)
     assert len(make_task("countdown", num_examples=3).examples) == 3
@@ -443,8 +443,8 @@ def test_audit_of_reasoning_gym(name: str) -> None:
     answers = [task.answer(text) for text in right]
     assert None not in answers and len(set(answers)) >= 4  # a guess is seldom right
     for (prompt, target), answer in zip(task.examples, answers, strict=True):
-        for text, given in zip(right, answers, strict=True):
-            assert (task.verify(text, target, False) is Verdict.correct) == (given == answer)
+        for text, other_answer in zip(right, answers, strict=True):
+            assert (task.verify(text, target, False) is Verdict.correct) == (other_answer == answer)
         assert not any(task.verify(text, target, False).reward for text in (*JUNK, prompt, f"{target} {target}1"))
     assert reasoning_gym(name, num_examples=40, seed=5).examples == task.examples
     assert reasoning_gym(name, num_examples=40, seed=6).examples != task.examples

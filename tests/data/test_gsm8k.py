@@ -182,7 +182,7 @@ def test_options_that_cannot_be(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("solution", "found"),
+    ("solution", "parts"),
     [
         ("a\n#### 1,234,567 ", ("a\n", "1234567")),
         ("#### 1\nno:\n#### -02", ("#### 1\nno:\n", "-2")),
@@ -192,9 +192,9 @@ def test_options_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         ("#### ７２", None),
     ],
 )
-def test_the_final_answer(solution: str, found: tuple[str, str] | None) -> None:
-    if found:
-        assert final_answer(solution) == found
+def test_the_final_answer(solution: str, parts: tuple[str, str] | None) -> None:
+    if parts:
+        assert final_answer(solution) == parts
     else:
         with pytest.raises(ValueError, match="does not end in an integer"):
             final_answer(solution)
@@ -210,5 +210,5 @@ def test_silent_without_network_and_without_tensorflow(folder: Path, tmp_path: P
         f"for _ in range(2): module.gsm8k({str(folder)!r}, 'train[:10%]', data_dir={str(tmp_path / 'kept')!r})\n"
         "assert not {'tensorflow', 'torch', 'requests', 'pandas'} & set(sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")

@@ -33,14 +33,14 @@ def test_an_epoch_visits_every_row_once_up_to_the_remainder(num_prompts: int, ba
 def test_golden_values() -> None:
     """The same on every Python, NumPy, grain and machine, or runs could not be resumed there."""
 
-    def found(seed: int, iteration: int, num_prompts: int, batch: int) -> list[int]:
+    def rows(seed: int, iteration: int, num_prompts: int, batch: int) -> list[int]:
         return prompt_order(seed, iteration, num_prompts=num_prompts, batch=batch).tolist()
 
-    assert found(0, 0, 10, 4) == [9, 0, 5, 1]
-    assert found(0, 1, 10, 4) == [8, 3, 4, 2]
-    assert found(0, 2, 10, 4) == [4, 0, 9, 1]
-    assert found(7, 5, 100, 8) == [97, 57, 46, 47, 33, 86, 9, 96]
-    assert found(2**32 - 1, 10**6, 7473, 5) == [3769, 780, 2542, 241, 6687]
+    assert rows(0, 0, 10, 4) == [9, 0, 5, 1]
+    assert rows(0, 1, 10, 4) == [8, 3, 4, 2]
+    assert rows(0, 2, 10, 4) == [4, 0, 9, 1]
+    assert rows(7, 5, 100, 8) == [97, 57, 46, 47, 33, 86, 9, 96]
+    assert rows(2**32 - 1, 10**6, 7473, 5) == [3769, 780, 2542, 241, 6687]
 
 
 def test_every_permutation_is_as_likely() -> None:
@@ -64,7 +64,7 @@ def test_a_resumed_run_needs_no_replay() -> None:
         "from grpo_jax.data import prompt_order\n"
         f"print(prompt_order(4, {iteration}, num_prompts=1000, batch=7).tolist())"
     )
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
         env=os.environ | {"PYTHONHASHSEED": "1"},
@@ -72,4 +72,4 @@ def test_a_resumed_run_needs_no_replay() -> None:
         text=True,
         check=True,
     )
-    assert found.stdout.strip() == str(prompt_order(4, iteration, num_prompts=1000, batch=7).tolist())
+    assert process.stdout.strip() == str(prompt_order(4, iteration, num_prompts=1000, batch=7).tolist())

@@ -11,14 +11,14 @@ TOKENIZER = CharTokenizer("0123456789+=")
 
 
 def test_encoding():
-    task, found = encode_prompts(arithmetic("+", 9), TOKENIZER, stop_id=2, max_prompt=5, max_completion=4)
+    task, prompts = encode_prompts(arithmetic("+", 9), TOKENIZER, stop_id=2, max_prompt=5, max_completion=4)
     assert task.examples == arithmetic("+", 9).examples
-    assert found.tokens.shape == (100, 5)
-    assert TOKENIZER.decode(found.tokens[78].tolist()) == "7+8="
-    assert found.tokens[78, 0] == TOKENIZER.bos_id
-    assert TOKENIZER.decode(found.answers[78].tolist()) == "15"
-    assert found.answer_mask[78].tolist() == [True, True, True, False]
-    assert found.answers[78, 2] == 2
+    assert prompts.tokens.shape == (100, 5)
+    assert TOKENIZER.decode(prompts.tokens[78].tolist()) == "7+8="
+    assert prompts.tokens[78, 0] == TOKENIZER.bos_id
+    assert TOKENIZER.decode(prompts.answers[78].tolist()) == "15"
+    assert prompts.answer_mask[78].tolist() == [True, True, True, False]
+    assert prompts.answers[78, 2] == 2
 
 
 def test_an_answer_that_cannot_be_given_is_refused():
@@ -27,10 +27,10 @@ def test_an_answer_that_cannot_be_given_is_refused():
 
 
 def test_padding_is_on_the_left():
-    _, found = encode_prompts(arithmetic("+", 10), TOKENIZER, stop_id=2, max_prompt=7, max_completion=4)
-    assert (np.sort(found.mask, axis=1) == found.mask).all()
-    assert found.mask[0].sum() == 5
-    batch = prompt_batch(found, np.array([120, 0]))
+    _, prompts = encode_prompts(arithmetic("+", 10), TOKENIZER, stop_id=2, max_prompt=7, max_completion=4)
+    assert (np.sort(prompts.mask, axis=1) == prompts.mask).all()
+    assert prompts.mask[0].sum() == 5
+    batch = prompt_batch(prompts, np.array([120, 0]))
     assert batch.index.tolist() == [120, 0]
     assert batch.mask.sum(1).tolist() == [7, 5]
 
@@ -63,14 +63,14 @@ def rows(prompts):
 def test_what_is_too_long_is_dropped_whole():
     """Prompts of 3 to 6 tokens with their BOS, answers of 1 to 4 with their stop: rows 0, 2 and 4 fit both limits."""
     task = echo("01", "01234", "x234", "xxx", "0xx", demonstrations=zeros)
-    kept, prompts = encode_prompts(task, BYTES, **LIMITS, too_long="drop")
-    assert kept == task._replace(examples=tuple(task.examples[row] for row in (0, 2, 4)))
+    shorter, prompts = encode_prompts(task, BYTES, **LIMITS, too_long="drop")
+    assert shorter == task._replace(examples=tuple(task.examples[row] for row in (0, 2, 4)))
     assert [BYTES.decode(ids) for ids in rows(prompts)] == ["01", "x234", "0xx"]
     assert prompts.mask.sum(1).tolist() == [3, 5, 4] and prompts.answer_mask.sum(1).tolist() == [1, 2, 3]
     assert prompts.tokens.dtype == prompts.answers.dtype == np.int32
     narrow, prompts = encode_prompts(task, BYTES, **(LIMITS | {"max_prompt": 3}), too_long="drop")
     assert [example.target for example in narrow.examples] == ["0"] and prompts.tokens.shape == (1, 3)
-    assert encode_prompts(kept, BYTES, **LIMITS, too_long="drop")[0] is kept
+    assert encode_prompts(shorter, BYTES, **LIMITS, too_long="drop")[0] is shorter
 
 
 def test_what_is_too_long_is_counted():

@@ -23,10 +23,10 @@ def folders(tmp_path_factory):
 
 
 def states(table, ids):
-    found = [0]
+    states = [0]
     for i in ids:
-        found.append(int(table[found[-1], i]))
-    return found
+        states.append(int(table[states[-1], i]))
+    return states
 
 
 def assert_stops_where_the_text_does(table, ids, texts, strings):

@@ -287,10 +287,10 @@ def test_special_tokens_are_parsed_only_on_request(tmp_path):
 def test_files_that_are_too_large_or_no_files_are_refused(tmp_path, monkeypatch):
     folder = folder_of(tmp_path, byte_level(), S)
     monkeypatch.setattr(ours, "JSON_BYTES", 10)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json: larger than 10 bytes"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: more than 10 bytes"):
         HFTokenizer(folder)
     monkeypatch.setattr(ours, "TOKENIZER_BYTES", 10)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: larger than 10 bytes"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: more than 10 bytes"):
         HFTokenizer(folder)
     monkeypatch.undo()
     for data in (b"[" * 100_000, b"\xff", b'{"a": ' * 100_000):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from grpo_jax.tasks import Verdict
-from grpo_jax.tasks.constraints import MAX_CHARACTERS, check_target, parse_constraint, verify
+from grpo_jax.tasks.constraints import MAX_CHARACTERS, parse_constraint, verify
 
 CORRECT, WRONG, TOO_LONG, UNPARSABLE = Verdict.correct, Verdict.wrong, Verdict.too_long, Verdict.unparsable
 
@@ -85,13 +85,13 @@ def test_other_clauses_are_judged_on_a_cut_text(constraint: str) -> None:
 )
 def test_refused_constraints_say_where(constraint: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_target(constraint)
+        parse_constraint(constraint)
 
 
 @pytest.mark.parametrize("kind", ["word", "not", "max_words", "ends", "case", "kind"])
 def test_what_is_refused_reaches_no_terminal(kind: str) -> None:
     with pytest.raises(ValueError, match="x1b") as refused:
-        check_target(f"word:a&{kind}:\x1b]0;x\x07\u202e ")
+        parse_constraint(f"word:a&{kind}:\x1b]0;x\x07\u202e ")
     assert str(refused.value).isprintable()
 
 

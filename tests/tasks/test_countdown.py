@@ -55,13 +55,13 @@ def reachable(numbers: tuple[Fraction, ...]) -> set[Fraction]:
     """Every value that some expression of all the numbers has, by enumeration."""
     if len(numbers) == 1:
         return {numbers[0]}
-    found = set()
+    values = set()
     for i, j in itertools.permutations(range(len(numbers)), 2):
         a, b = numbers[i], numbers[j]
         rest = tuple(n for k, n in enumerate(numbers) if k not in (i, j))
         for value in (a + b, a - b, a * b, *([a / b] if b else [])):
-            found |= reachable((*rest, value))
-    return found
+            values |= reachable((*rest, value))
+    return values
 
 
 @pytest.mark.parametrize("num_numbers", [2, 3, 4, 5, 6])
@@ -71,12 +71,17 @@ def test_every_puzzle_has_its_solution(num_numbers: int) -> None:
     seen = set()
     for example in task.examples:
         total, numbers = example.target.split(": ")
-        given = sorted(map(int, numbers.split()))
-        seen.add((total, *given))
-        assert 1 <= int(total) <= 50 and len(given) == num_numbers and given[0] >= 1 and given[-1] <= 30
+        sorted_numbers = sorted(map(int, numbers.split()))
+        seen.add((total, *sorted_numbers))
+        assert (
+            1 <= int(total) <= 50
+            and len(sorted_numbers) == num_numbers
+            and sorted_numbers[0] >= 1
+            and sorted_numbers[-1] <= 30
+        )
         assert f"Make {total} out of {numbers}," in example.prompt and example.prompt.isascii()
         right = task.demonstrations(example)
-        assert by_python(right.removeprefix("<answer>").removesuffix("</answer>")) == (int(total), given)
+        assert by_python(right.removeprefix("<answer>").removesuffix("</answer>")) == (int(total), sorted_numbers)
         assert task.verify(right, example.target, False) is CORRECT
         check_target(example.target)
     assert len(seen) == 300
@@ -225,11 +230,11 @@ def test_random_expressions_are_judged_as_python_computes_them() -> None:
         assert used == sorted(numbers) or value is None
         right = value is not None and value.denominator == 1 and value >= 0
         total = int(value) if right and value is not None else rng.randint(0, 99)
-        given = " ".join(map(str, numbers))
-        verdicts.append(judge(left[0], f"{total}: {given}"))
+        spelled = " ".join(map(str, numbers))
+        verdicts.append(judge(left[0], f"{total}: {spelled}"))
         assert verdicts[-1] is (CORRECT if value == total else WRONG), left[0]
-        assert judge(left[0], f"{total + 1}: {given}") is WRONG
-        assert judge(left[0], f"{total}: {given} 7") is WRONG
+        assert judge(left[0], f"{total + 1}: {spelled}") is WRONG
+        assert judge(left[0], f"{total}: {spelled} 7") is WRONG
         spelled = answer(f"<answer>{left[0]}</answer>")
         assert (spelled is None) == (value is None)
         if (

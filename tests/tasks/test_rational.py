@@ -163,7 +163,7 @@ def test_the_last_number_of_a_text_is_found_whole(number, before, after):
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "number"),
     [
         *[("16-3", "3"), ("10-20", "20"), ("= -5", "-5"), ("-5", "-5"), ("(-5)", "-5"), ("x=-5", "-5"), ("5 - 3", "3")],
         *[("<<16-3-4=9>>9 eggs", "9"), ("- 3 eggs", "3"), ("$2,125.50.", "$2,125.50"), ("2 and 1/2 cm^2", "1/2"), ("7.", "7")],
@@ -173,8 +173,8 @@ def test_the_last_number_of_a_text_is_found_whole(number, before, after):
         *[("4\n2", "2"), ("9 \\frac{1}\n{2}", "2")],
     ],
 )  # fmt: skip
-def test_the_last_number_of_prose(text, found):
-    assert last_number(text) == found
+def test_the_last_number_of_prose(text, number):
+    assert last_number(text) == number
 
 
 FRAGMENTS = [

@@ -3,12 +3,13 @@
 import json
 import random
 import re
+import sys
 import time
 from typing import Any
 
 import pytest
 
-from grpo_jax.tasks import Verdict
+from grpo_jax.tasks import Verdict, structured
 from grpo_jax.tasks.structured import (
     MAX_CHARACTERS,
     MAX_DEPTH,
@@ -203,17 +204,28 @@ def test_types(name: str) -> None:
         ("3", "wants an object of keys"),
         ('{"typ": "object"}', "unknown key 'typ'; known: type, const"),
         ('{"type": "text"}', 'type cannot be "text"'),
-        ('{"type": ["string"]}', "type cannot be"),
+        ('{"type": ["text"]}', "type cannot be"),
         ('{"type": {}}', "type cannot be"),
         ('{"enum": []}', "enum cannot be"),
         ('{"required": "a"}', "required cannot be"),
         ('{"required": [1]}', "required cannot be"),
         ('{"minItems": -1}', "minItems cannot be"),
         ('{"minItems": true}', "minItems cannot be"),
-        ('{"additionalProperties": {}}', "additionalProperties cannot be"),
+        ('{"additionalProperties": []}', "additionalProperties cannot be"),
         ('{"items": [{}]}', "items cannot be"),
         ('{"properties": []}', "properties cannot be"),
-        ('{"properties": {"a": {"items": {"pattern": "x"}}}}', "shape at a.items: unknown key 'pattern'"),
+        ('{"properties": {"a": {"items": {"patern": "x"}}}}', "shape at a.items: unknown key 'patern'"),
+        ('{"anyOf": [{}, {"items": {"format": "date"}}]}', "shape at anyOf.1.items: unknown key 'format'"),
+        ('{"anyOf": [3]}', "anyOf cannot be"),
+        ('{"anyOf": []}', "anyOf cannot be"),
+        ('{"minLength": "1"}', "minLength cannot be"),
+        ('{"not": 1}', "not cannot be"),
+        ('{"items": {"not": {"typ": "object"}}}', "shape at items.not: unknown key 'typ'"),
+        ('{"$ref": "#"}', "unknown key '$ref'"),
+        ('{"$ref": "file:///etc/passwd"}', "unknown key '$ref'"),
+        ('{"properties": {"a": {"$ref": "http://localhost/"}}}', "shape at a: unknown key '$ref'"),
+        ('{"$schema": "http://json-schema.org/draft-07/schema#", "pattern": "(a+)+$"}', "unknown key '$schema'"),
+        ('{"patternProperties": {"(a+)+$": {}}}', "unknown key 'patternProperties'"),
         ('{"properties": {"a": 3}}', "shape at a: wants an object"),
         ('{"const": NaN}', "NaN is not JSON"),
         ("", "the shape '' is not JSON"),
@@ -227,6 +239,85 @@ def test_bad_shapes_say_what_is_wrong(target: str, message: str) -> None:
         check_json(target)
     with pytest.raises(ValueError, match=re.escape(message)):
         verify_json("{}", target, False)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": ["string", "null"]}, ['"a"', "null"], ["1", "[]"]),
+        ({"additionalProperties": {"type": "string"}}, ['{"a": "b"}', "{}", "1"], ['{"a": 1}']),
+        ({"minimum": 1, "exclusiveMaximum": 1.5}, ["1", "1.49", '"a"'], ["0", "1.5", "9" * 400]),
+        ({"minLength": 2, "maxLength": 3}, ['"ab"', '"🦆🦆🦆"', "1"], ['"a"', '"abcd"']),
+        ({"minProperties": 1, "maxProperties": 2}, ['{"a": 1}'], ["{}", '{"a": 1, "b": 2, "c": 3}']),
+        ({"prefixItems": [{"const": 1}], "items": False}, ["[1]", "[]"], ["[2]", "[1, 2]"]),
+        ({"contains": {"const": 1}}, ["[2, 1.0]"], ["[2, true]", "[]"]),
+        ({"propertyNames": {"maxLength": 1}}, ['{"a": 1}'], ['{"ab": 1}']),
+        ({"anyOf": [{"type": "integer"}, {"minLength": 2}]}, ["1", '"ab"'], ['"a"']),
+        ({"oneOf": [{"type": "integer"}, {"minimum": 2}]}, ["1", "2.5"], ["2", "1.5"]),
+        ({"allOf": [{"type": "integer"}, {"minimum": 2}]}, ["2"], ["1", "2.5"]),
+        ({"not": {"type": "integer"}}, ['"a"', "1.5"], ["1", "1.0"]),
+        ({"if": {"type": "string"}, "then": {"minLength": 1}, "else": {"const": 1}}, ['"a"', "1"], ['""', "2"]),
+        ({"title": "A", "description": "B"}, ["1"], []),
+    ],
+)
+def test_more_of_json_schema(schema: Any, right: list[str], wrong: list[str]) -> None:
+    assert [verify_json(text, json.dumps(schema), False) for text in right] == [CORRECT] * len(right)
+    assert [verify_json(text, json.dumps(schema), False) for text in wrong] == [WRONG] * len(wrong)
+
+
+BRANCHES = {"anyOf": [{"items": {"enum": [f"word {i}" for i in range(200)]}}] * 3}
+NESTED = json.loads('{"items":' * (MAX_DEPTH - 1) + "{}" + "}" * (MAX_DEPTH - 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "verdict"),
+    [
+        ("[" + '"a",' * 16_000 + "1]", BRANCHES, WRONG),
+        ("[" + '"word 199",' * 5_000 + "1]", {"oneOf": BRANCHES["anyOf"]}, WRONG),
+        ("[" + "[]," * 20_000 + "1]", {"items": {"oneOf": [{"type": "array"}, {"type": "integer"}]}}, CORRECT),
+        ("[" * MAX_DEPTH + "]" * MAX_DEPTH, NESTED, CORRECT),
+        ("[" * (MAX_DEPTH - 1) + "1," * 20_000 + "1" + "]" * (MAX_DEPTH - 1), NESTED, CORRECT),
+        ("9" * 400, {"minimum": 1.5, "maximum": 1e308}, WRONG),
+        ('"\\ud800"', {"type": "string"}, CORRECT),
+    ],
+)
+def test_bombs_against_a_schema(text: str, schema: Any, verdict: Verdict) -> None:
+    start = time.perf_counter()
+    assert verify_json(text, json.dumps(schema), False) is verdict
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "verdict"),
+    [
+        ("May 1971", "[0-9]{4}", CORRECT),  # JSON Schema asks for a match anywhere
+        ("May 1971", "^[0-9]{4}$", WRONG),
+        ("a" * 60_000 + "!", "^(a+)+$", WRONG),
+        ("x" * 60_000, "(x+x+)+y", WRONG),
+        ("\ud800", "^.$", CORRECT),
+        ("\ud800", "[a-z?]", WRONG),
+    ],
+)
+def test_patterns_in_a_schema(text: str, pattern: str, verdict: Verdict) -> None:
+    pytest.importorskip("re2", reason="needs google-re2")
+    start = time.perf_counter()
+    target = json.dumps({"items": {"pattern": pattern}})
+    assert verify_json(json.dumps([text, 1]), target, False) is verdict
+    assert time.perf_counter() - start < 2
+    with pytest.raises(ValueError, match="pattern"):
+        check_json(json.dumps({"items": {"pattern": f"(?={pattern})"}}))
+
+
+@pytest.mark.parametrize(("module", "package", "target"), [("jsonschema", "jsonschema", '{"type": "null"}'),
+                                                           ("re2", "google-re2", '{"pattern": "missing"}')])  # fmt: skip
+def test_a_missing_package_is_named_with_its_extra(
+    module: str, package: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    for function in (structured._validator_class, structured._validator, structured._pattern):
+        function.cache_clear()
+    with pytest.raises(ImportError, match=rf"needs the package {package}: pip install 'grpo_jax\[verifiers\]'$"):
+        check_json(target)
 
 
 def test_random_values_survive_and_no_others() -> None:

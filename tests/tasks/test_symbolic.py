@@ -180,8 +180,8 @@ def test_pairs_in_a_pool() -> None:
     completions = [rf"Therefore $\boxed{{{body}}}$." if "boxed" not in body else body for _, body in pairs]
     with VerifierPool(verify, num_workers=1, deadline=60.0) as pool:
         verdicts = pool.verify(completions, [target for target, _ in pairs], [False] * len(pairs))
-        found = {pair: (v, e) for pair, v, e in zip(pairs, verdicts, expected, strict=True) if v is not e}
-        assert not found
+        different = {pair: (v, e) for pair, v, e in zip(pairs, verdicts, expected, strict=True) if v is not e}
+        assert not different
         start = time.perf_counter()
         assert pool.verify(completions, [target for target, _ in pairs], [False] * len(pairs)) == expected
         print(f"{len(pairs) / (time.perf_counter() - start):.0f} symbolic verifications per second")
@@ -219,7 +219,7 @@ def test_what_math_verify_raises_is_a_verdict_but_for_lack_of_memory(monkeypatch
             raise error
 
         monkeypatch.setattr(symbolic.math_verify, "parse", lambda text, *_, **__: [text])
-        monkeypatch.setattr(symbolic.math_verify, "verify", lambda gold, found, **_: gold == found)
+        monkeypatch.setattr(symbolic.math_verify, "verify", lambda gold, parsed, **_: gold == parsed)
         monkeypatch.setattr(symbolic.math_verify, function, fail)
         symbolic._parse_target.cache_clear()
         return verify(r"\boxed{x+y}", "x+y", False)

@@ -27,7 +27,7 @@ from grpo_jax.tasks import (
 from grpo_jax.tasks.workers import VerifierPool
 
 CORRECT, WRONG = Verdict.correct, Verdict.wrong
-PACKAGES = {"regex": "re2", "math_verify": "math_verify"}
+PACKAGES = {"json": "jsonschema", "regex": "re2", "math_verify": "math_verify"}
 
 # name: a target, a completion that meets it, one that does not
 CASES = {
@@ -75,6 +75,10 @@ def test_every_name_works(name: str) -> None:
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifiers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match="verifier 'json' needs the package jsonschema: pip install jsonschema, or the extra"
+    ):
+        find_verifier("json")
     with pytest.raises(ImportError, match="verifier 'regex' needs the package google-re2: pip install google-re2"):
         find_verifier("regex")
     with pytest.raises(
@@ -224,20 +228,20 @@ def test_the_working_directory_is_searched_last(users: Path, tmp_path: Path) -> 
     (work / "decimal.py").write_text("raise RuntimeError('hides the library')")
     root = os.fspath(Path(verifiers.__file__).parents[2])
 
-    def found(name: str, folder: Path) -> str:
+    def looked_up(name: str, folder: Path) -> str:
         command = [sys.executable, os.fspath(home / "launch.py"), name]
         environment = os.environ | {"PYTHONPATH": root}
         run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return run.stdout.strip()
 
-    assert found("users_own:verify", work) == "correct wrong"
-    absent = found("users_own:verify", home.parent / "home")
+    assert looked_up("users_own:verify", work) == "correct wrong"
+    absent = looked_up("users_own:verify", home.parent / "home")
     assert "there is no module 'users_own'" in absent and f"looked in {home}" in absent
-    assert str(work) in found("absent_module:verify", work)
-    assert "module 'users_own' has no function 'absent'" in (missing := found("users_own:absent", work))
+    assert str(work) in looked_up("absent_module:verify", work)
+    assert "module 'users_own' has no function 'absent'" in (missing := looked_up("users_own:absent", work))
     assert str(work / "users_own.py") in missing
-    assert found("decimal:absent", work).startswith("verifier 'decimal:absent': module 'decimal' has no function")
+    assert looked_up("decimal:absent", work).startswith("verifier 'decimal:absent': module 'decimal' has no function")
 
 
 def texts_and_golds(shared: Path, marker: Path) -> tuple[list[dict], list[str]]:
