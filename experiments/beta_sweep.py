@@ -114,13 +114,13 @@ def check_predicted(config: Any, objective: Any) -> None:
 
 
 def device_per_core() -> dict[str, str]:
-    """Variables that make a CPU a device per core, whose operations are not split over threads again.
+    """Environment variables that make each core of a CPU a device, and do not split operations over threads.
 
     The points are the parallel work; operations that are split too cost up to twice the CPU time.
     """
-    flag, given = "--xla_cpu_multi_thread_eigen=", os.environ.get("XLA_FLAGS", "")
+    flag, flags_set = "--xla_cpu_multi_thread_eigen=", os.environ.get("XLA_FLAGS", "")
     cores = os.environ.get("JAX_NUM_CPU_DEVICES") or str(os.cpu_count() or 1)
-    return {"JAX_NUM_CPU_DEVICES": cores, "XLA_FLAGS": given if flag in given else f"{flag}false {given}"}
+    return {"JAX_NUM_CPU_DEVICES": cores, "XLA_FLAGS": flags_set if flag in flags_set else f"{flag}false {flags_set}"}
 
 
 def point(label: str, result: dict[str, Any], arrived: bool) -> dict[str, Any]:
@@ -176,26 +176,27 @@ def arrivals(
 
     weights, forward = group_weights(objective, group_size), objective.kl_direction == "forward"
     schedule = learning_rates(config)
-    first = max(int(PACE * len(schedule)), 2)
-    found = []
+    early_iterations = max(int(PACE * len(schedule)), 2)
+    arrived = []
     paces = np.geomspace(1e-2, 1e6, 81)
     for number, result in enumerate(results):
         seed, at = divmod(number, rewards.shape[2])
         least = 0.5 / config.evaluate.final_samples
         p_ref = np.clip(result["prompts"]["p_ref"], least, 1 - least)
         options = {"beta": result["beta"], "weights": weights, "forward": forward}
-        early = flow(p_ref, schedule[:first, None] * paces, **options)
-        pace = paces[np.argmin(np.square(early - rewards[:first, seed, at, None]).sum(0))]
+        # The pace whose flow is nearest to the rewards of the first iterations; then where this flow is at the end.
+        early = flow(p_ref, schedule[:early_iterations, None] * paces, **options)
+        pace = paces[np.argmin(np.square(early - rewards[:early_iterations, seed, at, None]).sum(0))]
         end = flow(p_ref, schedule[:, None] * pace, **options)[-1, 0]
-        found.append(bool(abs(end - result["p_star"]["mean"]) <= max(result["difference"]["half_width"], 1e-3)))
-    return found
+        arrived.append(bool(abs(end - result["p_star"]["mean"]) <= max(result["difference"]["half_width"], 1e-3)))
+    return arrived
 
 
 def flow(p_ref: np.ndarray, paces: np.ndarray, *, beta: float, weights: Any, forward: bool) -> np.ndarray:
-    """[N, M] mean over prompts of p along dL/dn = pace·(p(1−p) Ω(p) − β ∂KL/∂L), L the log-odds, for paces [N, M].
+    """[iterations, series] mean over prompts of p along dL/dn = pace·(p(1−p) Ω(p) − β ∂KL/∂L), L the log-odds.
 
-    This is gradient ascent in the log-odds of a prompt that shares nothing with others. ∂KL/∂L is p(1−p)(L − L_ref) for
-    KL(π‖π_ref), p − p_ref for KL(π_ref‖π).
+    ``paces`` has the shape of the result. This is gradient ascent in the log-odds of a prompt that shares nothing with others.
+    ∂KL/∂L is p(1−p)(L − L_ref) for KL(π‖π_ref), p − p_ref for KL(π_ref‖π).
     """
     import jax
 
@@ -210,9 +211,9 @@ def flow(p_ref: np.ndarray, paces: np.ndarray, *, beta: float, weights: Any, for
         p = 1 / (1 + np.exp(-logit))
         path.append(p.mean(-1))
         v = p * (1 - p)
-        held = p - p_ref if forward else v * (logit - start)
+        pull = p - p_ref if forward else v * (logit - start)
         # A step never crosses the end of the grid, nor by more than a quarter: the flow is stiff where the pace is large.
-        logit = np.clip(logit + np.clip(pace * (v * np.interp(logit, grid, push) - beta * held), -0.25, 0.25), -25, 25)
+        logit = np.clip(logit + np.clip(pace * (v * np.interp(logit, grid, push) - beta * pull), -0.25, 0.25), -25, 25)
     return np.array(path)
 
 

@@ -122,7 +122,7 @@ def group_gradients(
 def expected_gradients(spoken: Language, length: int) -> jax.Array:
     """[ESTIMATORS, TOKENS + 1, TOKENS]: exact expectations over completions of the old policy (the bound on ratios aside)."""
     exact = jax.grad(lambda x: sequence_kl(repeat(x, length), spoken.reference, spoken.goes_on))(spoken.policy)
-    # A token's term depends on itself and the token before alone: the sum over all pairs, each as often as it is drawn.
+    # The term of a token depends on it and on the token before only: so sum over all pairs, weighted by how often they occur.
     rows, tokens = jnp.divmod(jnp.arange((TOKENS + 1) * TOKENS), TOKENS)
     pairs = Completions(*(x[:, None, None] for x in (tokens, rows, jnp.ones_like(rows, bool))))
     old = spoken.policy, spoken.old, spoken.reference
@@ -134,26 +134,26 @@ def expected_gradients(spoken: Language, length: int) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("length", "groups"))
 def measure(spoken: Language, length: int, groups: int, seed: int = 0) -> dict[str, Noise]:
-    """Bias and noise of every estimator; completions are drawn from the old policy."""
-    drawn = sample(jax.random.key(seed), repeat(spoken.old, length), spoken.goes_on, groups, GROUP)
+    """Bias and noise of every estimator; completions are sampled from the old policy."""
+    completions = sample(jax.random.key(seed), repeat(spoken.old, length), spoken.goes_on, groups, GROUP)
 
     def one(group: Completions) -> jax.Array:
         return group_gradients(spoken.policy, spoken.old, spoken.reference, group, tuple(ESTIMATORS))
 
-    each = jax.lax.map(one, drawn, batch_size=32)
+    each = jax.lax.map(one, completions, batch_size=32)
     expected = expected_gradients(spoken, length)
     size, score = jnp.linalg.norm(expected[0]), score_size(spoken.policy, length, spoken.goes_on)
-    found = {}
+    noises = {}
     for k, name in enumerate(ESTIMATORS):
         noise = jnp.sqrt(GROUP * each[:, k].var(0, ddof=1).sum())
-        found[name] = Noise(
+        noises[name] = Noise(
             bias=jnp.linalg.norm(expected[k] - expected[0]) / size,
             cosine=(expected[k] * expected[0]).sum() / (jnp.linalg.norm(expected[k]) * size),
             noise=noise / size,
             to_surrogate=noise / score,
             error=jnp.linalg.norm(each[:, k].mean(0) - expected[k]) / noise * np.sqrt(GROUP * groups),
         )
-    return found
+    return noises
 
 
 def completions_to_match(unbiased: Noise, biased: Noise) -> float:
@@ -228,9 +228,11 @@ def at_fixed_point(
     omega = theory.omega(p_star, weights)
     steps, _ = path_measure(reference, jnp.where(succeeds, omega / beta, 0.0), length, goes_on)
     steps = steps + distance(steps, direction, kl=wander, goes_on=goes_on) * direction[None]
-    drawn = sample(jax.random.key(2), steps, goes_on, groups, GROUP)
-    rewards = jnp.where(succeeds[drawn.tokens[..., -1]], 1.0, 0.0)
-    noise = _whole_noise(steps, reference, drawn, group_advantages(rewards, **normaliser).astype(jnp.float32), beta)
+    completions = sample(jax.random.key(2), steps, goes_on, groups, GROUP)
+    rewards = jnp.where(succeeds[completions.tokens[..., -1]], 1.0, 0.0)
+    noise = _whole_noise(
+        steps, reference, completions, group_advantages(rewards, **normaliser).astype(jnp.float32), beta
+    )
 
     push, balance = _exact_balance(steps, reference, succeeds, goes_on, weights, beta)
     return {
@@ -243,7 +245,7 @@ def at_fixed_point(
 
 
 def _whole_noise(
-    steps: jax.Array, reference: jax.Array, drawn: Completions, advantages: jax.Array, beta: float | jax.Array
+    steps: jax.Array, reference: jax.Array, completions: Completions, advantages: jax.Array, beta: float | jax.Array
 ) -> jax.Array:
     """[1 + ESTIMATORS]: of the surrogate alone, and with each KL term."""
 
@@ -253,8 +255,8 @@ def _whole_noise(
         terms = grpo_loss_terms(now, None, None, advantages, group.mask, beta=0.0, objective=objective)
         return terms.total.astype(now.dtype) / GROUP
 
-    def add(sums: tuple[jax.Array, jax.Array], given: tuple[Completions, jax.Array]) -> tuple[Any, None]:
-        group, advantages = given
+    def add(sums: tuple[jax.Array, jax.Array], batch: tuple[Completions, jax.Array]) -> tuple[Any, None]:
+        group, advantages = batch
         push = jax.grad(surrogate)(steps, group, advantages)[None]
         kls = group_gradients(steps, steps, reference, group, tuple(ESTIMATORS))
         whole = jnp.concatenate([push, push + beta * kls])
@@ -262,7 +264,7 @@ def _whole_noise(
 
     number = len(advantages)
     start = jnp.zeros((1 + len(ESTIMATORS), *steps.shape)), jnp.zeros(1 + len(ESTIMATORS))
-    (total, squares), _ = jax.lax.scan(add, start, (drawn, advantages))
+    (total, squares), _ = jax.lax.scan(add, start, (completions, advantages))
     return jnp.sqrt(GROUP * (squares / number - ((total / number) ** 2).sum((1, 2, 3))))
 
 

@@ -35,6 +35,7 @@ CAPTION = (
 
 def experiment(out: Path, *, quick: bool = False) -> None:
     """Writes kl_variance.png and kl_variance.json into ``out``."""
+    # On-policy, by length; off-policy, by drift; and the whole gradient, at the fixed point and around it.
     lengths = (4, 8) if quick else (1, 10, 30, 100, 300, 1000)
     groups = 64 if quick else 512
     long = lengths[-1:] if quick else (100, 1000)
@@ -49,20 +50,21 @@ def experiment(out: Path, *, quick: bool = False) -> None:
         scale: {t: {w: at_fixed_point(t, scale, groups // 2, wander=w) for w in wanders} for t in long}
         for scale in ("std", "none")
     }
-    for name, found in by_length.items():
-        print(f"\nOn-policy, {name}: noise of one completion over |∇KL|\n{_length_table(found)}")
+    for name, noises in by_length.items():
+        print(f"\nOn-policy, {name}: noise of one completion over |∇KL|\n{_length_table(noises)}")
     print(f"\nOn-policy, T = {lengths[-1]}:\n{_summary(by_length, lengths[-1])}")
     for length, drifting in by_drift.items():
         print(f"\nOff-policy, T = {length}, K = {PER_TOKEN * length:g}:\n{_drift_table(drifting)}")
     print(f"\nNoise of the whole gradient over the surrogate's, β = 1:\n{_around_table(around)}")
     numbers = {"on_policy": by_length, "off_policy": by_drift, "fixed_point": around}
 
+    # A panel for each.
     figure, (axes,) = figures.new_figure(1, 3, size=(12, 5.2))
     for axis in axes:
         axis.set(xscale="log", yscale="log")
-    _draw_lengths(axes[0], by_length["K = T/100"])
-    _draw_drifts(axes[1], by_drift[lengths[-1]])
-    _draw_around(axes[2], around["std"][lengths[-1]])
+    _plot_lengths(axes[0], by_length["K = T/100"])
+    _plot_drifts(axes[1], by_drift[lengths[-1]])
+    _plot_around(axes[2], around["std"][lengths[-1]])
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False, fontsize=8.5
     )
@@ -86,28 +88,27 @@ def _number(x: float) -> str:
     return "0" if abs(x) < 1e-12 else f"{x:.0f}" if 1000 <= x < 1e6 else f"{x:.3g}"
 
 
-def _length_table(found: dict[int, dict[str, Noise]]) -> str:
-    return _rows(
-        ["noise", *(f"T = {t}" for t in found)], [[k, *(x[k].noise for x in found.values())] for k in ESTIMATORS]
-    )
+def _length_table(by_length: dict[int, dict[str, Noise]]) -> str:
+    rows = [[k, *(x[k].noise for x in by_length.values())] for k in ESTIMATORS]
+    return _rows(["noise", *(f"T = {t}" for t in by_length)], rows)
 
 
 def _summary(by_length: dict[str, dict[int, dict[str, Noise]]], length: int) -> str:
     """Of the longest completions: bias, noise, and how many completions make the sequence term better than a token-wise one."""
     rows = []
-    for scene, found in by_length.items():
+    for scene, noises in by_length.items():
         for name in ESTIMATORS:
-            x = found[length][name]
-            match = completions_to_match(found[length]["sequence"], x) if x.bias > 0 else "–"
+            x = noises[length][name]
+            match = completions_to_match(noises[length]["sequence"], x) if x.bias > 0 else "–"
             rows.append([scene, name, x.bias, x.cosine, x.noise, x.to_surrogate, match])
     return _rows(["", "", "bias", "cosine", "noise / |∇KL|", "noise / surrogate's, β = 1", "N* of sequence"], rows)
 
 
-def _drift_table(found: dict[float, dict[str, Any]]) -> str:
+def _drift_table(by_drift: dict[float, dict[str, Any]]) -> str:
     head = ["D", "effective share", "beyond e²⁰", "noise: sequence", "per decision", "analytic", "r·k3"]
     head += ["bias: k2", "r·k3", "k3"]
     rows = []
-    for drift, x in found.items():
+    for drift, x in by_drift.items():
         kinds, sampled = x["estimators"], drift <= SAMPLED
         noises = [kinds[k].noise if sampled else "–" for k in ("per decision", "analytic", "token r·k3")]
         biases = [kinds[k].bias for k in ("token k2", "token r·k3", "token k3")]
@@ -118,8 +119,8 @@ def _drift_table(found: dict[float, dict[str, Any]]) -> str:
 def _around_table(around: dict[str, dict[int, dict[float, dict[str, Any]]]]) -> str:
     rows = []
     for scale, by_length in around.items():
-        for length, found in by_length.items():
-            for wander, x in found.items():
+        for length, by_wander in by_length.items():
+            for wander, x in by_wander.items():
                 left = [x["unbalanced"][k] if wander == 0 else "–" for k in ("sequence", "token k2", "token k3")]
                 rows.append([scale, str(length), f"{wander:g}", *(x["noise"][k] for k in SHOWN), *left])
     return _rows(["scale", "T", "KL(π*‖π)", *SHOWN, "left over: sequence", "k2", "k3"], rows)
@@ -129,22 +130,22 @@ def _curve(panel: Axes, name: str, x: Any, y: Any, **changes: Any) -> None:
     panel.plot(x, _seen(y), **figures.marker(SHOWN.index(name), label=name) | changes)
 
 
-def _draw_lengths(panel: Axes, found: dict[int, dict[str, Noise]]) -> None:
+def _plot_lengths(panel: Axes, by_length: dict[int, dict[str, Noise]]) -> None:
     for name in SHOWN:
-        _curve(panel, name, list(found), [x[name].noise for x in found.values()])
+        _curve(panel, name, list(by_length), [x[name].noise for x in by_length.values()])
     for name in ("token k2", "token k3"):
-        _bias(panel, name, list(found), [x[name].bias for x in found.values()])
+        _bias(panel, name, list(by_length), [x[name].bias for x in by_length.values()])
     panel.set(xlabel="T, tokens", ylabel="noise of one completion / |∇KL|", ylim=(0.01, 100))
     figures.title(panel, "on-policy, by length")
 
 
-def _draw_drifts(panel: Axes, found: dict[float, dict[str, Any]]) -> None:
-    _curve(panel, "sequence", list(found), [x["noise"] for x in found.values()])
+def _plot_drifts(panel: Axes, by_drift: dict[float, dict[str, Any]]) -> None:
+    _curve(panel, "sequence", list(by_drift), [x["noise"] for x in by_drift.values()])
     for name in ("per decision", "analytic", "token k2"):
-        shown = [d for d in found if d <= SAMPLED or name == "token k2"]
-        _curve(panel, name, shown, [found[d]["estimators"][name].noise for d in shown])
+        shown = [d for d in by_drift if d <= SAMPLED or name == "token k2"]
+        _curve(panel, name, shown, [by_drift[d]["estimators"][name].noise for d in shown])
     for name in ("token k2", "token r·k3"):
-        _bias(panel, name, list(found), [x["estimators"][name].bias for x in found.values()])
+        _bias(panel, name, list(by_drift), [x["estimators"][name].bias for x in by_drift.values()])
     panel.set(xlabel="D, nats per completion", ylim=(0.01, 1000))
     figures.title(panel, "off-policy, by drift")
 
@@ -164,10 +165,10 @@ def _seen(y: Any) -> np.ndarray:
     return np.where(values < 1e-5, np.nan, values)
 
 
-def _draw_around(panel: Axes, found: dict[float, dict[str, Any]]) -> None:
-    least = min(w for w in found if w > 0) / 3
+def _plot_around(panel: Axes, by_wander: dict[float, dict[str, Any]]) -> None:
+    least = min(w for w in by_wander if w > 0) / 3
     for name in SHOWN:
-        _curve(panel, name, [w or least for w in found], [x["noise"][name] for x in found.values()])
+        _curve(panel, name, [w or least for w in by_wander], [x["noise"][name] for x in by_wander.values()])
     panel.axhline(1.0, color=figures.INK, linewidth=0.8)
     panel.set(xlabel="KL(π*‖π), nats per completion", ylabel="noise / noise of the surrogate")
     figures.title(panel, "the whole gradient around p*")

@@ -124,19 +124,19 @@ def sample(key: jax.Array, steps: jax.Array, goes_on: jax.Array, groups: int, gr
     """Completions [groups, G, T] of the chain."""
     uniform = jax.random.uniform(key, (len(steps), groups * group_size), steps.dtype)
 
-    def step(state: tuple[jax.Array, jax.Array], given: tuple[jax.Array, jax.Array]) -> tuple[Any, Completions]:
-        (row, alive), (cumulative, u) = state, given
+    def step(state: tuple[jax.Array, jax.Array], inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Completions]:
+        (row, alive), (cumulative, u) = state, inputs
         token = jnp.minimum((u[:, None] > cumulative[row]).sum(-1, dtype=jnp.int32), TOKENS - 1)
         return (token, alive & (goes_on[token] > 0)), Completions(token, row, alive)
 
     first = jnp.full(groups * group_size, START, jnp.int32), jnp.ones(groups * group_size, bool)
-    drawn = jax.lax.scan(step, first, (jnp.cumsum(jax.nn.softmax(steps), axis=-1), uniform))[1]
-    return jax.tree.map(lambda x: x.T.reshape(groups, group_size, -1), drawn)
+    completions = jax.lax.scan(step, first, (jnp.cumsum(jax.nn.softmax(steps), axis=-1), uniform))[1]
+    return jax.tree.map(lambda x: x.T.reshape(groups, group_size, -1), completions)
 
 
-def logps(table: jax.Array, drawn: Completions) -> jax.Array:
+def logps(table: jax.Array, completions: Completions) -> jax.Array:
     """[..., T] log-probabilities of the tokens under a table, or under steps."""
-    return jax.nn.log_softmax(table)[(*at(table, drawn.rows), drawn.tokens)]
+    return jax.nn.log_softmax(table)[(*at(table, completions.rows), completions.tokens)]
 
 
 def at(table: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
@@ -144,9 +144,9 @@ def at(table: jax.Array, rows: jax.Array) -> tuple[jax.Array, ...]:
     return (rows,) if table.ndim == 2 else (jnp.arange(len(table)), rows)
 
 
-def log_ratio(table: jax.Array, anchor: jax.Array, drawn: Completions) -> jax.Array:
+def log_ratio(table: jax.Array, anchor: jax.Array, completions: Completions) -> jax.Array:
     """[...] log-ratio of two chains for whole completions."""
-    return jnp.where(drawn.mask, logps(table, drawn) - logps(anchor, drawn), 0.0).sum(-1)
+    return jnp.where(completions.mask, logps(table, completions) - logps(anchor, completions), 0.0).sum(-1)
 
 
 def score_size(table: jax.Array, length: int, goes_on: jax.Array) -> jax.Array:

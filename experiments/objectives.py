@@ -54,9 +54,9 @@ def expected_loss(
     rewards: jax.Array = SUCCESS,
     old: jax.Array | None = None,
 ) -> jax.Array:
-    """E over all groups drawn from π_old (from π itself, without gradient, where ``old`` is None) of the library's loss."""
-    drawn = jax.lax.stop_gradient(table if old is None else old)
-    weights = jnp.asarray(ORDERS, jnp.float32) * probabilities(drawn)[GROUPS].prod(-1)
+    """E over all groups sampled from π_old (from π itself, without gradient, where ``old`` is None) of the library's loss."""
+    sampler = jax.lax.stop_gradient(table if old is None else old)
+    weights = jnp.asarray(ORDERS, jnp.float32) * probabilities(sampler)[GROUPS].prod(-1)
 
     def loss(rows: jax.Array) -> jax.Array:
         take = lambda t: None if t is None else logps(t)[rows]  # noqa: E731
@@ -190,9 +190,11 @@ def gradients() -> list[dict[str, Any]]:
     for kl in ("sequence_reverse", *TOKEN_KLS):
         row: dict[str, Any] = {"kl": kl}
         for name, old in (("on", None), ("off", OLD)):
-            claim, found = claimed_gradient(kl, old), kl_gradient(kl, old)
-            row[name] = float(jnp.linalg.norm(found - claim) / jnp.linalg.norm(claim))
-            row[f"{name}_cosine"] = float((found * sequence).sum() / jnp.linalg.norm(found) / jnp.linalg.norm(sequence))
+            claimed, gradient = claimed_gradient(kl, old), kl_gradient(kl, old)
+            row[name] = float(jnp.linalg.norm(gradient - claimed) / jnp.linalg.norm(claimed))
+            row[f"{name}_cosine"] = float(
+                (gradient * sequence).sum() / jnp.linalg.norm(gradient) / jnp.linalg.norm(sequence)
+            )
         rows.append(row)
     return rows
 
@@ -228,34 +230,34 @@ def recursions(beta: float, beta_mirror: float, number: int = 3) -> list[dict[st
     rows = []
     for name in ("GRPO", "DR_GRPO", "RLOO", "MAXRL", "TWO_KL_GRPO", "MIRROR_GRPO", "MIRROR_DR_GRPO"):
         objective = replace(NAMED[name], **UNCLIPPED)
-        held, followed = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
+        to_reference, to_previous = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
         weights = theory.Group(GROUP, **objective.normaliser())
-        total = held + followed
-        iterates = theory.iterate(success(REFERENCE), number, beta=total, weights=weights, alpha=held / total)
-        path = solved_iterates(objective, number, beta=held, beta_mirror=followed)
+        total = to_reference + to_previous
+        iterates = theory.iterate(success(REFERENCE), number, beta=total, weights=weights, alpha=to_reference / total)
+        path = solved_iterates(objective, number, beta=to_reference, beta_mirror=to_previous)
         rows.append({"name": name, "measured": path[1:], "predicted": [float(p) for p in iterates[1:]]})
     return rows
 
 
-def markdown(found: dict[str, Any]) -> dict[str, str]:
-    """{marker: table} of what `main` measured."""
+def markdown(results: dict[str, Any]) -> dict[str, str]:
+    """{marker: table in Markdown} of the results that `main` measured."""
     small = lambda x: f"{x:.0e}" if x < 1e-3 else f"{x:.2f}"  # noqa: E731
     number = lambda x: "–" if x is None else f"{x:.4f}"  # noqa: E731
     arrow = lambda path: ", ".join(f"{p:.4f}" for p in path)  # noqa: E731
-    k1, *rest = found["gradients"]
+    k1, *rest = results["gradients"]
     by_kl = [["`kl`", "error on-policy", "error off-policy", "cosine with ∇KL(π‖π_ref), on- and off-policy"]]
     by_kl += [
         [f"`{r['kl']}`", small(r["on"]), small(r["off"]), f"{r['on_cosine']:.3f}, {r['off_cosine']:.3f}"] for r in rest
     ]
     by_kl += [["k1 in the loss (refused)", f"gradient {small(k1['size'])} of ∇KL", "", "none"]]
     end = [["`kl`", "predicted p*", *(f"`{name}`" for name in REDUCTIONS)]]
-    end += [[f"`{r['kl']}`", number(r["predicted"]), *(number(r[k]) for k in REDUCTIONS)] for r in found["ends"]]
+    end += [[f"`{r['kl']}`", number(r["predicted"]), *(number(r[k]) for k in REDUCTIONS)] for r in results["ends"]]
     named = [["objective", "effective β", "p* predicted, tokens summed", "exact steps end at"]]
     named += [
-        [f"`{r['name']}`", *(number(r[k]) for k in ("effective", "predicted", "measured"))] for r in found["named"]
+        [f"`{r['name']}`", *(number(r[k]) for k in ("effective", "predicted", "measured"))] for r in results["named"]
     ]
     solved = [["objective", "p_1, p_2, p_3 measured", "h(p_0), h(p_1), h(p_2)"]]
-    solved += [[f"`{r['name']}`", arrow(r["measured"]), arrow(r["predicted"])] for r in found["recursions"]]
+    solved += [[f"`{r['name']}`", arrow(r["measured"]), arrow(r["predicted"])] for r in results["recursions"]]
     tables = {"gradients": by_kl, "ends": end, "named": named, "recursions": solved}
     return {marker: _table(rows) for marker, rows in tables.items()}
 
@@ -284,7 +286,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     prepare_environment()
     beta, beta_mirror = 0.5, 1.0
-    found = {
+    results = {
         "p_ref": float(success(REFERENCE)),
         "beta": beta,
         "beta_mirror": beta_mirror,
@@ -293,12 +295,12 @@ def main(arguments: list[str]) -> None:
         "named": named_ends(beta),
         "recursions": recursions(beta, beta_mirror),
     }
-    tables = markdown(found)
-    print(f"p_ref = {found['p_ref']:.4f}, β = {beta}, β_mirror = {beta_mirror}, G = {GROUP}\n")
+    tables = markdown(results)
+    print(f"p_ref = {results['p_ref']:.4f}, β = {beta}, β_mirror = {beta_mirror}, G = {GROUP}\n")
     print("\n".join(tables.values()))
     out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "objectives.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    (out / "objectives.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if flags.FLAGS.docs is not None:
         page = Path(flags.FLAGS.docs)
         page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")

@@ -34,9 +34,9 @@ CAPTION = (
 class Gains(NamedTuple):
     """Of the measured prompts of one run.
 
-    predicted: [N] Ω_G(p̂)/β.
-    measured: [N] logit p̂ − logit p_ref.
-    error: [N] standard error of the latter.
+    predicted: [prompts] Ω_G(p̂)/β.
+    measured: [prompts] logit p̂ − logit p_ref.
+    error: [prompts] standard error of the latter.
     """
 
     predicted: np.ndarray
@@ -62,8 +62,8 @@ def gains(
       estimate of log-odds unbiased to first order.
 
     >>> counts = np.array([50, 3]), np.array([80, 9]), np.array([0.8, 0.1])
-    >>> found = gains(*counts, trials=100, beta=2.0, weights=theory.MeanOnly())
-    >>> found.predicted.tolist(), found.measured.round(3).tolist()
+    >>> shown = gains(*counts, trials=100, beta=2.0, weights=theory.MeanOnly())
+    >>> shown.predicted.tolist(), shown.measured.round(3).tolist()
     ([0.5], [1.368])
     """
     logits = [np.log((counts + 0.5) / (trials - counts + 0.5)) for counts in (before, after)]
@@ -93,8 +93,8 @@ def fitted(runs: list[Gains]) -> dict[str, float]:
     """The line through the gains of several runs by weighted least squares, with standard errors, and how well y = x does.
 
     >>> x = np.array([0.5, 1.0, 2.0])
-    >>> found = fitted([Gains(x, 0.1 + 0.9 * x, np.full(3, 0.1))])
-    >>> round(found["slope"], 6), round(found["intercept"], 6)
+    >>> fit = fitted([Gains(x, 0.1 + 0.9 * x, np.full(3, 0.1))])
+    >>> round(fit["slope"], 6), round(fit["intercept"], 6)
     (0.9, 0.1)
     """
     predicted, measured, error = (np.concatenate(values) for values in zip(*runs, strict=True))
@@ -112,7 +112,7 @@ def fitted(runs: list[Gains]) -> dict[str, float]:
     }
 
 
-def draw(runs: dict[str, Gains], line_found: dict[str, float], out: Path) -> None:
+def plot_gains(runs: dict[str, Gains], fit: dict[str, float], out: Path) -> None:
     """Writes recurrence.png and recurrence.json."""
     figure, axes = new_figure(size=(6.6, 6.4))
     (panel,) = axes.flat
@@ -128,16 +128,14 @@ def draw(runs: dict[str, Gains], line_found: dict[str, float], out: Path) -> Non
     panel.legend(frameon=False, loc="upper left")
     title(
         panel,
-        "slope {slope:.3f} ± {slope_error:.3f}, intercept {intercept:+.3f} ± {intercept_error:.3f}".format(
-            **line_found
-        ),
+        "slope {slope:.3f} ± {slope_error:.3f}, intercept {intercept:+.3f} ± {intercept_error:.3f}".format(**fit),
     )
-    numbers: dict[str, Any] = {"fit": line_found, "runs": {beta: run._asdict() for beta, run in runs.items()}}
+    numbers: dict[str, Any] = {"fit": fit, "runs": {beta: run._asdict() for beta, run in runs.items()}}
     save(figure, "recurrence", numbers, out=out, caption=CAPTION)
 
 
 def compare(config: str, betas: list[str], workdir: Path, overrides: list[str]) -> None:
-    """Runs every β, one after the other, and draws what they say together."""
+    """Runs every β, one after the other, and plots all of them together."""
     runs: dict[str, Gains] = {}
     for beta in betas:
         result = result_of(config, workdir / beta, f"--config.objective.beta={beta}", *overrides)
@@ -146,9 +144,9 @@ def compare(config: str, betas: list[str], workdir: Path, overrides: list[str]) 
         deviation = np.mean(np.square((runs[beta].measured - runs[beta].predicted) / runs[beta].error))
         bias = np.mean(runs[beta].measured - runs[beta].predicted)
         print(f"β = {beta}: {len(runs[beta].error)} prompts, off by {bias:+.4f}, {deviation:.2f} sampling variances")
-    found = fitted([*runs.values()])
-    draw(runs, found, workdir)
-    print(" ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    fit = fitted([*runs.values()])
+    plot_gains(runs, fit, workdir)
+    print(" ".join(f"{name} {value:.4g}" for name, value in fit.items()))
 
 
 def command_line() -> None:

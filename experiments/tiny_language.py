@@ -1,4 +1,4 @@
-"""All completions of a tiny language, so that expectations over a policy are sums and not samples."""
+"""All O completions of a tiny language, so that expectations over a policy are sums and not samples."""
 
 import itertools
 
@@ -11,7 +11,7 @@ PREFIXES = [p for n in range(LENGTH) for p in itertools.product(range(LETTERS), 
 
 
 def completions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens [N, T], mask [N, T], prefix id [N, T]) of every completion: EOS ends it, or T does."""
+    """(tokens [O, T], mask [O, T], prefix id [O, T]) of every completion: EOS ends it, or T does."""
     rows = [(*p, EOS) for p in PREFIXES] + list(itertools.product(range(LETTERS), repeat=LENGTH))
     tokens, mask, prefix = (np.zeros((len(rows), LENGTH), int) for _ in range(3))
     for i, row in enumerate(rows):
@@ -30,10 +30,10 @@ def random_policy(seed: int, scale: float = 1.0) -> jax.Array:
 
 
 def logps(table: jax.Array) -> jax.Array:
-    """[N, T] log-probability of every token of every completion (arbitrary where masked)."""
+    """[O, T] log-probability of every token of every completion (arbitrary where masked)."""
     return jax.nn.log_softmax(table)[PREFIX, TOKENS]
 
 
 def probabilities(table: jax.Array) -> jax.Array:
-    """[N], summing to one."""
+    """[O] probabilities of the completions; their sum is one."""
     return jnp.exp(jnp.where(MASK, logps(table), 0.0).sum(-1))

@@ -69,26 +69,26 @@ def experiment(data: Path, out: Path, *, quick: bool = False) -> None:
     """
     rows = read(data / "test.jsonl")[: 100 if quick else None]
     judges = _judges()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "right": {name: _accepted(judges, rows, single(rewrite)) for name, rewrite in RIGHT.items()},
         "mistakes": {name: _accepted(judges, rows, single(rewrite)) for name, rewrite in MISTAKES.items()},
         "hedges": {name: _accepted(judges, rows, hedge(parts)) for name, parts in HEDGES.items()},
     }
-    rates = {name: {kind: _mean(table, name) for kind, table in found.items()} for name in judges}
+    rates = {name: {kind: _mean(table, name) for kind, table in results.items()} for name in judges}
     settings = list(itertools.product(P_REFS, BETAS))
     cases = [(name, fpr, fnr, [q_star(*setting, fpr, fnr) for setting in settings]) for name, fpr, fnr in _cases(rates)]
     speed = {name: _speed(judge, name, rows) for name, judge in judges.items()}
     speed |= {f"{name}, pool of 2": _pool_speed(name, rows) for name in ("####", r"\boxed")}
     print(f"{len(rows)} solutions; math-verify on {PEER_ROWS} at most\n\nright answers rejected, %\n")
-    print(_counts_table(judges, found["right"], accepted=False))
-    print(f"\nwrong answers accepted, %\n\n{_counts_table(judges, found['mistakes'], accepted=True)}")
-    print(f"\nseveral answers, or none, accepted, %\n\n{_counts_table(judges, found['hedges'], accepted=True)}")
+    print(_counts_table(judges, results["right"], accepted=False))
+    print(f"\nwrong answers accepted, %\n\n{_counts_table(judges, results['mistakes'], accepted=True)}")
+    print(f"\nseveral answers, or none, accepted, %\n\n{_counts_table(judges, results['hedges'], accepted=True)}")
     print(f"\np*, or 1 − what is missing; groups of {WEIGHTS.size}, many small steps\n\n{_ends_table(settings, cases)}")
     print(f"\nper second\n\n{_table(['verifier', 'verifications'], [[k, f'{n:,.0f}'] for k, n in speed.items()])}")
     ends = [dict(zip(("case", "fpr", "fnr", "q_star"), case, strict=True)) for case in cases]
-    found |= {"rows": len(rows), "settings (p_ref, beta)": settings, "ends": ends, "per_second": speed}
+    results |= {"rows": len(rows), "settings (p_ref, beta)": settings, "ends": ends, "per_second": speed}
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     (out / "verifiers.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -123,18 +123,18 @@ def _accepted(
     judges: dict[str, Callable[[str, str], bool]], rows: list[Row], rewrite: Callable[[Row, str], str | None]
 ) -> dict[str, dict[str, int]]:
     """Per judge, how many of the rewritten solutions it accepts, of how many."""
-    found = {}
+    counts = {}
     for name, judge in judges.items():
         few = rows[: PEER_ROWS if name in PEERS else None]
         completions = [(rewrite(row, FORMATS[PEERS.get(name, name)]), str(row.answer)) for row in few]
         verdicts = [judge(completion, target) for completion, target in completions if completion is not None]
-        found[name] = {"accepted": sum(verdicts), "of": len(verdicts)}
-    return found
+        counts[name] = {"accepted": sum(verdicts), "of": len(verdicts)}
+    return counts
 
 
-def _mean(found: dict[str, dict[str, dict[str, int]]], name: str) -> float:
+def _mean(counts: dict[str, dict[str, dict[str, int]]], name: str) -> float:
     """The share that a judge accepts, every row of the table counted alike."""
-    return fmean(row[name]["accepted"] / row[name]["of"] for row in found.values() if row[name]["of"])
+    return fmean(row[name]["accepted"] / row[name]["of"] for row in counts.values() if row[name]["of"])
 
 
 def _cases(rates: dict[str, dict[str, float]]) -> list[tuple[str, float, float]]:
@@ -185,9 +185,9 @@ def _pool_speed(name: str, rows: list[Row]) -> float:
     return len(completions) / min(seconds)
 
 
-def _counts_table(judges: dict[str, Any], found: dict[str, Any], *, accepted: bool) -> str:
+def _counts_table(judges: dict[str, Any], counts: dict[str, Any], *, accepted: bool) -> str:
     rows = []
-    for label, row in found.items():
+    for label, row in counts.items():
         cells = [(cell["accepted"] if accepted else cell["of"] - cell["accepted"], cell["of"]) for cell in row.values()]
         shares = [f"{100 * count / of:.3g}" if of else "–" for count, of in cells]
         rows.append([label, str(max(of for _, of in cells)), *shares])

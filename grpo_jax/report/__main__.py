@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_jax.environment import prepare_streams
-from grpo_jax.report.comparison import compare, comparison_lines, draw_comparison
+from grpo_jax.report.comparison import compare, comparison_lines, plot_comparison
 
 EXAMPLES = """example:
   python -m grpo_jax.report compare runs/a/evaluations/reference-gsm8k-test runs/a/evaluations/iteration-150-gsm8k-test \\
@@ -29,16 +29,16 @@ def main(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(arguments)
         if not 0 < options.confidence < 1:
             raise ValueError(f"--confidence={options.confidence:g} must be inside (0, 1)")
-        found = compare(Path(options.a), Path(options.b), common=options.common, confidence=options.confidence)
+        comparison = compare(Path(options.a), Path(options.b), common=options.common, confidence=options.confidence)
         if options.json is not None:
-            Path(options.json).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            Path(options.json).write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if options.figure is not None:
-            draw_comparison(Path(options.figure), found)
+            plot_comparison(Path(options.figure), comparison)
     except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"grpo_jax.report: {' '.join(text.split())}", file=sys.stderr)
         return 2
-    print("\n".join(comparison_lines(found)))
+    print("\n".join(comparison_lines(comparison)))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The numbers of an evaluation: pass@k, majority votes, greedy accuracy, each with the interval that its question has.
+"""The numbers of an evaluation: pass@k, majority votes, greedy accuracy, each with an interval.
 
-How good is the policy on *these* prompts: only the samples are left to chance. How good is it on prompts *like* these, of
-which they are a sample: the prompts are left to chance as well, and the interval is wider.
+There are two questions, and each has its own interval. How good is the policy on *these* prompts? Then only the samples are
+random. How good is it on prompts *like* these? Then the prompts are a random sample as well, and the interval is wider.
 """
 
 from collections import Counter, defaultdict
@@ -13,10 +13,10 @@ import numpy as np
 from scipy.special import betaincinv, stdtrit
 
 from grpo_jax import theory
-from grpo_jax.report.forecast import mean_with_interval
-from grpo_jax.report.run_result import named, pass_at_k
+from grpo_jax.report.forecast import interval_dict, mean_with_interval
+from grpo_jax.report.run_result import pass_at_k
 
-# Below so many successes the pooled counts bound the mean success more closely than the prompts' own intervals do.
+# With fewer successes than this, the pooled counts bound the mean success more closely than the prompts' own intervals do.
 FEW = 10
 
 
@@ -32,8 +32,8 @@ def powers_of_two(most: int) -> list[int]:
 def majority_at_k(answers: Sequence[str | None], rewards: Sequence[float], k: int) -> float:
     """Unbiased maj@k of one prompt: the mean over ⌊n/k⌋ disjoint blocks of k samples of the reward of the most common answer.
 
-    Answers that are equally common share, and so do samples that give one answer and differ in reward. A sample without an
-    answer does not vote; a block without a vote fails.
+    Where several answers are equally common, their rewards are averaged, and so are those of samples that give the same answer
+    and have different rewards. A sample without an answer does not vote; a block without a vote has reward 0.
 
     Args:
       answers: [n] canonical spelling of each sample's answer, or None.
@@ -55,26 +55,26 @@ def majority_at_k(answers: Sequence[str | None], rewards: Sequence[float], k: in
         raise ValueError(f"maj@{k} needs at least {k} samples, got {len(answers)}")
 
     def vote(first: int) -> float:
-        ballots = defaultdict(list)
+        rewards_of = defaultdict(list)
         for answer, reward in zip(answers[first : first + k], rewards[first : first + k], strict=True):
             if answer is not None:
-                ballots[answer].append(reward)
-        most = max(map(len, ballots.values()), default=0)
-        scores = [sum(found) / most for found in ballots.values() if len(found) == most]
-        return sum(scores) / len(scores) if scores else 0.0
+                rewards_of[answer].append(reward)
+        most = max(map(len, rewards_of.values()), default=0)
+        winners = [sum(votes) / most for votes in rewards_of.values() if len(votes) == most]
+        return sum(winners) / len(winners) if winners else 0.0
 
     blocks = [vote(first) for first in range(0, len(answers) - k + 1, k)]
     return sum(blocks) / len(blocks)
 
 
 def interval_over_prompts(values: np.ndarray, confidence: float, groups: float = 1.0) -> tuple[float, float, float]:
-    """(mean, low, high) of a score in [0, 1] over prompts like these, from one unbiased estimate per prompt.
+    """(mean, low, high) of a quantity in [0, 1] over prompts like these, from one unbiased estimate per prompt.
 
     Wilson's interval for the effective number of independent trials x̄(1 − x̄)/(s²/Q), with Student's t in place of z. The
-    variance s² of the estimates holds both the spread of prompts and the samples' own noise; where a few prompts decide it, it
-    is worth the 2Q/(κ − 1) degrees of freedom that the kurtosis κ of the estimates leaves, at most Q − 1. No prompt counts as
-    more trials than the disjoint groups of k samples behind its estimate; and where the estimates are all equal, which says
-    nothing of s², each prompt counts as one.
+    variance s² of the estimates contains both the spread of prompts and the noise of the samples. It has 2Q/(κ − 1) degrees of
+    freedom, at most Q − 1, where κ is the kurtosis of the estimates: few, where a few prompts decide the variance. A prompt
+    counts as at most n/k trials, the disjoint groups of k samples behind its estimate. Where all estimates are equal, the
+    variance is unknown, and each prompt counts as one trial.
 
     Args:
       values: [Q] estimates.
@@ -99,10 +99,10 @@ def interval_over_prompts(values: np.ndarray, confidence: float, groups: float =
 
 
 def success_bound(successes: int, trials: int, confidence: float) -> float:
-    """The largest mean success probability of these prompts that so few successes leave open (one-sided).
+    """The upper confidence bound (one-sided) on the mean success probability of these prompts.
 
-    Clopper and Pearson's bound of the pooled counts. It holds although the prompts differ, since the sum of independent
-    trials is never as spread as with equal probabilities (W. Hoeffding, Ann. Math. Stat. 27 (1956), 713).
+    Clopper and Pearson's bound of the pooled counts. It holds although the prompts differ: the sum of independent trials
+    spreads most where their probabilities are equal (W. Hoeffding, Ann. Math. Stat. 27 (1956), 713).
 
     >>> round(success_bound(0, 1000, 0.95), 6)  # the rule of three
     0.002991
@@ -124,17 +124,24 @@ def dead_share(successes: np.ndarray, trials: int, group_size: int) -> float:
 
 def summarise(rows: Sequence[dict[str, Any]], *, confidence: float, group_size: int) -> dict[str, Any]:
     """The numbers of an evaluation from its rows, one per prompt (see `evaluate`), as JSON."""
-    successes, trials = np.array([row["successes"] for row in rows]), int(rows[0]["trials"])
-    total, done = int(successes.sum()), len(rows) * trials
+    successes, trials = np.array([row["successes"] for row in rows]), int(rows[0]["trials"])  # [Q]
+    total, completions = int(successes.sum()), len(rows) * trials
 
-    def over_prompts(values: Iterable[float], k: int) -> dict[str, float]:
-        return named(interval_over_prompts(np.array([*values], float), confidence, trials / k))
-
-    mean, low, high = mean_with_interval(successes, trials, confidence)
+    # Of these prompts: only the samples are random.
+    success = mean_with_interval(successes, trials, confidence)
     if total < FEW:
-        high = min(high, success_bound(total, done, (1 + confidence) / 2))
+        success["high"] = min(success["high"], success_bound(total, completions, (1 + confidence) / 2))
+
+    # Of prompts like these: they are a random sample too.
+    def over_prompts(values: Iterable[float], k: int) -> dict[str, float]:
+        return interval_dict(*interval_over_prompts(np.array([*values], float), confidence, trials / k))
+
+    ks = powers_of_two(trials)
+    passes = {str(k): over_prompts(pass_at_k(successes, trials, k), k) for k in ks}
+    majority = rows[0]["majority"] and {str(k): over_prompts((row["majority"][str(k)] for row in rows), k) for k in ks}
     greedy = float(np.mean([row["greedy"] for row in rows]))
-    z = float(stdtrit(np.inf, (1 + confidence) / 2))
+    greedy_ends = _wilson(greedy, len(rows), float(stdtrit(np.inf, (1 + confidence) / 2)))
+
     verdicts: Counter[str] = sum((Counter(row["verdicts"]) for row in rows), Counter())
     return {
         "prompts": len(rows),
@@ -142,15 +149,14 @@ def summarise(rows: Sequence[dict[str, Any]], *, confidence: float, group_size: 
         "confidence": confidence,
         "group_size": group_size,
         "successes": total,
-        "success": named((mean, low, high)),
-        "success_bound": success_bound(total, done, confidence),
-        "pass": {str(k): over_prompts(pass_at_k(successes, trials, k), k) for k in powers_of_two(trials)},
-        "majority": rows[0]["majority"]
-        and {str(k): over_prompts((row["majority"][str(k)] for row in rows), k) for k in powers_of_two(trials)},
-        "greedy": named((greedy, *_wilson(greedy, len(rows), z))),
+        "success": success,
+        "success_bound": success_bound(total, completions, confidence),
+        "pass": passes,
+        "majority": majority,
+        "greedy": interval_dict(greedy, *greedy_ends),
         "kl": None if rows[0]["kl"] is None else _mean_and_half_width([row["kl"] for row in rows], confidence),
-        "length": sum(row["tokens"] for row in rows) / done,
-        "truncated": sum(row["truncated"] for row in rows) / done,
+        "length": sum(row["tokens"] for row in rows) / completions,
+        "truncated": sum(row["truncated"] for row in rows) / completions,
         "verdicts": dict(sorted(verdicts.items())),
         "disagreements": sum(row["disagreements"] for row in rows),
         "never": int((successes == 0).sum()),
@@ -163,7 +169,7 @@ def _wilson(mean: float, trials: float, z: float) -> tuple[float, float]:
     """Wilson's interval of a share that need not be a count; inside [0, 1], exactly 0 and 1 at the ends."""
 
     def low(p: float) -> float:
-        # The smaller root over the larger: their difference would cancel for few successes.
+        # The lower end is a root of a quadratic. This form of it has no difference, which would cancel for few successes.
         return 2 * trials * p * p / (2 * trials * p + z * z + z * (4 * trials * p * (1 - p) + z * z) ** 0.5)
 
     return low(mean), 1 - low(1 - mean)

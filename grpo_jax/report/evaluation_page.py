@@ -1,49 +1,49 @@
 """An evaluation in words, as pages to browse, and as a figure. Model output is hostile here: nothing in it may act."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.report.figure import INK, MEASURED, PREDICTED
-from grpo_jax.report.markdown import inline
+from grpo_jax.report.figure import INK, MEASURED, PREDICTED, new_figure, save_figure
+from grpo_jax.report.markdown import Lines, escaped, inline, interval_text, page_start
 
-NEVER = "#999999"  # prompts never solved stand apart
+NEVER = "#999999"  # colour of the prompts that were never solved
 WIDTH = 112  # characters of a line of samples.txt
 SHOWN = 4  # completions of a prompt on the page
 LONGEST = 600  # characters of one of them
 
 
-def evaluation_table(result: dict[str, Any]) -> list[tuple[str, str]]:
+def result_lines(result: dict[str, Any]) -> Lines:
     """(quantity, value) lines of an evaluation."""
-    percent, size = f"{result['confidence']:.0%}", result["group_size"]
+    confidence, prompts = result["confidence"], f"{result['prompts']:,}"
 
-    def interval(x: dict[str, float]) -> str:
-        return f"{x['mean']:.4f}   {percent} [{x['low']:.4f}, {x['high']:.4f}]"
+    def interval(numbers: dict[str, float]) -> str:
+        return interval_text(numbers, confidence)
 
-    lines = [("success probability", interval(result["success"]) + "   of these prompts")]
-    like = {"1": "   of prompts like these, as all that follow"}
-    lines += [(f"pass@{k}", interval(x) + like.get(k, "")) for k, x in result["pass"].items()]
-    lines += [(f"maj@{k}", interval(x)) for k, x in (result["majority"] or {}).items()]
+    # How often the policy succeeds.
+    lines = [("success probability", f"{interval(result['success'])}   of these prompts")]
+    for k, numbers in result["pass"].items():
+        like = "   of prompts like these, as all that follow" if k == "1" else ""
+        lines.append((f"pass@{k}", interval(numbers) + like))
+    lines += [(f"maj@{k}", interval(numbers)) for k, numbers in (result["majority"] or {}).items()]
     lines.append(("greedy accuracy", interval(result["greedy"])))
-    if result["kl"] is not None:
-        width = result["kl"]["half_width"]
-        error = "" if width is None else f"   {percent} ±{width:.4f}"
-        lines.append(("KL(π‖π_ref), nats", f"{result['kl']['mean']:.4f}{error}"))
-    done = result["prompts"] * result["samples"]
-    verdicts = [f"{name} {count:,} ({count / done:.1%})" for name, count in result["verdicts"].items()]
+
+    # What its completions are like.
+    if kl := result["kl"]:
+        error = "" if kl["half_width"] is None else f"   {confidence:.0%} ±{kl['half_width']:.4f}"
+        lines.append(("KL(π‖π_ref), nats", f"{kl['mean']:.4f}{error}"))
+    completions = result["prompts"] * result["samples"]
+    verdicts = [f"{name} {count:,} ({count / completions:.1%})" for name, count in result["verdicts"].items()]
     lines += [
         ("completion length, tokens", f"{result['length']:.1f}"),
         ("truncated", f"{result['truncated']:.1%}"),
         ("verdicts", ", ".join(verdicts)),
-        (
-            "prompts never solved",
-            f"{result['never']:,} of {result['prompts']:,}, in {result['samples']:,} samples each",
-        ),
-        ("prompts always solved", f"{result['always']:,} of {result['prompts']:,}"),
-        (f"dead groups at G = {size}", f"{result['dead_groups']:.1%} expected"),
+        ("prompts never solved", f"{result['never']:,} of {prompts}, in {result['samples']:,} samples each"),
+        ("prompts always solved", f"{result['always']:,} of {prompts}"),
+        (f"dead groups at G = {result['group_size']}", f"{result['dead_groups']:.1%} expected"),
     ]
     if result["disagreements"]:
         text = f"{result['disagreements']:,} completions: the text is right and its tokens are not, or the reverse"
@@ -51,33 +51,26 @@ def evaluation_table(result: dict[str, Any]) -> list[tuple[str, str]]:
     return lines + [("in words", words) for words in _in_words(result)]
 
 
-def evaluation_page(
-    result: dict[str, Any],
-    header: list[tuple[str, str]],
-    rows: Sequence[dict[str, Any]],
-    samples: Sequence[dict[str, Any]],
+def page(
+    result: dict[str, Any], header: Lines, rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]
 ) -> str:
     """The evaluation as a Markdown page: header, table, figure, and the samples of the given prompts."""
-    parts = [f"# {inline(result['checkpoint'])} on {inline(result['task'])}", ""]
-    parts += [f"- **{label}**: {inline(text)}" for label, text in header]
-    parts += ["", "| quantity | value |", "|---|---|"]
-    parts += [f"| {name} | {value} |" for name, value in evaluation_table(result)]
-    parts += ["", "![success probability of the prompts, and pass@k](figure.png)", "", "## Samples", ""]
+    title = f"{inline(result['checkpoint'])} on {inline(result['task'])}"
+    inert = [(label, inline(text)) for label, text in header]
+    lines = page_start(title, inert, result_lines(result), "success probability of the prompts, and pass@k")
     by_prompt = _by_prompt(samples)
     for row in rows:
-        counts = f"{row['successes']} of {row['trials']}"
-        parts += [f"### prompt {row['index']}: {counts}", "", f"- prompt `{_short(row['prompt'])}`"]
-        parts.append(f"- target `{_short(row['target'])}`")
-        parts += [
-            f"- {'greedy' if s['greedy'] else 'sample'} {'✓' if s['reward'] else '✗'} {s['verdict']} `{_short(s['text'])}`"
-            for s in by_prompt[row["index"]][: SHOWN + 1]
-        ]
-        parts.append("")
-    return "\n".join(parts)
+        lines += [f"### prompt {row['index']}: {row['successes']} of {row['trials']}", ""]
+        lines += [f"- {name} `{_shortened(row[name])}`" for name in ("prompt", "target")]
+        for sample in by_prompt[row["index"]][: SHOWN + 1]:
+            kind, mark = "greedy" if sample["greedy"] else "sample", "✓" if sample["reward"] else "✗"
+            lines.append(f"- {kind} {mark} {sample['verdict']} `{_shortened(sample['text'])}`")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def samples_text(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> str:
-    """All samples kept, to be read in a pager: every line of prompt, target or model output stands behind a bar.
+    """All samples that are stored, to be read in a pager: every line of prompt, target or model output stands behind a bar.
 
     Control characters are escaped and long lines folded, so that no text can act on a terminal or pass for another part.
 
@@ -94,107 +87,90 @@ def samples_text(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any
       │ === prompt 1
     <BLANKLINE>
     """
-    by_prompt, parts = _by_prompt(samples), []
+    by_prompt, lines = _by_prompt(samples), []
     for row in rows:
         greedy = "right" if row["greedy"] else "wrong"
-        parts.append(f"=== prompt {row['index']}: {row['successes']} of {row['trials']}, greedy {greedy}")
+        lines.append(f"=== prompt {row['index']}: {row['successes']} of {row['trials']}, greedy {greedy}")
         for name in ("prompt", "target"):
-            parts += [name, *_barred(row[name])]
-        for s in by_prompt[row["index"]]:
-            name = "greedy" if s["greedy"] else f"sample {s['sample']}"
-            cut = ", truncated" if s["truncated"] else ""
-            parts += [f"{name}: {s['verdict']}, {s['tokens']} tokens{cut}", *_barred(s["text"])]
-        parts.append("")
-    return "\n".join(parts)
+            lines += [name, *_behind_bars(row[name])]
+        for sample in by_prompt[row["index"]]:
+            name = "greedy" if sample["greedy"] else f"sample {sample['sample']}"
+            cut = ", truncated" if sample["truncated"] else ""
+            lines.append(f"{name}: {sample['verdict']}, {sample['tokens']} tokens{cut}")
+            lines += _behind_bars(sample["text"])
+        lines.append("")
+    return "\n".join(lines)
 
 
 def plot_evaluation(path: Path, rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
     """Writes a PNG with two panels: how many prompts have which success, and pass@k, maj@k and greedy over k."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _draw_prompts(left, rows, result)
-    _draw_passes(right, result)
-    for axes in (left, right):
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure, (left, right) = new_figure((11, 4.2), ncols=2)
+    _plot_prompts(left, rows, result)
+    _plot_passes(right, result)
+    save_figure(figure, path)
 
 
-def _draw_prompts(axes: Any, rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
-    trials = result["samples"]
+def _plot_prompts(axes: Any, rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
+    trials, mean, never = result["samples"], result["success"]["mean"], result["never"]
+    # Bar 0 holds the prompts without a success; bar i those whose share is above (i − 1)/bars and at most i/bars.
     bars = min(trials, 32)
-    heights = Counter(0 if row["successes"] == 0 else -(-row["successes"] * bars // trials) for row in rows)
-    places = np.arange(bars + 1)
+    heights = Counter(-(-row["successes"] * bars // trials) for row in rows)
     colours = [NEVER, *[MEASURED] * bars]
-    axes.bar(places / bars, [heights[i] for i in places.tolist()], width=0.85 / bars, color=colours)
-    axes.axvline(result["success"]["mean"], color=INK, linestyle=":", linewidth=1.2)
+    axes.bar(np.arange(bars + 1) / bars, [heights[i] for i in range(bars + 1)], width=0.85 / bars, color=colours)
+    axes.axvline(mean, color=INK, linestyle=":", linewidth=1.2)
     axes.yaxis.get_major_locator().set_params(integer=True)
-    grey = ", grey" if result["never"] else ""
-    title = (
-        f"mean {result['success']['mean']:.3f}, dotted; {result['never']:,} of {result['prompts']:,} never solved{grey}"
-    )
-    axes.set_title(title, fontsize=10)
+    grey = ", grey" if never else ""
+    axes.set_title(f"mean {mean:.3f}, dotted; {never:,} of {result['prompts']:,} never solved{grey}")
     axes.set(xlabel=f"successes of {trials:,} samples, share", ylabel="prompts", xlim=(-0.05, 1.05))
 
 
-def _draw_passes(axes: Any, result: dict[str, Any]) -> None:
-    shown = (("pass", MEASURED, "o", "pass@k"), ("majority", PREDICTED, "s", "maj@k"))
-    for key, colour, marker, label in shown:
-        if found := result[key]:
-            k = [int(name) for name in found]
-            mean, low, high = (np.array([x[end] for x in found.values()]) for end in ("mean", "low", "high"))
+def _plot_passes(axes: Any, result: dict[str, Any]) -> None:
+    for key, colour, marker, label in (("pass", MEASURED, "o", "pass@k"), ("majority", PREDICTED, "s", "maj@k")):
+        if by_k := result[key]:
+            k = [int(name) for name in by_k]
+            mean, low, high = (np.array([x[end] for x in by_k.values()]) for end in ("mean", "low", "high"))
             axes.fill_between(k, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(k, mean, color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
     axes.axhline(result["greedy"]["mean"], color=INK, linestyle="--", linewidth=1, label="greedy")
     axes.set_xscale("log", base=2)
-    ticks = [int(k) for k in result["pass"]]
-    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.set_xticks([int(k) for k in result["pass"]], list(result["pass"]))
     title = inline(f"{result['checkpoint']} on {result['task']}")[:80]
-    axes.set_title(title, fontsize=10, parse_math=False)  # a file's name may hold dollars
+    axes.set_title(title, parse_math=False)  # a file's name may hold dollars
     axes.set(xlabel="k samples", ylabel=f"share of prompts, {result['confidence']:.0%} bands", ylim=(-0.02, 1.02))
     axes.legend(frameon=False, fontsize=9)
 
 
 def _in_words(result: dict[str, Any]) -> list[str]:
-    """What a policy that hardly ever succeeds must be told."""
-    percent, done = f"{result['confidence']:.0%}", result["prompts"] * result["samples"]
-    bound, size, words = result["success_bound"], result["group_size"], []
+    """What to know of a policy that hardly ever succeeds."""
+    completions, bound, size = result["prompts"] * result["samples"], result["success_bound"], result["group_size"]
+    below = (
+        f"of {completions:,} completions succeeded: the mean success probability of these prompts is below {bound:.2g} "
+        f"({result['confidence']:.0%}, one-sided)"
+    )
+    words = []
     if result["successes"] == 0:
-        least = (1 - bound) ** size
-        words.append(
-            f"not one of {done:,} completions succeeded: the mean success probability of these prompts is below {bound:.2g} "
-            f"({percent}, one-sided), and even there {least:.1%} or more of the groups are dead"
-        )
+        dead = (1 - bound) ** size
+        words.append(f"not one {below}, and even there {dead:.1%} or more of the groups are dead")
     elif bound < 0.02:
-        words.append(
-            f"{result['successes']:,} of {done:,} completions succeeded: the mean success probability of these prompts is below "
-            f"{bound:.2g} ({percent}, one-sided)"
-        )
+        words.append(f"{result['successes']:,} {below}")
     if result["dead_groups"] > 0.9 and result["success"]["mean"] < 0.5:
-        words.append(
-            f"GRPO learns only from groups with successes and failures: of groups of {size} hardly any has both"
-        )
+        learns = "GRPO learns only from groups with successes and failures"
+        words.append(f"{learns}: of groups of {size} hardly any has both")
     return words
 
 
 def _by_prompt(samples: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    by_prompt: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for sample in samples:
-        found[sample["index"]].append(sample)
-    return found
+        by_prompt[sample["index"]].append(sample)
+    return by_prompt
 
 
-def _short(text: str) -> str:
+def _shortened(text: str) -> str:
     shown = inline(text[:LONGEST])
     return shown if len(text) <= LONGEST else f"{shown} … {len(text) - LONGEST:,} more characters"
 
 
-def _barred(text: str) -> list[str]:
-    escape: Callable[[str], str] = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()  # noqa: E731
-    lines = ["".join(map(escape, line)) for line in text.split("\n")]
+def _behind_bars(text: str) -> list[str]:
+    lines = [escaped(line) for line in text.split("\n")]
     return [f"  │ {line[at : at + WIDTH]}" for line in lines for at in range(0, max(len(line), 1), WIDTH)]

@@ -1,4 +1,4 @@
-"""The prediction beside the measurement: what the objective should do to the measured p_ref, and whether it did."""
+"""What the theory predicts from the measured p_ref: p*, and the path to it; and the metrics row of a measurement."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from grpo_jax.objective import Objective
 
 
 def group_weights(objective: Objective, group_size: int) -> theory.Group | None:
-    """The theory's weights for what is trained, never configured twice; None where it has none for the objective."""
+    """The theory's weights, from the objective that is trained; None where the theory does not know it."""
     return theory.Group(group_size, **objective.normaliser()) if objective.is_predicted else None
 
 
@@ -21,29 +21,28 @@ def make_forecast(
 ) -> theory.Prediction | None:
     """The prediction from ``successes`` [Q] of ``trials`` samples of each prompt under the reference.
 
-    None where nothing holds to the reference, or where the theory does not know the objective.
+    None where the objective has no KL to the reference, or where the theory does not know it.
     """
     weights = group_weights(objective, group_size)
     if objective.kl_direction == "none" or weights is None:
         return None
+    options: dict[str, Any] = {"beta": beta, "confidence": confidence, "kl": objective.kl_direction}
     with jax.enable_x64(True):
-        found = theory.predict(
-            successes,
-            np.full(successes.shape, trials),
-            beta=beta,
-            weights=weights,
-            confidence=confidence,
-            kl=objective.kl_direction,
-        )
-        return jax.tree.map(np.asarray, found)
+        prediction = theory.predict(successes, np.full(successes.shape, trials), weights=weights, **options)
+        return jax.tree.map(np.asarray, prediction)
 
 
-def mean_with_interval(successes: np.ndarray, trials: int, confidence: float) -> tuple[float, float, float]:
-    """(mean, low, high) of the success probability over prompts, each measured by ``successes`` of ``trials``."""
+def interval_dict(mean: Any, low: Any, high: Any) -> dict[str, float]:
+    """A mean and the ends of its interval, as result.json holds them."""
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
+
+
+def mean_with_interval(successes: np.ndarray, trials: int, confidence: float) -> dict[str, float]:
+    """`interval_dict` of the success probability over prompts, each measured by ``successes`` of ``trials``."""
     with jax.enable_x64(True):
         estimates = jnp.asarray(successes) / trials
-        low, high = theory.mean_interval(estimates, *theory.wilson_interval(successes, trials, confidence))
-        return float(estimates.mean()), float(low), float(high)
+        ends = theory.mean_interval(estimates, *theory.wilson_interval(successes, trials, confidence))
+        return interval_dict(estimates.mean(), *ends)
 
 
 def exact_iterates(
@@ -56,27 +55,26 @@ def exact_iterates(
     beta_mirror: float = 0.0,
     visited: float = 1.0,
 ) -> np.ndarray | None:
-    """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}), were each iteration's problem solved exactly.
+    """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}): where each iteration ends if its problem is solved exactly.
 
-    With both anchors h damps: β + β_mirror holds in all, and the share β/(β + β_mirror) of it to the reference. An iteration
-    moves the share ``visited`` of the prompts, in turn. None where there is no reverse KL, whose recursion this is, or where
-    the theory does not know the objective.
+    With a KL to the reference and one to the previous policy, h has the weight β + β_mirror, of which the share
+    β/(β + β_mirror) belongs to the reference. Each iteration trains the share ``visited`` of the prompts, in turn. None where
+    there is no reverse KL, whose recursion this is, or where the theory does not know the objective.
     """
     weights = group_weights(objective, group_size)
     if objective.kl in ("none", "token_forward") or weights is None:
         return None
-    held, followed = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
-    total = held + followed
+    to_reference, to_previous = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
+    total = to_reference + to_previous
     with jax.enable_x64(True):
         visits = np.arange(num_iterations + 1) * visited
-        orbit = theory.iterate(p_ref, math.ceil(visits[-1]), beta=total, weights=weights, alpha=held / total)
+        orbit = theory.iterate(p_ref, math.ceil(visits[-1]), beta=total, weights=weights, alpha=to_reference / total)
         return np.interp(visits, np.arange(len(orbit)), np.asarray(orbit.mean(-1)))
 
 
 def probe_row(iteration: int, counts: dict[str, Any], confidence: float) -> dict[str, Any]:
     """The metrics row of a measurement: success probability with its interval, length, KL if known."""
     success = mean_with_interval(np.asarray(counts["successes"]), counts["trials"], confidence)
-    row = {"iteration": iteration, "phase": "probe"}
-    row |= dict(zip(("success/mean", "success/low", "success/high"), success, strict=True))
+    row = {"iteration": iteration, "phase": "probe"} | {f"success/{end}": x for end, x in success.items()}
     row |= {"rollout/length": counts["length"], "rollout/truncated": counts["truncated"]}
     return row if counts["kl"] is None else row | {"kl/sequence": counts["kl"]}

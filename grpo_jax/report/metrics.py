@@ -1,7 +1,7 @@
 """Where numbers go: what is computed to metrics.jsonl, what is timed to perf.jsonl, and both to TensorBoard.
 
-metrics.jsonl is the source of truth and holds nothing but results, so that it is bit for bit the same however often a run was
-killed and resumed; seconds and rates, which no two runs share, have a file of their own.
+metrics.jsonl is the source of truth. It holds results only, so it is the same bit for bit, however often a run was killed and
+resumed. Seconds and rates differ from run to run; they have a file of their own.
 """
 
 import json
@@ -20,7 +20,7 @@ class MetricsLog:
 
     Args:
       directory: of the run.
-      after: rows of later iterations are dropped first, for they will be computed again; None drops every row.
+      after: rows of later iterations are dropped, since they will be computed again; None drops every row.
     """
 
     def __init__(self, directory: Path, *, after: int | None):
@@ -64,7 +64,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    finite = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }  # JSON has no NaN
+    # JSON has no NaN and no infinity.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(finite, sort_keys=True) + "\n"

@@ -1,4 +1,4 @@
-"""A run in words: what it says before its first iteration, the table at its end, and report.md with figure and samples."""
+"""A run in words: what is known at its start, what is predicted, the table at its end, and report.md with all of it."""
 
 import json
 from typing import Any
@@ -8,107 +8,111 @@ import numpy as np
 from grpo_jax import theory
 from grpo_jax.objective import Objective, beta_effective
 from grpo_jax.report.evaluation_numbers import dead_share, success_bound
-from grpo_jax.report.forecast import mean_with_interval
-from grpo_jax.report.markdown import inline
+from grpo_jax.report.forecast import interval_dict, mean_with_interval
+from grpo_jax.report.markdown import Lines, inline, interval_text, page_start
 
 
-def header(config: Any, objective: Objective, *, num_prompts: int, task: str) -> list[tuple[str, str]]:
+def start_lines(config: Any, objective: Objective, *, num_prompts: int, task: str) -> Lines:
     """What a run says of its task and objective before it starts: (label, text) lines."""
-    group_size = config.rollout.group_size
-    # What the objective does not set has no say in it.
+    c, group_size = config.objective, config.rollout.group_size
+    # A choice that is None plays no part in the objective.
     choices = {k: v for k in objective.__dataclass_fields__ if (v := getattr(objective, k)) is not None}
-
-    def weight(label: str, beta: float) -> tuple[str, str]:
-        effective = beta_effective(beta, objective=objective, group_size=group_size)
-        return label, f"{beta:g} (effective, with population statistics: {effective:.4g})"
-
     lines = [
         ("task", f"{task}, {num_prompts} prompts, G = {group_size}, T = {config.rollout.max_completion}"),
-        ("objective", f"{config.objective.name} {json.dumps(choices)}"),
+        ("objective", f"{c.name} {json.dumps(choices)}"),
         ("fixed point", objective.fixed_point),
     ]
-    if objective.holds_to_reference:
-        lines.append(weight("β", config.objective.beta))
+    weights = {"β": c.beta} if objective.holds_to_reference else {}
     if objective.holds_to_previous:
-        lines.append(weight("β_mirror", config.objective.beta_mirror))
-    if config.objective.entropy_bonus:
-        bonus = f"{config.objective.entropy_bonus:g}: moves the end away from the fixed point, so no p* is predicted"
+        weights["β_mirror"] = c.beta_mirror
+    for label, weight in weights.items():
+        effective = beta_effective(weight, objective=objective, group_size=group_size)
+        lines.append((label, f"{weight:g} (effective, with population statistics: {effective:.4g})"))
+    if c.entropy_bonus:
+        bonus = f"{c.entropy_bonus:g}: moves the end away from the fixed point, so no p* is predicted"
         lines.append(("entropy bonus", bonus))
     return lines
 
 
-def outlook(
+def prediction_lines(
     before: dict[str, Any], forecast: theory.Prediction | None, *, confidence: float, group_size: int
-) -> list[tuple[str, str]]:
-    """What is known before the first iteration: the measured p_ref, how many groups teach nothing, and where the objective
-    should take p_ref."""
-
-    def text(mean: float, low: float, high: float) -> str:
-        return f"{mean:.4f}   {confidence:.0%} [{low:.4f}, {high:.4f}]"
-
+) -> Lines:
+    """What is known before the first iteration: the measured p_ref, the share of dead groups, and the predicted p*."""
     successes, trials = np.array(before["successes"]), before["trials"]
+    p_ref = mean_with_interval(successes, trials, confidence)
     never = f"{np.sum(successes == 0)} of {len(successes)} prompts never solved in {trials} samples each"
     lines = [
-        ("measured p_ref", text(*mean_with_interval(successes, trials, confidence))),
+        ("measured p_ref", interval_text(p_ref, confidence)),
         (f"dead groups at G = {group_size}", f"{dead_share(successes, trials, group_size):.1%} expected; {never}"),
     ]
     if before["verdicts"]:
         lines.append(("verdicts", verdict_counts(before["verdicts"])))
     if not successes.any():
         bound = success_bound(0, len(successes) * trials, confidence)
-        lines.append(
-            ("in words", f"no completion succeeded, so p_ref is below {bound:.2g} and GRPO has nothing to learn from")
-        )
+        words = f"no completion succeeded, so p_ref is below {bound:.2g} and GRPO has nothing to learn from"
+        lines.append(("in words", words))
     if forecast is not None:
-        lines += [
-            ("predicted p*", text(forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)),
-            ("predicted KL, nats", f"{forecast.mean_kl:.4f}"),
-        ]
+        p_star = interval_dict(forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)
+        lines.append(("predicted p*", interval_text(p_star, confidence)))
+        lines.append(("predicted KL, nats", f"{forecast.mean_kl:.4f}"))
     return lines
 
 
-def table(result: dict[str, Any]) -> list[tuple[str, str]]:
+def result_lines(result: dict[str, Any]) -> Lines:
     """(quantity, value) lines of a result."""
-    percent = f"{result['confidence']:.0%}"
+    confidence, before, after = result["confidence"], result["before"], result["after"]
+    lines = [("p_ref", interval_text(result["p_ref"], confidence))]
+    lines.append(("final p̂", interval_text(result["p_final"], confidence)))
 
-    def interval(x: dict[str, float]) -> str:
-        return f"{x['mean']:.4f}   {percent} [{x['low']:.4f}, {x['high']:.4f}]"
-
-    before, after = result["before"], result["after"]
-    solved = result["p_ref"]["mean"] > 0 or result["p_final"]["mean"] > 0
-    lines = [("p_ref", interval(result["p_ref"])), ("final p̂", interval(result["p_final"]))]
+    # The measurement beside the prediction, where there is one.
+    expected_kl, is_short = "no prediction of p*: see the fixed point above", False
     if "p_star" in result:
-        difference = result["difference"]
+        difference, rms = result["difference"], result["rms"]
+        expected_kl = f"{result['kl_predicted']:.4f} predicted"
+        is_short = difference["mean"] < 0 and not difference["inside"]
+        test = "no test: nothing was solved"
+        if result["p_ref"]["mean"] > 0 or result["p_final"]["mean"] > 0:
+            verdict = "inside" if difference["inside"] else "OUTSIDE"
+            test = f"{difference['mean']:+.4f}   prediction interval ±{difference['half_width']:.4f}: {verdict}"
         lines += [
-            ("predicted p*", interval(result["p_star"])),
-            (
-                "p̂ − p*",
-                f"{difference['mean']:+.4f}   prediction interval ±{difference['half_width']:.4f}: "
-                + ("inside" if difference["inside"] else "OUTSIDE")
-                if solved
-                else "no test: nothing was solved",
-            ),
-            (
-                "per prompt, rms p̂ − p*",
-                f"{result['rms']['measured']:.4f}   {result['rms']['noise']:.4f} from sampling alone",
-            ),
+            ("predicted p*", interval_text(result["p_star"], confidence)),
+            ("p̂ − p*", test),
+            ("per prompt, rms p̂ − p*", f"{rms['measured']:.4f}   {rms['noise']:.4f} from sampling alone"),
         ]
         if result["folds"]:
             lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
-        lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {result['kl_predicted']:.4f} predicted"))
-    else:
-        lines.append(
-            ("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   no prediction of p*: see the fixed point above")
-        )
-    for name, key in (("greedy accuracy", "greedy"), ("sampled accuracy, pass@1", "pass@1"), ("pass@8", "pass@8")):
-        lines.append((name, f"{before[key]:.4f} before   {after[key]:.4f} after"))
-    lines.append(("completion length, tokens", f"{before['length']:.1f} before   {after['length']:.1f} after"))
-    lines.append(("truncated", f"{before['truncated']:.1%} before   {after['truncated']:.1%} after"))
+    lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
+
+    # Before and after.
+    for name, key, form in (
+        ("greedy accuracy", "greedy", ".4f"),
+        ("sampled accuracy, pass@1", "pass@1", ".4f"),
+        ("pass@8", "pass@8", ".4f"),
+        ("completion length, tokens", "length", ".1f"),
+        ("truncated", "truncated", ".1%"),
+    ):
+        lines.append((name, f"{before[key]:{form}} before   {after[key]:{form}} after"))
     if after["verdicts"]:
         lines.append(("verdicts after", verdict_counts(after["verdicts"])))
-    if "p_star" in result and result["difference"]["mean"] < 0 and not result["difference"]["inside"]:
-        lines.append(("in words", _short_of(after["kl"] / max(result["kl_predicted"], 1e-9))))
+    if is_short:
+        lines.append(("in words", _why_short(after["kl"] / max(result["kl_predicted"], 1e-9))))
     return lines
+
+
+def page(result: dict[str, Any], header: Lines, examples: dict[str, list[dict[str, Any]]]) -> str:
+    """The run as a Markdown page: header, table, figure, and samples before and after."""
+    weights = {"β": result["beta"], "β_mirror": result["beta_mirror"], "entropy bonus": result["entropy_bonus"]}
+    shown = ", ".join(f"{label} = {weight:g}" for label, weight in weights.items() if weight)
+    title = f"{result['objective']}{' at ' if shown else ''}{shown}, seed {result['seed']}"
+    lines = page_start(title, header, result_lines(result), "success probability over iterations, and prompt by prompt")
+    for before, after in zip(examples["before"], examples["after"], strict=True):
+        lines += [f"### `{inline(before['prompt'])}` → `{inline(before['target'])}`", ""]
+        for name, example in (("before", before), ("after", after)):
+            for completion in example["completions"]:
+                mark = "✓" if completion["reward"] else "✗"
+                lines.append(f"- {name}, {mark} `{inline(completion['text'])}`")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def verdict_counts(verdicts: dict[str, int]) -> str:
@@ -120,7 +124,8 @@ def verdict_counts(verdicts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in sorted(verdicts.items()))
 
 
-def _short_of(share: float) -> str:
+def _why_short(share: float) -> str:
+    """Why a run may have ended below p*, from the share of the predicted KL that it spent."""
     spent = f"the run ended below p*, with {share:.0%} of the predicted KL spent"
     if share > 0.9:
         return f"{spent}: the gradient dies near p* = 1, or the KL went into something else than success"
@@ -128,20 +133,3 @@ def _short_of(share: float) -> str:
         f"{spent}: it has not arrived. More iterations or a larger learning rate may take it further, unless the model cannot "
         "represent the policy that the theory asks for"
     )
-
-
-def report(result: dict[str, Any], header: list[tuple[str, str]], examples: dict[str, list[dict[str, Any]]]) -> str:
-    """The run as a Markdown page: header, table, figure, and samples before and after."""
-    weights = {"β": result["beta"], "β_mirror": result["beta_mirror"], "entropy bonus": result["entropy_bonus"]}
-    shown = ", ".join(f"{label} = {weight:g}" for label, weight in weights.items() if weight)
-    parts = [f"# {result['objective']}{' at ' if shown else ''}{shown}, seed {result['seed']}", ""]
-    parts += [f"- **{label}**: {text}" for label, text in header]
-    parts += ["", "| quantity | value |", "|---|---|"]
-    parts += [f"| {name} | {value} |" for name, value in table(result)]
-    parts += ["", "![success probability over iterations, and prompt by prompt](figure.png)", "", "## Samples", ""]
-    for before, after in zip(examples["before"], examples["after"], strict=True):
-        parts += [f"### `{inline(before['prompt'])}` → `{inline(before['target'])}`", ""]
-        for name, part in (("before", before), ("after", after)):
-            parts += [f"- {name}, {'✓' if c['reward'] else '✗'} `{inline(c['text'])}`" for c in part["completions"]]
-        parts.append("")
-    return "\n".join(parts)

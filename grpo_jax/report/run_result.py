@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import theory
-from grpo_jax.report.forecast import mean_with_interval
+from grpo_jax.report.forecast import interval_dict, mean_with_interval
 
 
 def make_result(
@@ -28,34 +28,36 @@ def make_result(
     counts_before, counts_after = np.array(before["successes"]), np.array(after["successes"])
     p_ref = mean_with_interval(counts_before, before["trials"], confidence)
     p_final = mean_with_interval(counts_after, after["trials"], confidence)
-    prompts = {"p_ref": counts_before / before["trials"], "p_final": counts_after / after["trials"]}
+    prompts = {"p_ref": counts_before / before["trials"], "p_final": counts_after / after["trials"]}  # each [Q]
     result: dict[str, Any] = {
         "objective": config.objective.name,
-        "beta": config.objective.beta,
-        "beta_mirror": config.objective.beta_mirror,
-        "entropy_bonus": config.objective.entropy_bonus,
+        **{weight: config.objective[weight] for weight in ("beta", "beta_mirror", "entropy_bonus")},
         "group_size": config.rollout.group_size,
         "seed": config.seed,
         "iterations": config.train.iterations,
         "confidence": confidence,
-        "p_ref": named(p_ref),
-        "p_final": named(p_final),
+        "p_ref": p_ref,
+        "p_final": p_final,
         "before": _accuracies(before),
         "after": _accuracies(after),
     }
     if forecast is not None:
-        star, low, high = (
-            float(x) for x in (forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)
-        )
-        difference = p_final[0] - star
-        sides = (high - star, p_final[0] - p_final[1]) if difference > 0 else (star - low, p_final[2] - p_final[0])
-        half_width = math.hypot(*sides)
+        # Mean over prompts: is the difference within the two intervals, added in quadrature?
+        p_star = interval_dict(forecast.mean_p_star, forecast.mean_p_star_low, forecast.mean_p_star_high)
+        difference = p_final["mean"] - p_star["mean"]
+        if difference > 0:
+            half_width = math.hypot(p_star["high"] - p_star["mean"], p_final["mean"] - p_final["low"])
+        else:
+            half_width = math.hypot(p_star["mean"] - p_star["low"], p_final["high"] - p_final["mean"])
+
+        # Prompt by prompt: how much of the residual do the two measurements explain?
         residual = prompts["p_final"] - forecast.p_star
         noise = prompts["p_final"] * (1 - prompts["p_final"]) / after["trials"]
         z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
         noise = noise + ((forecast.p_star_high - forecast.p_star_low) / (2 * z)) ** 2
+
         result |= {
-            "p_star": named((star, low, high)),
+            "p_star": p_star,
             "difference": {"mean": difference, "half_width": half_width, "inside": abs(difference) <= half_width},
             "rms": {"measured": float(np.sqrt(np.mean(residual**2))), "noise": float(np.sqrt(np.mean(noise)))},
             "kl_predicted": float(forecast.mean_kl),
@@ -64,11 +66,6 @@ def make_result(
         }
         prompts |= {k: getattr(forecast, k) for k in ("p_star", "p_star_low", "p_star_high")}
     return result | {"prompts": {name: np.asarray(values).tolist() for name, values in prompts.items()}}
-
-
-def named(interval: tuple[float, float, float]) -> dict[str, float]:
-    """(mean, low, high) as a dict."""
-    return dict(zip(("mean", "low", "high"), interval, strict=True))
 
 
 def pass_at_k(successes: np.ndarray, trials: int, k: int) -> np.ndarray:

@@ -1,5 +1,6 @@
-"""A sweep as a table and, over β, as a figure: where runs ended, over where theory says they end."""
+"""A sweep as a table and, over β, as a figure: where the runs ended, and where the theory says they end."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from grpo_jax import theory
 from grpo_jax.objective import Objective
-from grpo_jax.report.figure import INK, MEASURED, PREDICTED
+from grpo_jax.report.figure import INK, MEASURED, PREDICTED, new_figure, save_figure
 from grpo_jax.report.forecast import group_weights
 from grpo_jax.report.markdown import inline
 
@@ -21,9 +22,9 @@ COLUMNS = ("point", "state", "p_ref", "predicted p*", "p̂ and its interval", "p
 
 
 def p_star_curve(p_ref: np.ndarray, betas: np.ndarray, *, objective: Objective, group_size: int) -> np.ndarray | None:
-    """[N] mean over prompts of the predicted success probability at each of ``betas`` [N], from ``p_ref`` [Q] of the prompts.
+    """The mean over prompts of the predicted success probability at each of ``betas``, from ``p_ref`` [Q] of the prompts.
 
-    None where nothing holds to the reference, or where the theory does not know the objective.
+    None where the objective has no KL to the reference, or where the theory does not know it.
 
     >>> from grpo_jax.objective import GRPO
     >>> p_star_curve(np.array([0.2, 0.4]), np.array([0.5, 2.0]), objective=GRPO, group_size=8).round(3).tolist()
@@ -34,82 +35,73 @@ def p_star_curve(p_ref: np.ndarray, betas: np.ndarray, *, objective: Objective, 
         return None
     solve = theory.flow_point if objective.kl_direction == "reverse" else theory.forward_kl_fixed_point
     with jax.enable_x64(True):
-        found = [solve(np.asarray(p_ref, float), beta=float(beta), weights=weights) for beta in betas]
-        return np.array([float(p.mean()) for p in found])
+        p_star = [solve(np.asarray(p_ref, float), beta=float(beta), weights=weights) for beta in betas]  # each [Q]
+        return np.array([float(p.mean()) for p in p_star])
 
 
-def draw_sweep(
-    path: Path,
-    curves: Sequence[tuple[str, np.ndarray, np.ndarray]],
-    points: Sequence[dict[str, Any]],
-    *,
-    title: str = "",
+def plot_sweep(
+    path: Path, curves: Sequence[tuple[str, Any, Any]], points: Sequence[dict[str, Any]], *, title: str = ""
 ) -> None:
     """Writes a PNG: measured p̂ with intervals over the predicted p*(β), on a logarithmic β axis.
 
-    A label has one colour, a seed one marker. Seeds stand a little beside each other (β is 0.5 % of the axis off), so that none
-    hides another.
+    A label has one colour, a seed one marker. Points of different seeds at one β stand side by side, 0.5 % of the axis apart.
 
     Args:
       path: of the PNG.
-      curves: (label, betas [N], p_star [N]).
-      points: dicts of "label", "beta" > 0, "seed", "p", "low", "high", and "p_star" where a point has a prediction of its own,
-        from its seed's p_ref, which is drawn as a dash; "arrived", where it is false, makes a point hollow.
+      curves: (label, betas, p_star at each of them).
+      points: dicts of "label", "beta" > 0, "seed", "p", "low", "high"; "p_star", shown as a dash, where a point has a prediction
+        of its own, from its seed's p_ref; "arrived", which makes a point hollow where it is false.
       title: above the axes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.4, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, (axes,) = new_figure((7.4, 4.8))
     labels = list(dict.fromkeys([*(label for label, _, _ in curves), *(point["label"] for point in points)]))
     seeds = sorted({point["seed"] for point in points})
     betas = [point["beta"] for point in points] + [beta for _, ends, _ in curves for beta in (ends[0], ends[-1])]
-    step = 0.005 * np.log(max(betas) / min(betas)) if betas else 0.0
+    # With one label, colours tell what is measured from what is predicted; with several, they tell the labels apart.
+    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    alone = len(labels) == 1
+    dash = {"marker": "_", "markersize": 9, "linestyle": "none"}
+    dot = {"linestyle": "none", "markersize": 4.5}
+    markers = dict(zip(seeds, itertools.cycle(MARKERS), strict=False))
+
+    # The predicted curves. A label without one has a line in the legend all the same, for its colour.
     for label, over, p_star in curves:
-        colour = PREDICTED if len(labels) == 1 else _colour(labels, label)
+        colour = PREDICTED if alone else colours[label]
         axes.plot(over, p_star, color=colour, linewidth=1.4, label=_joined(r"predicted $p^*(β)$", label))
     for label in labels:
-        colour = _colour(labels, label)
-        if label not in [known for known, _, _ in curves]:
-            axes.plot([], [], color=colour, linewidth=1.4, label=_joined("no prediction", label))
-        for j, seed in enumerate(seeds):
-            chosen = [point for point in points if (point["label"], point["seed"]) == (label, seed)]
-            x, p, low, high = (np.array([point[key] for point in chosen]) for key in ("beta", "p", "low", "high"))
-            x = x * np.exp(step * (j - (len(seeds) - 1) / 2))
-            own = [point.get("p_star", np.nan) for point in chosen]
-            dash = PREDICTED if len(labels) == 1 else colour
-            axes.plot(x, own, color=dash, marker="_", markersize=9, linestyle="none", alpha=0.7)
-            axes.errorbar(
-                x, p, yerr=np.clip([p - low, high - p], 0.0, None),
-                color=colour, linestyle="none", marker=MARKERS[j % len(MARKERS)], markersize=4.5, alpha=0.85,
-                markeredgecolor="white", markeredgewidth=0.4, elinewidth=1, capsize=0,
-            )  # fmt: skip
-            _hollow(
-                axes, [(at, y) for at, y, point in zip(x, p, chosen, strict=True) if not point.get("arrived", True)]
-            )
-    for j, seed in enumerate(seeds):
-        colour = MEASURED if len(labels) == 1 else "0.4"
+        if label not in [predicted for predicted, _, _ in curves]:
+            axes.plot([], [], color=colours[label], linewidth=1.4, label=_joined("no prediction", label))
+
+    # The points.
+    step = 0.005 * np.log(max(betas) / min(betas)) if betas else 0.0
+    for label, (i, seed) in itertools.product(labels, enumerate(seeds)):
+        shown = [point for point in points if (point["label"], point["seed"]) == (label, seed)]
+        beta, p, low, high = (np.array([point[key] for point in shown]) for key in ("beta", "p", "low", "high"))
+        x = beta * np.exp(step * (i - (len(seeds) - 1) / 2))
+        own = [point.get("p_star", np.nan) for point in shown]
+        axes.plot(x, own, color=PREDICTED if alone else colours[label], alpha=0.7, **dash)
+        axes.errorbar(
+            x, p, yerr=np.clip([p - low, high - p], 0.0, None), color=colours[label], marker=markers[seed], alpha=0.85,
+            markeredgecolor="white", markeredgewidth=0.4, elinewidth=1, capsize=0, **dot,
+        )  # fmt: skip
+        # A white centre makes a point hollow.
+        hollow = np.array([not point.get("arrived", True) for point in shown], bool)
+        axes.plot(x[hollow], p[hollow], color="white", linestyle="none", marker="o", markersize=2.2, zorder=4)
+
+    # The legend of the markers.
+    for seed, marker in markers.items():
         name = _joined(r"measured $\hat p$", f"seed {seed}")
-        axes.plot([], [], color=colour, linestyle="none", marker=MARKERS[j % len(MARKERS)], markersize=4.5, label=name)
+        axes.plot([], [], color=MEASURED if alone else "0.4", marker=marker, label=name, **dot)
     if any("p_star" in point for point in points):
-        colour = PREDICTED if len(labels) == 1 else "0.4"
-        axes.plot(
-            [],
-            [],
-            color=colour,
-            marker="_",
-            markersize=9,
-            linestyle="none",
-            label=r"$p^*$ from that seed's $p_\mathrm{ref}$",
-        )
+        name = r"$p^*$ from that seed's $p_\mathrm{ref}$"
+        axes.plot([], [], color=PREDICTED if alone else "0.4", label=name, **dash)
     if not all(point.get("arrived", True) for point in points):
-        hollow = axes.plot([], [], "o", color="0.4", label="hollow: not arrived, by the flow of the theory")[0]
-        hollow.set(markersize=4.5, markeredgewidth=1.1, markerfacecolor="white")
-    axes.set(
-        xscale="log", xlabel="β, weight of the KL to the reference", ylabel="success probability, mean over prompts"
-    )
+        name = "hollow: not arrived, by the flow of the theory"
+        axes.plot([], [], "o", color="0.4", markersize=4.5, markeredgewidth=1.1, markerfacecolor="white", label=name)
+
+    # The axes. The ticks are the values of β; where these are many, or none, round numbers.
+    axes.set(title=title, xlabel="β, weight of the KL to the reference", xscale="log")
+    axes.set(ylabel="success probability, mean over prompts", ylim=(-0.02, 1.02))
     ticks = sorted({point["beta"] for point in points})
     if betas and not 0 < len(ticks) <= 8:
         rounded = [m * 10.0**e for e in range(-12, 13) for m in (1, 2, 5)]
@@ -117,14 +109,9 @@ def draw_sweep(
         ticks = ticks if len(ticks) > 1 else [min(betas), max(betas)]
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_title(title, fontsize=10)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if labels:
         axes.legend(frameon=False, loc="best", fontsize=9)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def sweep_table(records: Sequence[dict[str, Any]]) -> Table:
@@ -136,7 +123,7 @@ def sweep_table(records: Sequence[dict[str, Any]]) -> Table:
     """
     grid = Table(box=None, padding=(0, 2, 0, 0))
     rows = [_cells(record) for record in records]
-    for i, name in enumerate(COLUMNS):  # what is too long is broken in the state first, then in the point
+    for i, name in enumerate(COLUMNS):  # where there is no room, the state is folded first, then the point
         longest = max((len(row[i]) for row in rows), default=0)
         grid.add_column(name, overflow="fold", min_width=None if name == "state" else min(longest, 40))
     for row in rows:
@@ -159,30 +146,18 @@ def sweep_page(records: Sequence[dict[str, Any]], figure: str | None) -> str:
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     if record["state"] != "done":
         return inline(record["point"]), record["words"], "", "", "", ""
-    after, star, difference = record["p_final"], record.get("p_star"), record.get("difference")
-    solved = record["p_ref"]["mean"] > 0 or after["mean"] > 0
+    final, p_star, difference = record["p_final"], record.get("p_star"), record.get("difference")
     test = "no prediction" if difference is None else "no test: nothing was solved"
-    if difference is not None and solved:
-        where = "inside" if difference["inside"] else "OUTSIDE"
-        test = f"{difference['mean']:+.4f} {where}"
+    if difference is not None and (record["p_ref"]["mean"] > 0 or final["mean"] > 0):
+        test = f"{difference['mean']:+.4f} {'inside' if difference['inside'] else 'OUTSIDE'}"
     return (
         inline(record["point"]),
         "done",
         f"{record['p_ref']['mean']:.4f}",
-        "" if star is None else f"{star['mean']:.4f}",
-        f"{after['mean']:.4f} [{after['low']:.4f}, {after['high']:.4f}]",
+        "" if p_star is None else f"{p_star['mean']:.4f}",
+        f"{final['mean']:.4f} [{final['low']:.4f}, {final['high']:.4f}]",
         test,
     )
-
-
-def _hollow(axes: Any, at: Sequence[tuple[float, float]]) -> None:
-    """White centres on the markers at the given places."""
-    x, y = zip(*at, strict=True) if at else ((), ())
-    axes.plot(x, y, color="white", linestyle="none", marker="o", markersize=2.2, zorder=4)
-
-
-def _colour(labels: list[str], label: str) -> str:
-    return COLOURS[labels.index(label) % len(COLOURS)]
 
 
 def _joined(*parts: str) -> str:

@@ -37,8 +37,8 @@ def test_the_pace_is_the_optimizers(schedule):
         "constant": optax.constant_schedule(1.0),
     }[schedule]
     wanted = optax.join_schedules([optax.linear_schedule(0.0, 1.0, 5), after], [5])
-    found = beta_sweep.learning_rates(config)
-    np.testing.assert_allclose(found, [float(wanted(n)) for n in range(40)], atol=1e-6)
+    rates = beta_sweep.learning_rates(config)
+    np.testing.assert_allclose(rates, [float(wanted(n)) for n in range(40)], atol=1e-6)
 
 
 def test_an_iteration_of_several_updates_has_their_mean_pace():
@@ -68,16 +68,16 @@ def test_only_small_beta_has_not_arrived():
         (star,) = p_star_curve(P_REF, np.array([beta]), objective=GRPO, group_size=8)
         results.append({"beta": beta, "prompts": {"p_ref": P_REF}, "p_star": {"mean": star}})
         results[-1]["difference"] = {"half_width": 0.005}
-    found = beta_sweep.arrivals(config, results, np.array(rewards).T[:, None], objective=GRPO, group_size=8)
-    assert found == [False, True]
+    arrived = beta_sweep.arrivals(config, results, np.array(rewards).T[:, None], objective=GRPO, group_size=8)
+    assert arrived == [False, True]
 
 
 def test_a_device_per_core_keeps_the_flags_that_are_set(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--one=1")
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
-    found = beta_sweep.device_per_core()
-    assert found["XLA_FLAGS"].split() == ["--xla_cpu_multi_thread_eigen=false", "--one=1"]
-    assert int(found["JAX_NUM_CPU_DEVICES"]) >= 1
+    variables = beta_sweep.device_per_core()
+    assert variables["XLA_FLAGS"].split() == ["--xla_cpu_multi_thread_eigen=false", "--one=1"]
+    assert int(variables["JAX_NUM_CPU_DEVICES"]) >= 1
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
     assert beta_sweep.device_per_core() == {

@@ -61,30 +61,30 @@ def test_the_exact_gradient_is_that_of_the_enumerated_sum(ends):
 
     kl, gradient = jax.value_and_grad(divergence)(spoken.policy, spoken.reference)
     assert [float(kl), float(divergence(spoken.policy, spoken.old))] == pytest.approx([0.7, 0.2], rel=1e-9)
-    found = kl_gradients.expected_gradients(spoken, T)
+    expected = kl_gradients.expected_gradients(spoken, T)
     for k, name in enumerate(ESTIMATORS):
         if name in EXACT:
-            np.testing.assert_allclose(found[k], gradient, atol=1e-12)
+            np.testing.assert_allclose(expected[k], gradient, atol=1e-12)
     # The token-wise terms: the library's loss, each completion alone, weighted by its probability under the old policy.
     rows = Completions(*(jnp.asarray(x)[:, None] for x in everything))
     chains = spoken.policy, spoken.old, spoken.reference
     each = jax.vmap(lambda row: kl_gradients.group_gradients(*chains, row, TOKENWISE))(rows)
     weights = jnp.exp(log_probability(spoken.old, everything))
-    np.testing.assert_allclose(found[len(EXACT) :], jnp.tensordot(weights, each, 1), atol=1e-6)
+    np.testing.assert_allclose(expected[len(EXACT) :], jnp.tensordot(weights, each, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize(("drift", "ends"), [(0.0, False), (0.1, True)])
 def test_what_is_sampled_has_the_expectation(drift, ends):
     length, groups = 10, 1024
-    found = kl_gradients.measure(language(length, kl=1.0, drift=drift, ends=ends), length, groups)
+    noises = kl_gradients.measure(language(length, kl=1.0, drift=drift, ends=ends), length, groups)
     for name in ESTIMATORS:
-        assert found[name].error < 1.8, name
-        assert (found[name].bias < 1e-12) == (name in EXACT), name
+        assert noises[name].error < 1.8, name
+        assert (noises[name].bias < 1e-12) == (name in EXACT), name
     # The test could tell: the bias of k3 is many standard errors.
-    k3 = found["token k3"]
+    k3 = noises["token k3"]
     assert k3.bias > 4 * k3.noise / math.sqrt(GROUP * groups)
     if not drift:  # r·k3 and k2 are then the same gradient
-        assert found["token r·k3"].noise == pytest.approx(float(found["token k2"].noise), rel=1e-5)
+        assert noises["token r·k3"].noise == pytest.approx(float(noises["token k2"].noise), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -111,13 +111,13 @@ def test_how_the_noise_grows_with_length():
 
 def test_the_change_of_measure_is_what_is_sampled_where_that_can_be():
     spoken = language(10, kl=1.0, drift=0.1)
-    found, sampled = kl_gradients.drifted(spoken, 10, 1024), kl_gradients.measure(spoken, 10, 1024)
-    assert found["noise"] == pytest.approx(float(sampled["sequence"].noise), rel=0.1)
-    assert found["beyond"] == 0.0
-    drawn = markov_language.sample(jax.random.key(1), repeat(spoken.old, 10), spoken.goes_on, 1024, GROUP)
-    ratio = jnp.exp(markov_language.log_ratio(spoken.policy, spoken.old, drawn))
+    drifted, sampled = kl_gradients.drifted(spoken, 10, 1024), kl_gradients.measure(spoken, 10, 1024)
+    assert drifted["noise"] == pytest.approx(float(sampled["sequence"].noise), rel=0.1)
+    assert drifted["beyond"] == 0.0
+    completions = markov_language.sample(jax.random.key(1), repeat(spoken.old, 10), spoken.goes_on, 1024, GROUP)
+    ratio = jnp.exp(markov_language.log_ratio(spoken.policy, spoken.old, completions))
     assert ratio.mean() == pytest.approx(1.0, abs=0.03)
-    assert found["effective"] == pytest.approx(1 / float((ratio**2).mean()), rel=0.05)
+    assert drifted["effective"] == pytest.approx(1 / float((ratio**2).mean()), rel=0.05)
     # Far away about half of the policy's own completions are beyond the bound when D is the bound: log ρ has mean D under π.
     assert 0.3 < kl_gradients.drifted(language(10, kl=1.0, drift=BOUND), 10, 1024)["beyond"] < 0.7
     assert math.log(surrogate.bounded_exp(jnp.asarray(1e9))) == pytest.approx(BOUND)
@@ -130,21 +130,21 @@ def test_the_tilted_chain_has_the_enumerated_density():
     tokens, before, mask = everything
     weights = jnp.where(mask, table[before, tokens], 0.0).sum(-1) + last[tokens[:, -1]]
     assert log_total == pytest.approx(math.log(jnp.exp(weights).sum()), rel=1e-12)
-    found = markov_language.logps(steps, Completions(*everything)).sum(-1)
-    np.testing.assert_allclose(found, weights - log_total, atol=1e-12)
+    logps = markov_language.logps(steps, Completions(*everything)).sum(-1)
+    np.testing.assert_allclose(logps, weights - log_total, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
 def test_only_the_sequence_term_is_at_rest_at_the_fixed_point(scale):
-    found = kl_gradients.at_fixed_point(20, scale, 64)
+    rest = kl_gradients.at_fixed_point(20, scale, 64)
     # With two outcomes, KL(π*‖π_ref) is that of the outcomes: π* and π_ref differ by a function of the reward alone.
-    assert found["kl"] == pytest.approx(float(theory.bernoulli_kl(found["p_star"], found["p_ref"])), rel=1e-6)
-    assert found["unbalanced"]["sequence"] < 1e-9
-    assert found["unbalanced"]["token k3"] > found["unbalanced"]["token k2"] > 0.05
-    assert found["noise"]["sequence"] < (1e-5 if scale == "none" else 0.25)
-    assert min(found["noise"][name] for name in TOKENWISE) > 0.9
+    assert rest["kl"] == pytest.approx(float(theory.bernoulli_kl(rest["p_star"], rest["p_ref"])), rel=1e-6)
+    assert rest["unbalanced"]["sequence"] < 1e-9
+    assert rest["unbalanced"]["token k3"] > rest["unbalanced"]["token k2"] > 0.05
+    assert rest["noise"]["sequence"] < (1e-5 if scale == "none" else 0.25)
+    assert min(rest["noise"][name] for name in TOKENWISE) > 0.9
     away = kl_gradients.at_fixed_point(20, scale, 64, wander=1.0)
-    assert away["kl"] > found["kl"] and away["noise"]["sequence"] > 1.2 * away["noise"]["token k2"]
+    assert away["kl"] > rest["kl"] and away["noise"]["sequence"] > 1.2 * away["noise"]["token k2"]
 
 
 @pytest.mark.slow

@@ -27,29 +27,29 @@ def sampled(solve, seed):
 
 
 def test_prompts_at_their_fixed_points_lie_on_the_line():
-    found = [recurrence.fitted(sampled(theory.flow_point, seed)) for seed in range(8)]
-    slopes = np.array([(line["slope"] - 1) / line["slope_error"] for line in found])
+    lines = [recurrence.fitted(sampled(theory.flow_point, seed)) for seed in range(8)]
+    slopes = np.array([(line["slope"] - 1) / line["slope_error"] for line in lines])
     # The four runs share their reference, so errors are correlated and the standard errors somewhat small.
-    assert np.abs(slopes).max() < 6 and abs(np.mean([line["slope"] for line in found]) - 1) < 0.01
-    assert 0.8 < np.mean([line["chi_square"] for line in found]) < 1.2
+    assert np.abs(slopes).max() < 6 and abs(np.mean([line["slope"] for line in lines]) - 1) < 0.01
+    assert 0.8 < np.mean([line["chi_square"] for line in lines]) < 1.2
 
 
 def test_prompts_of_the_other_kl_do_not():
-    found = recurrence.fitted(sampled(theory.forward_kl_fixed_point, 0))
-    assert found["chi_square"] > 20 and abs(found["slope"] - 1) > 0.1
+    line = recurrence.fitted(sampled(theory.forward_kl_fixed_point, 0))
+    assert line["chi_square"] > 20 and abs(line["slope"] - 1) > 0.1
 
 
 def test_a_run_directory_is_read_with_its_own_normaliser():
     result = {"group_size": 4, "prompts": {"p_ref": [0.25, 0.01], "p_final": [0.5, 0.02], "p_star": [0.5, 0.02]}}
     config = {"objective.name": "GRPO", "objective.beta": 2.0, "objective.scale": "none", "evaluate.final_samples": 100}
-    found = recurrence.gains_of(result, config)
-    assert found.predicted == pytest.approx([0.75 / 2])  # (G − 1)/G over β; the second prompt is too rare
-    assert found.measured == pytest.approx([np.log(75.5 / 25.5)])
+    gains = recurrence.gains_of(result, config)
+    assert gains.predicted == pytest.approx([0.75 / 2])  # (G − 1)/G over β; the second prompt is too rare
+    assert gains.measured == pytest.approx([np.log(75.5 / 25.5)])
 
 
 def test_the_figure_and_its_numbers_are_written(tmp_path):
     runs = {str(beta): run for beta, run in zip(BETAS, sampled(theory.flow_point, 1), strict=True)}
-    recurrence.draw(runs, recurrence.fitted([*runs.values()]), tmp_path)
+    recurrence.plot_gains(runs, recurrence.fitted([*runs.values()]), tmp_path)
     numbers = json.loads((tmp_path / "recurrence.json").read_text(encoding="utf-8"))
     assert set(numbers["runs"]) == set(runs) and numbers["fit"]["prompts"] > 300
     assert (tmp_path / "recurrence.png").stat().st_size > 10_000

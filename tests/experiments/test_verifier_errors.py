@@ -16,7 +16,7 @@ SOLUTIONS = [
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gsm8k")
     lines = [json.dumps({"question": "?", "answer": solution}) + "\n" for solution in SOLUTIONS]
     (folder / "test.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -37,22 +37,22 @@ def test_rows_and_their_rewrites(tmp_path):
     assert two == "6 * 7 = <<6*7=42>>42 apples.\n<answer>42</answer> and <answer>41</answer>"
 
 
-def test_marked_answers_are_told_apart_and_the_last_number_is_not(found):
-    assert found["rows"] == 3
+def test_marked_answers_are_told_apart_and_the_last_number_is_not(results):
+    assert results["rows"] == 3
     for table, share in (("right", 1), ("mistakes", 0), ("hedges", 0)):
-        for label, row in found[table].items():
+        for label, row in results[table].items():
             for name in ("####", r"\boxed", "tag"):
                 assert row[name]["accepted"] == share * row[name]["of"], (label, name)
-    assert all(row["last"]["accepted"] == row["last"]["of"] for row in found["right"].values())
-    assert found["hedges"]["right in prose only"]["last"] == {"accepted": 3, "of": 3}
-    assert found["right"]["U+2212 (if < 0)"]["tag"] == {"accepted": 1, "of": 1}
+    assert all(row["last"]["accepted"] == row["last"]["of"] for row in results["right"].values())
+    assert results["hedges"]["right in prose only"]["last"] == {"accepted": 3, "of": 3}
+    assert results["right"]["U+2212 (if < 0)"]["tag"] == {"accepted": 1, "of": 1}
 
 
-def test_ends_solve_the_recurrence_of_a_noisy_verifier(found):
-    ends = {case["case"]: case for case in found["ends"]}
+def test_ends_solve_the_recurrence_of_a_noisy_verifier(results):
+    ends = {case["case"]: case for case in results["ends"]}
     assert ends["####, mistakes"]["q_star"] == ends["no errors"]["q_star"]
-    for case in found["ends"]:
-        for (p_ref, beta), q in zip(found["settings (p_ref, beta)"], case["q_star"], strict=True):
+    for case in results["ends"]:
+        for (p_ref, beta), q in zip(results["settings (p_ref, beta)"], case["q_star"], strict=True):
             p, advantage = 1 - q, 1 - case["fnr"] - case["fpr"]
             gain = math.log(p / q) - math.log(p_ref / (1 - p_ref))
             assert gain == pytest.approx(
@@ -60,6 +60,6 @@ def test_ends_solve_the_recurrence_of_a_noisy_verifier(found):
             )
 
 
-def test_speed_is_measured(found):
-    assert set(found["per_second"]) >= {"####", r"\boxed", "tag", "last", "####, pool of 2"}
-    assert min(found["per_second"].values()) > 10  # 50,000 for ours, on a quiet machine
+def test_speed_is_measured(results):
+    assert set(results["per_second"]) >= {"####", r"\boxed", "tag", "last", "####, pool of 2"}
+    assert min(results["per_second"].values()) > 10  # 50,000 for ours, on a quiet machine

@@ -42,14 +42,14 @@ def test_the_sign_flip_test_is_scipys():
     assert sign_flip_test(differences.tolist()) == pytest.approx(theirs.pvalue, abs=1e-12)
 
 
-def test_signs_are_drawn_where_there_are_too_many_sums(monkeypatch):
+def test_signs_are_sampled_where_there_are_too_many_sums(monkeypatch):
     differences = np.random.default_rng(2).integers(-16, 19, 60).tolist()
     exact = sign_flip_test(differences)
     monkeypatch.setattr(comparison, "LARGEST", 10)
     monkeypatch.setattr(comparison, "DRAWS", 20_000)
-    drawn = sign_flip_test(differences)
-    assert drawn == sign_flip_test(differences)  # one seed for ever
-    assert abs(drawn - exact) < 5 * (exact / 20_000) ** 0.5 + 1e-4
+    sampled = sign_flip_test(differences)
+    assert sampled == sign_flip_test(differences)  # one seed for ever
+    assert abs(sampled - exact) < 5 * (exact / 20_000) ** 0.5 + 1e-4
     assert sign_flip_test([10**9, 10**9 - 1, 10**9 + 7]) == pytest.approx(0.25, abs=0.02)
 
 
@@ -63,9 +63,9 @@ def p_values(shift, repeats=1500, prompts=60, trials=16):
 
 def test_p_values_are_uniform_where_nothing_differs():
     """Never smaller; a little larger, since equal sums share one p-value, the sum 0 a share of 5 %."""
-    found = p_values(0.0)
+    values = p_values(0.0)
     for level in (0.01, 0.05, 0.2, 0.5, 0.8):
-        share, noise = np.mean(found <= level), 4 * (level * (1 - level) / len(found)) ** 0.5
+        share, noise = np.mean(values <= level), 4 * (level * (1 - level) / len(values)) ** 0.5
         assert 0.9 * level - noise < share < level + noise
 
 
@@ -88,8 +88,8 @@ def test_the_interval_covers_the_mean_difference():
         p = random.beta(1, 3, 80)
         q = np.clip(p + 0.1 * random.beta(2, 2, 80), 0, 1)
         difference = random.binomial(16, q) / 16 - random.binomial(16, p) / 16
-        found = comparison.paired_interval(difference, 0.95)
-        covered.append(found["low"] <= 0.05 <= found["high"])
+        interval = comparison.paired_interval(difference, 0.95)
+        covered.append(interval["low"] <= 0.05 <= interval["high"])
     assert 0.93 < np.mean(covered) < 0.97
     assert comparison.paired_interval(np.array([0.1]), 0.95) == {"mean": 0.1, "low": None, "high": None}
 
@@ -111,30 +111,30 @@ def evaluation(directory, counts, *, trials=16, prompts=None, **settings):
 def test_a_comparison_prompt_by_prompt(tmp_path, capsys):
     a = evaluation(tmp_path / "a", [0, 4, 8, 16, 12], prompts=["p", "q", "r\x1b[31m\n", "s", "q"])
     b = evaluation(tmp_path / "b", [6, 8, 0, 7, 8], trials=8, prompts=["q", "s", "p", "r\x1b[31m\n", "q"])
-    found = compare(a, b)
-    assert [(row["a"], row["b"]) for row in found["rows"]] == [(0, 0), (0.25, 0.75), (0.5, 0.875), (1, 1), (0.75, 1)]
-    assert found["difference"]["mean"] == pytest.approx((0.5 + 0.375 + 0.25) / 5)
-    assert found["p_value"] == by_enumeration([0, 4, 3, 0, 2])
-    assert (found["better"], found["worse"], found["settings"]) == (3, 0, {"samples": [16, 8]})
-    assert found["greedy"] == {"gained": 2, "lost": 0, "p_value": 0.5}
-    figure, out = tmp_path / "figure.png", tmp_path / "found.json"
+    compared = compare(a, b)
+    assert [(row["a"], row["b"]) for row in compared["rows"]] == [(0, 0), (0.25, 0.75), (0.5, 0.875), (1, 1), (0.75, 1)]
+    assert compared["difference"]["mean"] == pytest.approx((0.5 + 0.375 + 0.25) / 5)
+    assert compared["p_value"] == by_enumeration([0, 4, 3, 0, 2])
+    assert (compared["better"], compared["worse"], compared["settings"]) == (3, 0, {"samples": [16, 8]})
+    assert compared["greedy"] == {"gained": 2, "lost": 0, "p_value": 0.5}
+    figure, out = tmp_path / "figure.png", tmp_path / "compared.json"
     assert main(["compare", str(a), str(b), f"--figure={figure}", f"--json={out}"]) == 0
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert "0.500 → 0.875  ✗ → ✓   r\\x1b[31m\\n" in said
     assert "samples differs: 16 | 8" in said
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert json.loads(out.read_text()) == found
-    assert said.split("\n")[:-1] == comparison_lines(found)
+    assert json.loads(out.read_text()) == compared
+    assert said.split("\n")[:-1] == comparison_lines(compared)
 
 
 def test_settings_that_differ_are_noted(tmp_path):
     settings = {"verifier": ["a:b", "a:c"], "chat": [False, True], "system": [None, "Be brief."], "seed": [0, 1]}
     a = evaluation(tmp_path / "a", [1, 2], **{name: values[0] for name, values in settings.items()})
     b = evaluation(tmp_path / "b", [1, 3], **{name: values[1] for name, values in settings.items()})
-    found = compare(a, b)
-    assert found["settings"] == settings
-    assert "note      system differs: None | Be brief." in comparison_lines(found)
+    compared = compare(a, b)
+    assert compared["settings"] == settings
+    assert "note      system differs: None | Be brief." in comparison_lines(compared)
 
 
 def test_other_prompts_are_refused_or_left_out_and_counted(tmp_path):
@@ -142,10 +142,10 @@ def test_other_prompts_are_refused_or_left_out_and_counted(tmp_path):
     b = evaluation(tmp_path / "b", [5, 6], prompts=["q", "x"])
     with pytest.raises(ComparisonError, match=r"1 are in both, 2 only in .*a, 1 only in .*b; --common"):
         compare(a, b)
-    found = compare(a, b, common=True)
-    assert (found["prompts"], found["only_a"], found["only_b"]) == (1, 2, 1)
-    assert (found["rows"][0]["a"], found["rows"][0]["b"]) == (2 / 16, 5 / 16)
-    assert "left out: 2 of a, 1 of b" in "\n".join(comparison_lines(found))
+    compared = compare(a, b, common=True)
+    assert (compared["prompts"], compared["only_a"], compared["only_b"]) == (1, 2, 1)
+    assert (compared["rows"][0]["a"], compared["rows"][0]["b"]) == (2 / 16, 5 / 16)
+    assert "left out: 2 of a, 1 of b" in "\n".join(comparison_lines(compared))
     with pytest.raises(ComparisonError, match="no prompt in common"):
         compare(a, evaluation(tmp_path / "c", [1], prompts=["z"]), common=True)
 

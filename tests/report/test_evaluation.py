@@ -1,4 +1,4 @@
-"""Scores and their intervals: unbiased by enumeration, covering by simulation, honest where nothing succeeds; and the pages."""
+"""Evaluation numbers and their intervals: unbiased by enumeration, covering by simulation; and the pages."""
 
 import itertools
 import json
@@ -55,13 +55,14 @@ def test_intervals_cover_new_prompts_and_new_samples(a, b, prompts, trials, k):
     success = random.beta(a, b, (600, prompts))
     steps = np.arange(k)
     truth = 1 - np.prod((b + steps) / (a + b + steps))  # E[1 − (1 − p)^k]
-    found = [
+    intervals = [
         evaluation_numbers.interval_over_prompts(run_result.pass_at_k(counts, trials, k), 0.95, trials / k)
         for counts in random.binomial(trials, success)
     ]
-    covered = np.mean([low <= truth <= high for _, low, high in found])
+    covered = np.mean([low <= truth <= high for _, low, high in intervals])
     assert 0.9 <= covered <= (0.99 if k == 1 else 1.0)
-    assert abs(np.mean([mean for mean, _, _ in found]) - truth) < 4 * np.std([mean for mean, _, _ in found]) / 600**0.5
+    means = [mean for mean, _, _ in intervals]
+    assert abs(np.mean(means) - truth) < 4 * np.std(means) / 600**0.5
 
 
 def test_intervals_are_wilsons_where_every_prompt_has_one_trial():
@@ -92,8 +93,8 @@ def test_dead_groups_are_counted_without_bias():
         dead = np.mean([len(set(group)) == 1 for group in itertools.combinations(outcomes, 3)])
         assert evaluation_numbers.dead_share(np.array([right]), 5, 3) == pytest.approx(dead)
     random, p = np.random.default_rng(1), np.array([0.01, 0.2, 0.9])
-    found = evaluation_numbers.dead_share(random.binomial(16, p, (4000, 3)).reshape(-1), 16, 8)
-    assert found == pytest.approx(float(np.mean(dead_fraction(p, 8))), abs=0.005)
+    share = evaluation_numbers.dead_share(random.binomial(16, p, (4000, 3)).reshape(-1), 16, 8)
+    assert share == pytest.approx(float(np.mean(dead_fraction(p, 8))), abs=0.005)
     assert evaluation_numbers.dead_share(np.array([1]), 4, 8) == pytest.approx(float(dead_fraction(0.25, 8)), rel=1e-5)
 
 
@@ -130,15 +131,15 @@ def test_a_policy_that_never_succeeds_is_told_as_such():
     assert result["success"] == {"mean": 0.0, "low": 0.0, "high": pytest.approx(1 - 0.025 ** (1 / 21_104))}
     assert result["pass"]["1"]["mean"] == 0.0
     assert 0.002 < result["pass"]["16"]["high"] < 0.004  # of prompts like these: 1,319 of them say no more
-    words = " ".join(value for name, value in evaluation_page.evaluation_table(result) if name == "in words")
+    words = " ".join(value for name, value in evaluation_page.result_lines(result) if name == "in words")
     assert "not one of 21,104 completions succeeded" in words
     assert "below 0.00014 (95%, one-sided)" in words
     assert "GRPO learns only from groups with successes and failures" in words
     few = summary([row(i, int(i == 0)) for i in range(1319)])
-    words = " ".join(value for name, value in evaluation_page.evaluation_table(few) if name == "in words")
+    words = " ".join(value for name, value in evaluation_page.result_lines(few) if name == "in words")
     assert "1 of 21,104 completions succeeded" in words
     good = summary([row(i, 8) for i in range(100)])
-    assert "in words" not in dict(evaluation_page.evaluation_table(good))
+    assert "in words" not in dict(evaluation_page.result_lines(good))
 
 
 def test_the_summary_adds_up():
@@ -154,7 +155,7 @@ def test_the_summary_adds_up():
     assert result["verdicts"] == {"correct": 20, "wrong": 12}
     assert (result["never"], result["always"]) == (0, 1)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    table = dict(evaluation_page.evaluation_table(result))
+    table = dict(evaluation_page.result_lines(result))
     assert table["maj@4"].startswith("0.6250")
     assert table["KL(π‖π_ref), nats"].startswith("0.2000   95% ±1.27")
     assert summary(rows[:1])["kl"] == {"mean": pytest.approx(0.1), "half_width": None}
@@ -163,7 +164,7 @@ def test_the_summary_adds_up():
 def test_the_page_cuts_and_escapes_what_the_model_said():
     text = "```\n# owned\x1b[31m|<script>" + "x" * 5000
     rows = [row(7, 3, prompt="a\nb\x07")]
-    page = evaluation_page.evaluation_page(
+    page = evaluation_page.page(
         summary([row(i, i) for i in range(9)]), [("task", "sums")], rows, [SAMPLE | {"index": 7, "text": text}]
     )
     assert page.startswith("# reference on gsm8k\n")

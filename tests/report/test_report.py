@@ -8,8 +8,8 @@ import pytest
 
 from grpo_jax.objective import DAPO, GRPO, GRPO_TRL
 from grpo_jax.report import forecast, run_page, run_result
-from grpo_jax.report.figure import plot_run
 from grpo_jax.report.metrics import MetricsLog, read_metrics
+from grpo_jax.report.run_figure import plot_run
 from tests.tiny_run import tiny_config
 
 
@@ -90,7 +90,7 @@ def test_the_verdict_says_inside_only_inside():
         outside, _ = outcome(GRPO, shift)
         assert not outside["difference"]["inside"]
         assert outside["difference"]["mean"] == pytest.approx(shift, abs=1e-3)
-        assert "OUTSIDE" in dict(run_page.table(outside))["p̂ − p*"]
+        assert "OUTSIDE" in dict(run_page.result_lines(outside))["p̂ − p*"]
     # The interval is that of both measurements: about 1.96 √(2 · p(1−p)/3000), a little wider for the slope of p*(p_ref).
     assert 0.015 < inside["difference"]["half_width"] < 0.05
 
@@ -102,12 +102,12 @@ def test_the_objective_decides_what_is_predicted():
     none, prediction = outcome(DAPO, 0.0)
     assert prediction is None
     assert "p_star" not in none
-    assert "no prediction" in dict(run_page.table(none))["KL(π‖π_ref), nats"]
+    assert "no prediction" in dict(run_page.result_lines(none))["KL(π‖π_ref), nats"]
 
 
 def test_the_page_shows_model_output_as_inert_text(tmp_path):
     result, _ = outcome(GRPO, 0.0)
-    page = run_page.report(
+    page = run_page.page(
         result, [("task", "sums")], {"before": counts([1])["examples"], "after": counts([1])["examples"]}
     )
     assert "\x1b" not in page

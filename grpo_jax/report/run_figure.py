@@ -1,0 +1,75 @@
+"""The figure of a run: success probability over iterations beside its prediction, and prompt by prompt."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.report.figure import INK, MEASURED, PREDICTED, new_figure, save_figure
+
+
+def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
+    """Writes a PNG with two panels.
+
+    Left: measured success probability with its intervals, the exact iterates, p_ref, p* and its band. Right: the prompts'
+    measured final success probability over their measured p_ref, with the predicted curve.
+
+    Args:
+      path: of the PNG.
+      rows: the probes: dicts with "iteration", "success/mean", "success/low", "success/high".
+      result: the run's result (see `train`).
+      iterates: [n + 1] mean success probability of exact iterates, or None where there is no prediction.
+    """
+    figure, (left, right) = new_figure((11, 4.4), ncols=2, width_ratios=(1.5, 1))
+    _plot_iterations(left, rows, result, iterates)
+    _plot_prompts(right, result)
+    for axes in (left, right):
+        axes.set_ylim(-0.02, 1.02)
+    save_figure(figure, path)
+
+
+def _plot_iterations(
+    axes: Any, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None
+) -> None:
+    n = np.array([row["iteration"] for row in rows])
+    mean, low, high = (np.array([row[f"success/{end}"] for row in rows]) for end in ("mean", "low", "high"))
+    last = int(n.max())
+
+    # What the theory says: where the run starts, where it ends, and exact iterations in between.
+    p_ref = result["p_ref"]["mean"]
+    axes.axhline(p_ref, color=INK, linestyle=":", linewidth=1.2)
+    axes.text(0.01 * last, p_ref - 0.015, r"$p_\mathrm{ref}$", ha="left", va="top", color=INK)
+    if star := result.get("p_star"):
+        axes.axhspan(star["low"], star["high"], color=PREDICTED, alpha=0.25, linewidth=0)
+        axes.axhline(star["mean"], color=PREDICTED, linewidth=1.2, label=r"predicted $p^*$ and its band")
+    if iterates is not None:
+        label = r"exact iterates $p_n=h(p_{n-1})$"
+        axes.plot(iterates[: last + 1], color=PREDICTED, linestyle="--", linewidth=1, label=label)
+
+    # What was measured.
+    axes.errorbar(
+        n, mean, yerr=[mean - low, high - mean], color=MEASURED, marker="o", markersize=3, linewidth=1, capsize=0,
+        label=r"measured $\hat p_n$",
+    )  # fmt: skip
+
+    axes.set(xlabel="iteration n", ylabel="success probability, mean over prompts", xlim=(-0.01 * last, 1.01 * last))
+    symbols = {"β": result["beta"], r"$β_\mathrm{mirror}$": result["beta_mirror"]}
+    weights = "".join(f"{symbol} = {weight:g}, " for symbol, weight in symbols.items() if weight)
+    axes.set_title(f"{weights}G = {result['group_size']}, {result['objective']}, seed {result['seed']}")
+    axes.legend(frameon=False, loc="best", fontsize=9)
+
+
+def _plot_prompts(axes: Any, result: dict[str, Any]) -> None:
+    prompts = {name: np.array(values) for name, values in result["prompts"].items()}
+    p_ref = prompts["p_ref"]
+    axes.plot([0, 1], [0, 1], color=INK, linestyle=":", linewidth=1, label="no change")
+    if "p_star" in prompts:
+        order = np.argsort(p_ref)
+        star, low, high = (prompts[name][order] for name in ("p_star", "p_star_low", "p_star_high"))
+        axes.fill_between(p_ref[order], low, high, color=PREDICTED, alpha=0.25, linewidth=0)
+        axes.plot(p_ref[order], star, color=PREDICTED, linewidth=1.2, label=r"predicted $p^*(p_\mathrm{ref})$")
+    style = {"color": MEASURED, "markersize": 3.5, "alpha": 0.7, "linestyle": "none"}
+    axes.plot(p_ref, prompts["p_final"], "o", label="measured, per prompt", **style)
+    axes.set(title="prompt by prompt", xlabel=r"measured $p_\mathrm{ref}$ of the prompt", xlim=(-0.02, 1.02))
+    axes.set_ylabel("measured final success probability")
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
