@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     """Runs one sweep per objective, and draws them together."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
-    given = flags.FLAGS
+    options = flags.FLAGS
     os.environ |= device_per_core()
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
@@ -54,28 +54,28 @@ def main(arguments: list[str]) -> None:
     from grpo_jax.runs.errors import Preempted, RunError
 
     try:
-        run(given)
+        run(options)
     except (ConfigError, Preempted, RunError, ValueError) as error:
         print(error, file=sys.stderr)
         sys.exit(75 if isinstance(error, Preempted) else 2 if isinstance(error, ConfigError) else 1)
 
 
-def run(given: flags.FlagValues) -> None:
+def run(options: flags.FlagValues) -> None:
     """The sweeps, the table and the figure; errors as `sweep`'s, or ConfigError before anything is run."""
     from grpo_jax.config import validate
-    from grpo_jax.report.sweep_figure import draw_sweep, p_star_curve
+    from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep
     from grpo_jax.sweeps.one_program import sweep
 
-    config = given.config
-    if given.quick:
+    config = options.config
+    if options.quick:
         config.update_from_flattened_dict(QUICK)
-    if given.iterations is not None:
-        config.train.iterations = given.iterations
-    betas = [float(b) for b in given.betas or (["0.3", "3"] if given.quick else np.geomspace(0.1, 10.0, 16))]
-    seeds = [int(seed) for seed in given.seeds]
-    out = Path(given.out)
+    if options.iterations is not None:
+        config.train.iterations = options.iterations
+    betas = [float(b) for b in options.betas or (["0.3", "3"] if options.quick else np.geomspace(0.1, 10.0, 16))]
+    seeds = [int(seed) for seed in options.seeds]
+    out = Path(options.out)
 
-    chosen = {kl: config.copy_and_resolve_references() for kl in given.kls}
+    chosen = {kl: config.copy_and_resolve_references() for kl in options.kls}
     for kl, one in chosen.items():
         one.objective.kl = kl
         check_predicted(one, validate(one, num_devices=1)[1])
@@ -94,7 +94,7 @@ def run(given: flags.FlagValues) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "points.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
     (out / "table.md").write_text(table(points), encoding="utf-8")
-    draw_sweep(out / "figure.png", curves, points, title=f"{len(seeds)} seeds, {config.train.iterations} iterations")
+    plot_sweep(out / "figure.png", curves, points, title=f"{len(seeds)} seeds, {config.train.iterations} iterations")
     print(table(points))
     print(f"figure.png, table.md and points.json are in {out}")
 

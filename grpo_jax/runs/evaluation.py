@@ -123,7 +123,7 @@ def evaluate(
             result = read_json(directory / RESULT)
             message = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
             say(console, f"{message}:")
-            show(console, evaluation_page.evaluation_table(result))
+            show(console, evaluation_page.result_lines(result))
             return result
 
         # Measure and write.
@@ -170,10 +170,10 @@ def measure_and_write(run: Run, policy: MeasuredPolicy, *, dropped: int) -> dict
     write_jsonl(directory / "samples.jsonl", samples)
     write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
     evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
-    write_text(directory / "report.md", evaluation_page.evaluation_page(result, header, shown, samples))
+    write_text(directory / "report.md", evaluation_page.page(result, header, shown, samples))
     write_json(directory / RESULT, result)
     shutil.rmtree(directory / BLOCKS)
-    show(run.console, evaluation_page.evaluation_table(result))
+    show(run.console, evaluation_page.result_lines(result))
     files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
     say(run.console, f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}")
     return result

@@ -14,7 +14,7 @@ from grpo_jax import theory
 from grpo_jax.config import flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json, write_text
-from grpo_jax.report import figure, forecast, run_page, run_result
+from grpo_jax.report import forecast, run_figure, run_page, run_result
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.metrics import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
@@ -57,7 +57,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         if (directory / RESULT).exists():
             result = read_json(directory / RESULT)
             say(console, f"{directory} holds a finished run:")
-            show(console, run_page.table(result))
+            show(console, run_page.result_lines(result))
             return result
         setup = make_setup(config, task, objective)
         dropped = len(task.examples) - len(setup.task.examples)
@@ -85,8 +85,8 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
 
     # What is run, and whether it fits.
     memory = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
-    header = header_lines(run, dropped, memory)
-    show(console, header)
+    start = start_lines(run, dropped, memory)
+    show(console, start)
     check_memory(memory)
 
     # The reference policy: made, measured, and what the theory predicts from its measurement.
@@ -97,8 +97,10 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     prediction = (
         forecast.make_forecast(successes, trials, confidence=c.confidence, **theory_of) if predictable else None
     )
-    outlook = run_page.outlook(before, prediction, confidence=c.confidence, group_size=config.rollout.group_size)
-    show(console, outlook)
+    expected = run_page.prediction_lines(
+        before, prediction, confidence=c.confidence, group_size=config.rollout.group_size
+    )
+    show(console, expected)
 
     # The iterations. Where no KL holds to the reference, its parameters are not kept while they run.
     ref_params = read_reference(run) if objective.holds_to_reference else None
@@ -115,22 +117,24 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         visited = config.data.prompts_per_iteration / len(setup.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
         recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **theory_of)
-    figure.plot_run(run.directory / "figure.png", rows=probes, result=result, iterates=recursion)
+    run_figure.plot_run(run.directory / "figure.png", rows=probes, result=result, iterates=recursion)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
-    write_text(run.directory / "report.md", run_page.report(result, [*header, *outlook], samples))
+    write_text(run.directory / "report.md", run_page.page(result, [*start, *expected], samples))
     write_json(run.directory / RESULT, result)  # last: where it is, the run is finished
-    show(console, run_page.table(result))
+    show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun
     say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")
     return result
 
 
-def header_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[str, str]]:
+def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[str, str]]:
     """What a run says before it computes anything: (label, text) lines."""
     config, setup = run.config, run.setup
     lines = machine_lines(run)
-    lines += run_page.header(config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name)
+    lines += run_page.start_lines(
+        config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name
+    )
     if config.model.path is not None:
         lines.append(("first prompt", inline(prompt_text(setup, 0)[:300])))
     if dropped:

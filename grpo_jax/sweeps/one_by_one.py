@@ -16,7 +16,7 @@ from rich.console import Console
 
 from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.report.markdown import inline
-from grpo_jax.report.sweep_figure import draw_sweep, p_star_curve, sweep_page, sweep_table
+from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
 from grpo_jax.runs.directory import CHANGEABLE, CONFIG, RESULT, check_same, contents
 from grpo_jax.runs.errors import Preempted, RunDirectoryError, RunError
 from grpo_jax.runs.loop import train
@@ -210,7 +210,7 @@ def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
         "train.iterations": f"{config.train.iterations} iterations",
     }
     same = [text for key, text in common.items() if key not in points[0].values]
-    draw_sweep(path, curves, measured, title=", ".join(same))
+    plot_sweep(path, curves, measured, title=", ".join(same))
     return True
 
 

@@ -250,7 +250,9 @@ def _of_seed(run: Run, seed: int) -> Run:
 def _show_header(run: Run, plan: Plan, mesh: Mesh) -> None:
     config, setup, points = run.config, run.setup, len(plan.seeds) * len(plan.betas)
     lines = machine_lines(run)
-    lines += run_page.header(config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name)
+    lines += run_page.start_lines(
+        config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name
+    )
     lines = [(label, text) for label, text in lines if label not in ("devices", "β")]
     # Each seed has a reference on every device, each point a state on one.
     of_one = lasting_memory(setup.recipe, setup.shapes, setup.mesh)

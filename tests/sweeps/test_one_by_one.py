@@ -230,7 +230,7 @@ def test_the_figure_shows_each_label_with_the_curve_of_its_objective(tmp_path, m
     points = points_of("objective.name=GRPO,GRPO_TRL,DR_GRPO; objective.beta=0.5,2; seed=0,1")
     shown = {}
     monkeypatch.setattr(
-        one_by_one, "draw_sweep", lambda path, curves, points, title: shown.update(curves=curves, points=points)
+        one_by_one, "plot_sweep", lambda path, curves, points, title: shown.update(curves=curves, points=points)
     )
     run_points(points, tmp_path / "sweep", console(tmp_path), run=Runs(points, {(2.0, 1): Diverged("no")}))
     labels = [label for label, _, _ in shown["curves"]]
