@@ -70,8 +70,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Equations as MathML, which browsers draw without a script."""
-    marked = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
-    return marked.sub(lambda m: convert(m[2].strip(), display="block" if m[1] == "div" else "inline"), html)
+    html = re.sub(r'(?s)<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: convert(m[1]), html)
+    display = lambda m: f'<div class="equation">{convert(m[1].strip(), display="block")}</div>'  # noqa: E731
+    return re.sub(r'(?s)<div class="arithmatex">\\\[(.*?)\\\]</div>', display, html)
 
 
 class Docstrings(griffe.Extension):
