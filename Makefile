@@ -1,6 +1,6 @@
 # The commands of a contributor; `make ci` is all that .ci/run does.
 PYTHON := .venv/bin/python
-FAST := tests/objective tests/rollout tests/test_layers.py tests/test_config.py tests/test_identities.py
+FAST := tests/objective tests/rollout/test_packing.py tests/rollout/test_token_sampling.py tests/test_layers.py tests/test_identities.py
 
 .PHONY: help install fast test lint format docs serve ci
 help:
