@@ -1,1 +1,1 @@
-"""Commands that produce the numbers and figures of the README."""
+"""Commands that produce the numbers and figures of the README and of docs/."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
         grpo_loss_terms as grpo_loss_terms,
     )
 
+__version__ = "0.1.0"
+
 _OBJECTIVE = (
     "LossTerms",
     "Objective",

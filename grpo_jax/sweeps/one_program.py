@@ -5,7 +5,7 @@ point is the single run of its config; what all points share (the prompts, and w
 prompts and every random number) is there once. The points' axis is a mesh axis: a device holds and runs its own points, and
 never talks to another.
 
-The directory of a sweep holds config.json, seed-N/ (reference and its measurement), metrics.jsonl (lists over [seed][point]),
+The directory of a sweep holds config.json, seed-N/ (reference and its measurement), metrics.jsonl (``[seed][point]`` lists),
 checkpoints/ and, last, result.json.
 """
 

@@ -1,0 +1,25 @@
+# The commands of a contributor; `make ci` is all that .ci/run does.
+PYTHON := .venv/bin/python
+FAST := tests/objective tests/rollout/test_packing.py tests/rollout/test_token_sampling.py tests/test_layers.py tests/test_identities.py
+
+.PHONY: help install fast test lint format docs serve ci
+help:
+	@grep -E '^[a-z]+:.*#' Makefile | sed 's/:.*#/\t/'
+install: # everything into .venv
+	python3 -m venv .venv && .venv/bin/pip install -q -r tests/requirements.txt
+fast: # the tests of the method, without the slow ones
+	$(PYTHON) -m pytest -m "not slow" $(FAST)
+test: # all tests
+	$(PYTHON) -m pytest
+lint: # what .ci/run checks beside the tests
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+format: # mend what can be mended
+	.venv/bin/ruff check --fix . && .venv/bin/ruff format .
+docs: .venv/docs # the site, into site/
+	.venv/docs/bin/mkdocs build --strict
+serve: .venv/docs # the site on this machine, made anew as pages change
+	.venv/docs/bin/mkdocs serve
+ci: # all that decides whether main is green; makes .venv anew
+	bash .ci/run
+.venv/docs: docs/requirements.txt
+	python3 -m venv .venv/docs && .venv/docs/bin/pip install -q -r docs/requirements.txt && touch .venv/docs
