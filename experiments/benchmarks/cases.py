@@ -22,7 +22,7 @@ WORKS = ("sampling", "update", "iteration")
 
 
 class Case(NamedTuple):
-    """One setting in which forms are compared; letters as in the README's key.
+    """One setting in which forms are compared; letters as in the dimension key of grpo_jax.
 
     Attributes:
       work: sampling, update or iteration.

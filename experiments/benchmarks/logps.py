@@ -29,7 +29,7 @@ SPARE = 3.0  # GiB that must stay free beside what a program allocates: the mach
 
 
 class Case(NamedTuple):
-    """One setting, in which all forms are compared: sizes, as in the README's key, and what is asked for."""
+    """One setting, in which all forms are compared: sizes, as in the dimension key of grpo_jax, and what is asked for."""
 
     batch: int
     length: int

@@ -31,7 +31,7 @@ PAD = 0
 
 
 class Setting(NamedTuple):
-    """What is sampled and learned; letters as in the README's key.
+    """What is sampled and learned; letters as in the dimension key of grpo_jax.
 
     Attributes:
       size: of the model, a key of `SIZES`.
