@@ -122,6 +122,18 @@ def test_the_core_loads_jax_and_nothing_else_of_the_stack():
     assert not loaded & HEAVY
 
 
+def test_the_one_arrow_back_up_is_lazy():
+    """grpo_jax.train hands on three functions of runs/, by name, when they are asked for; the rest are its own."""
+    from grpo_jax import train
+
+    assert set(train._UPSTAIRS) == {"train", "evaluate", "estimate"}
+    for name in train.__all__:
+        value = getattr(train, name)
+        assert callable(value) and value.__module__.startswith(
+            "grpo_jax.runs." if name in train._UPSTAIRS else train.__name__
+        )
+
+
 def test_the_iteration_loads_little():
     """Of ours at most 25 modules, and of the stack jax and optax alone (which bring absl and numpy)."""
     code = "import grpo_jax.train.iteration, sys; print(*sys.modules)"

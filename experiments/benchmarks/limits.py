@@ -1,8 +1,8 @@
 """The least time and memory that sampling and an update can take on a device: bytes and operations, counted by hand.
 
-Letters as in the dimension key of grpo_jax. Counted is what the work itself needs, whatever the program: bfloat16 weights are read once a
-step, the keys and values of a completion once for each of its tokens, those of a prompt once for its group; a multiplication
-and an addition are two operations. What a program reads, writes or computes beyond that is its distance from the limit.
+Letters as in the dimension key of grpo_jax. Counted is what the work itself needs, whatever the program: bfloat16 weights are
+read once a step, the keys and values of a completion once for each of its tokens, those of a prompt once for its group; a
+multiplication and an addition are two operations. What a program does beyond that is its distance from the limit.
 """
 
 from typing import NamedTuple

@@ -13,21 +13,26 @@ tokens takes n − 1 slots, and e takes none, for its one token is predicted fro
 belong to one prompt, whose keys and values they all see; they do not see each other.
 
 Rows are run in micro-batches of a fixed number of rows, which bounds the memory. The completions of one prompt stay in one
-micro-batch, because the loss compares them. How many micro-batches are used depends on the lengths and is data: one
-compiled program serves all lengths.
+micro-batch, because the loss compares them. How many micro-batches are used depends on the lengths, and is a number that the
+program computes: one compiled program serves all lengths.
 
 Dimension key: see grpo_jax. Here P counts the prompts of one shard.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Where memory does not bound them, micro-batches hold 1/8 of what the longest completions would need: then short completions
-# use few of them. Smaller ones than 1,024 slots cost more than they save. Measured by experiments/benchmarks/update.py.
+# Unless memory forces less, a micro-batch has 1/8 of the rows that completions of full length would need, so that short ones
+# use few micro-batches. With less than 1,024 slots a micro-batch costs more than it saves. Measured by
+# experiments/benchmarks/update.py.
 SHARES, LEAST_SLOTS = 8, 1024
+
+
+Carry = TypeVar("Carry")
 
 
 class Layout(NamedTuple):
@@ -50,11 +55,11 @@ class Layout(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Where every token of a batch is run.
+    """Where every token of a batch is run. It has Python ints for shapes, and so stays inside one jitted function.
 
     Attributes:
-      num_rows, row_length, num_groups: Python ints: R, C, M.
-      num_microbatches: Python int, the most micro-batches that may be needed.
+      num_rows, row_length, num_groups: R, C, M.
+      num_microbatches: the most micro-batches that may be needed.
       sizes: [X, P, G] int32, slots that a completion takes.
       first_slots: [X, P, G] int32, its first slot in its micro-batch: row · C + column.
       order: [X, P] int32, the prompts, micro-batch by micro-batch.
@@ -129,7 +134,7 @@ def pack(mask: jax.Array, layout: Layout) -> Packing:
       ValueError: prompts that the shards do not divide, or rows too short for a completion.
 
     >>> lengths = jnp.array([[4, 2, 3], [5, 1, 2]])  # a b c and d e f of the head of this file
-    >>> packing = pack(jnp.arange(5) < lengths[..., None], Layout(microbatch_tokens=16, row_length=4))
+    >>> packing = pack(jnp.arange(5)[None, None] < lengths[..., None], Layout(microbatch_tokens=16, row_length=4))
     >>> packing.sizes.tolist(), packing.first_slots.tolist()
     ([[[3, 1, 2], [4, 0, 1]]], [[[0, 3, 4], [8, 12, 12]]])
     >>> packing.num_rows, int(packing.used)
@@ -144,8 +149,8 @@ def pack(mask: jax.Array, layout: Layout) -> Packing:
         raise ValueError(f"row_length={row_length} is too short for completions of up to {width} tokens")
     prompts //= layout.shards
 
-    # The shapes, from the worst case that every completion has the full length.
-    # First fit opens a bin only where no other has room, so every bin but the last holds capacity // largest at least.
+    # The shapes, from the worst case that every completion has the full length. First fit leaves at least row_length // longest
+    # completions in every row of a group but the last, which bounds the rows of a group; likewise the groups of a micro-batch.
     group_rows = -(-group_size // (row_length // longest))
     num_rows = min(
         layout.microbatch_tokens // row_length, max(prompts * group_rows // SHARES, LEAST_SLOTS // row_length)
@@ -162,7 +167,7 @@ def pack(mask: jax.Array, layout: Layout) -> Packing:
     return Packing(
         num_rows=num_rows,
         row_length=row_length,
-        num_groups=min(num_rows, prompts),
+        num_groups=min(num_rows, prompts),  # a group has one row at least
         num_microbatches=num_microbatches,
         sizes=sizes,
         first_slots=(first_row[:, :, None] + row) * row_length + column,  # [X, P, G]
@@ -176,7 +181,7 @@ def take_microbatch(packing: Packing, number: int | jax.Array, width: int) -> Mi
     """Micro-batch ``number`` of completions of T = ``width`` tokens.
 
     >>> lengths = jnp.array([[4, 2, 3], [5, 1, 2]])  # the tokens of a are 0 to 4, of b 5 to 9, … of f 25 to 29
-    >>> packing = pack(jnp.arange(5) < lengths[..., None], Layout(microbatch_tokens=16, row_length=4))
+    >>> packing = pack(jnp.arange(5)[None, None] < lengths[..., None], Layout(microbatch_tokens=16, row_length=4))
     >>> take_microbatch(packing, 0, 5).slot_tokens[0].tolist()
     [[0, 1, 2, 5], [10, 11, -1, -1], [15, 16, 17, 18], [25, -1, -1, -1]]
     """
@@ -223,6 +228,11 @@ def from_slots(values: jax.Array, token_slots: jax.Array) -> jax.Array:
     """[X, R, C] -> [X, M, G, T − 1]: what the slot of each token holds; zero for tokens without a slot."""
     flat = values.reshape(values.shape[0], -1)
     return jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(flat, token_slots)
+
+
+def over_microbatches(packing: Packing, add: Callable[[int | jax.Array, Carry], Carry], carry: Carry) -> Carry:
+    """``carry = add(number, carry)`` for each micro-batch in use; without a loop where there can be one only."""
+    return add(0, carry) if packing.num_microbatches == 1 else lax.fori_loop(0, packing.used, add, carry)
 
 
 def by_shard(x: jax.Array, shards: int) -> jax.Array:

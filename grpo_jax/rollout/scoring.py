@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from grpo_jax.objective import completion_logps
 from grpo_jax.rollout.packing import (
@@ -18,6 +17,7 @@ from grpo_jax.rollout.packing import (
     Microbatch,
     by_shard,
     from_slots,
+    over_microbatches,
     pack,
     put_groups,
     take_groups,
@@ -38,7 +38,7 @@ def score_groups(
     temperature: float | jax.Array = 1.0,
     chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """log π(o_t | q, o_<t) of completions in groups, differentiable in ``params``.
+    """log π(o_t | q, o_<t) and entropy of completions in groups, differentiable in ``params``.
 
     As in sampling, a prompt is run once and its group attends to its keys and values. Everything is shifted by one: the last
     state of the prompt predicts token 0, and the state at token t − 1 predicts token t.
@@ -56,15 +56,14 @@ def score_groups(
     """
     num_prompts, group_size, length = completions.shape
     rows = num_prompts * group_size
-    first, prefix = prefill(policy, params, prompts)  # [P, D]
+    after_prompt, prefix = prefill(policy, params, prompts)  # [P, D]
     tokens, mask = completions.reshape(rows, length), mask.reshape(rows, length)  # [B, T]
     lengths = jnp.repeat(prompts.mask.sum(-1).astype(jnp.int32), group_size)  # [B]
     positions = lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]  # [B, T]
     hidden, _ = policy.forward(params, tokens, positions, mask, prefix=prefix)  # [B, T, D]
-    predicting = jnp.concatenate([jnp.repeat(first, group_size, axis=0)[:, None], hidden[:, :-1]], axis=1)  # [B, T, D]
-    unembed = lambda h: policy.unembed(params, h)  # noqa: E731
-    logps, entropy = completion_logps(predicting, unembed, tokens, temperature=temperature, chunk_size=chunk_size)
-    return logps, entropy
+    after_prompt = jnp.repeat(after_prompt, group_size, axis=0)[:, None]  # [B, 1, D]
+    predicting = jnp.concatenate([after_prompt, hidden[:, :-1]], axis=1)  # [B, T, D]
+    return token_logps(policy, params, predicting, tokens, temperature=temperature, chunk_size=chunk_size)
 
 
 def score_packed(
@@ -91,17 +90,18 @@ def score_packed(
     scoring: dict[str, Any] = {"temperature": temperature, "chunk_size": layout.chunk_size}
     first, _, prefix = score_first(policy, params, prompts, completions, **scoring)
     lengths = prompts.mask.sum(-1, dtype=jnp.int32)
-    tokens, lengths, first = (by_shard(x, layout.shards) for x in (completions, lengths, first))
+    tokens, lengths, first = (by_shard(x, layout.shards) for x in (completions, lengths, first))  # [X, P, ...]
 
     def add(number: int | jax.Array, logps: jax.Array) -> jax.Array:
         microbatch = take_microbatch(packing, number, tokens.shape[-1])
         row_prefix = take_prefix(prefix, microbatch)
-        own_tokens, own_first = (take_groups(x, microbatch.groups) for x in (tokens, first))
-        packed, _ = score_microbatch(policy, params, row_prefix, own_tokens, lengths, microbatch, **scoring)
+        own_tokens, own_first = (take_groups(x, microbatch.groups) for x in (tokens, first))  # [X, M, G, ...]
+        packed, _ = score_microbatch(
+            policy, params, row_prefix, own_tokens, lengths, microbatch, **scoring
+        )  # [X, R, C]
         return put_groups(logps, microbatch.groups, align(own_first, packed, microbatch))
 
-    logps = jnp.zeros(tokens.shape, jnp.float32)  # [X, P, G, T]
-    logps = add(0, logps) if packing.num_microbatches == 1 else lax.fori_loop(0, packing.used, add, logps)
+    logps = over_microbatches(packing, add, jnp.zeros(tokens.shape, jnp.float32))  # [X, P, G, T]
     return jnp.where(mask, logps.reshape(mask.shape), 0.0)
 
 
@@ -115,12 +115,10 @@ def score_first(
     chunk_size: int | None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Log-probabilities and entropies [P, G] of the first tokens, which follow the prompts alone; and the prompts' cache."""
-    first, prefix = prefill(policy, params, prompts)  # [P, D]
-    hidden = jnp.broadcast_to(first[:, None], (*completions.shape[:2], first.shape[-1]))  # [P, G, D]
-    unembed = lambda h: policy.unembed(params, h)  # noqa: E731
-    logps, entropy = completion_logps(
-        hidden, unembed, completions[:, :, 0], temperature=temperature, chunk_size=chunk_size
-    )
+    after_prompt, prefix = prefill(policy, params, prompts)  # [P, D]
+    hidden = jnp.broadcast_to(after_prompt[:, None], (*completions.shape[:2], after_prompt.shape[-1]))  # [P, G, D]
+    scoring: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
+    logps, entropy = token_logps(policy, params, hidden, completions[:, :, 0], **scoring)
     return logps, entropy, prefix
 
 
@@ -149,15 +147,23 @@ def score_microbatch(
     tokens = to_slots(completions, slot_tokens)  # [X, R, C]
     targets = to_slots(jnp.roll(completions, -1, axis=-1), slot_tokens)  # [X, R, C]
     starts = jax.vmap(lambda x, at: x[at])(lengths, microbatch.row_prompts)  # [X, R]
+    # In empty slots, whose token is −1, both are without meaning; the mask hides them.
     positions = starts[:, :, None] + slot_tokens % width  # [X, R, C]
     segments = slot_tokens // width % group_size  # [X, R, C], the completion in its group
     tokens, targets, positions, segments, slot_tokens = (
         x.reshape(-1, shape[-1]) for x in (tokens, targets, positions, segments, slot_tokens)
     )  # [X · R, C]
     hidden, _ = policy.forward(params, tokens, positions, slot_tokens >= 0, prefix=prefix, segments=segments)
-    unembed = lambda h: policy.unembed(params, h)  # noqa: E731
-    logps, entropy = completion_logps(hidden, unembed, targets, temperature=temperature, chunk_size=chunk_size)
+    logps, entropy = token_logps(policy, params, hidden, targets, temperature=temperature, chunk_size=chunk_size)
     return logps.reshape(shape), entropy.reshape(shape)
+
+
+def token_logps(
+    policy: Policy, params: Any, hidden: jax.Array, tokens: jax.Array, **scoring: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(log π, entropy) [..., L] of tokens [..., L], each predicted by its hidden state [..., L, D]; see `completion_logps`."""
+    logps, entropy = completion_logps(hidden, lambda h: policy.unembed(params, h), tokens, **scoring)
+    return logps, entropy
 
 
 def take_prefix(prefix: Any, microbatch: Microbatch) -> Any:

@@ -1,4 +1,4 @@
-"""The mode that measures: one checkpoint on the task that the config names now, prompt by prompt, and nothing is trained.
+"""--mode=evaluate: measures one checkpoint on the task that the config names now, prompt by prompt; trains nothing.
 
 An evaluation has a directory of its own inside that of the run: blocks/ while it goes on, one file per block of prompts, so
 that a start after a kill continues behind the last; then prompts.jsonl, samples.jsonl, samples.txt, figure.png, report.md
@@ -81,7 +81,7 @@ def evaluate(
     """Measures, resumes, or shows the finished measurement of a checkpoint of the run in a run directory.
 
     Measured on every prompt (or the ``evaluate.prompts`` chosen): ``evaluate.final_samples`` completions at the config's
-    temperature, and the greedy one. Where the config's task is the run's, they are those that the run itself measured. Text is
+    temperature, and the greedy one. On the run's own task these are exactly the completions that the run measured. Text is
     judged by the verifier on the host, so that every verdict is counted; a reward is what training would give.
 
     Args:
@@ -219,9 +219,9 @@ def _measure_block(run: Run, policy: MeasuredPolicy, rows: np.ndarray) -> dict[s
     )
     greedy = judged_completions(run, policy, None, rows, samples=1, batch_samples=1, greedy=True)
     prompts, samples = [], []
-    for index, completions, (best,) in zip(rows.tolist(), sampled, greedy, strict=True):
-        prompts.append(_row(task, index, completions, best))
-        samples.append(_sample(task, index, 0, best, greedy=True))
+    for index, completions, (greedy_one,) in zip(rows.tolist(), sampled, greedy, strict=True):
+        prompts.append(_row(task, index, completions, greedy_one))
+        samples.append(_sample(task, index, 0, greedy_one, greedy=True))
         samples += [_sample(task, index, j, x) for j, x in enumerate(completions[: c.kept_samples])]
     return {"prompts": prompts, "samples": samples}
 
@@ -231,7 +231,7 @@ def judged_completions(
 ) -> list[list[Completion]]:
     """The completions of each of some prompts; ``options`` are those of `judged_samples`."""
     key = role_key(run.base_key, "probe", policy.iteration)
-    # As many prompts at a time as an iteration has, or fewer where there are not so many, and as many for every device.
+    # Prompts at a time: those of an iteration, at most those that are measured, rounded up to a multiple of the devices.
     shards = row_shards(run.setup.mesh)
     at_once = min(run.config.data.prompts_per_iteration, len(run.setup.probed))
     options["num_prompts"] = math.ceil(at_once / shards) * shards
@@ -250,7 +250,7 @@ def judged_completions(
     return by_prompt
 
 
-def _row(task: Task, index: int, sampled: Sequence[Completion], best: Completion) -> dict[str, Any]:
+def _row(task: Task, index: int, sampled: Sequence[Completion], greedy: Completion) -> dict[str, Any]:
     """One prompt's line of prompts.jsonl."""
     ratios = [x.log_ratio for x in sampled if x.log_ratio is not None]
     majority = common = None
@@ -264,12 +264,12 @@ def _row(task: Task, index: int, sampled: Sequence[Completion], best: Completion
         "target": task.examples[index].target,
         "successes": sum(x.reward > 0 for x in sampled),
         "trials": len(sampled),
-        "greedy": best.reward > 0,
-        "greedy_verdict": best.verdict,
+        "greedy": greedy.reward > 0,
+        "greedy_verdict": greedy.verdict,
         "verdicts": dict(sorted(Counter(x.verdict for x in sampled).items())),
         "tokens": sum(x.tokens for x in sampled),
         "truncated": sum(x.truncated for x in sampled),
-        "disagreements": sum(x.reward != x.verdict.reward for x in [*sampled, best]),
+        "disagreements": sum(x.reward != x.verdict.reward for x in [*sampled, greedy]),
         "kl": sum(ratios) / len(ratios) if ratios else None,
         "majority": majority,
         "answers": common,

@@ -52,7 +52,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     console = console or terminal()
     task, objective = validate(config, num_devices=jax.device_count())
     with ExitStack() as stack:
-        # The keys of a config name data and code that may have changed since.
+        # A config only names its data and its verifier; their digests are stored too, so that a change is noticed.
         directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task)))
         if (directory / RESULT).exists():
             result = read_json(directory / RESULT)
@@ -92,17 +92,15 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     # The reference policy: made, measured, and what the theory predicts from its measurement.
     before = make_reference(run)
     successes, trials = np.array(before["successes"]), before["trials"]
-    theory_of = {"objective": objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
+    setting = {"objective": objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
     predictable = not config.objective.entropy_bonus  # which the theory leaves out
-    prediction = (
-        forecast.make_forecast(successes, trials, confidence=c.confidence, **theory_of) if predictable else None
-    )
+    prediction = forecast.make_forecast(successes, trials, confidence=c.confidence, **setting) if predictable else None
     expected = run_page.prediction_lines(
         before, prediction, confidence=c.confidence, group_size=config.rollout.group_size
     )
     show(console, expected)
 
-    # The iterations. Where no KL holds to the reference, its parameters are not kept while they run.
+    # The iterations. Without a KL to the reference its parameters are freed until the end.
     ref_params = read_reference(run) if objective.holds_to_reference else None
     params = iterate(run, ref_params, before, prediction)
 
@@ -116,7 +114,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     if predictable:
         visited = config.data.prompts_per_iteration / len(setup.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
-        recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **theory_of)
+        recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **setting)
     run_figure.plot_run(run.directory / "figure.png", rows=probes, result=result, iterates=recursion)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
@@ -229,8 +227,10 @@ def advance(
     # With a verifier on the device: up to the next point where the host is needed.
     if compiled.iterate is not None:
         count = stretch(c, done)
-        index, numbers = visits(c, num_prompts, done, count), (jnp.int32(count), run.base_key, jnp.int32(done + 1))
-        state, *results = compiled.iterate(state, ref_params, table, index, *numbers, beta, learning_rate)
+        index, first = visits(c, num_prompts, done, count), jnp.int32(done + 1)  # iterations are counted from 1
+        state, *results = compiled.iterate(
+            state, ref_params, table, index, jnp.int32(count), run.base_key, first, beta, learning_rate
+        )
         metrics, skipped = jax.device_get(results)
         rows = [{name: float(values[i]) for name, values in metrics.items()} for i in range(count)]
         return state, rows, skipped[:count].tolist()
@@ -254,9 +254,9 @@ def advance(
 
 def stretch(config: Any, done: int) -> int:
     """Iterations that run as one program after ``done`` of them: up to the next probe, checkpoint or end."""
-    c = config
-    ends = [c.train.iterations - done, *(k - done % k for k in (c.evaluate.interval, c.checkpoint.interval))]
-    return min(c.train.iterations_per_program, *ends)
+    intervals = config.evaluate.interval, config.checkpoint.interval
+    ends = [config.train.iterations - done, *(interval - done % interval for interval in intervals)]
+    return min(config.train.iterations_per_program, *ends)
 
 
 def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:

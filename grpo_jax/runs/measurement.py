@@ -88,7 +88,7 @@ def measure(
       params, ref_params: policy and reference; without a reference no KL is measured.
       iteration: after which it is measured (or the step of the warm start); with ``role`` it decides the random numbers.
       role: see `role_key`.
-      samples: per prompt; those of ``evaluate.interval`` by default.
+      samples: per prompt; ``evaluate.samples`` by default.
       batch_samples: per prompt, sampled at a time; those of the config by default.
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
@@ -98,7 +98,7 @@ def measure(
     key, num_prompts = role_key(run.base_key, role, iteration), len(setup.probed)
     shown = setup.probed[np.linspace(0, num_prompts - 1, min(examples, num_prompts)).astype(int)]
 
-    successes, sums = np.zeros(num_prompts, np.int64), np.zeros(3)
+    successes, sums = np.zeros(num_prompts, np.int64), np.zeros(3)  # sums: log-ratios, tokens, truncated completions
     verdicts: Counter[str] = Counter()
     texts: list[dict[str, Any]] = []
     batch = run.config.data.prompts_per_iteration
@@ -129,7 +129,7 @@ def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> d
 
 
 def check_verifier(run: Run, verdicts: dict[str, int]) -> None:
-    """Raises VerifierFailed where no completion was judged: a broken verifier must not pass for a hopeless policy."""
+    """Raises VerifierFailed where no completion was judged, so that a broken verifier is not reported as a success of 0."""
     failures = {name: count for name, count in verdicts.items() if name in (Verdict.crash, Verdict.timeout)}
     if run.pool is not None and failures and len(failures) == len(verdicts):
         counts = ", ".join(f"{name} {count:,}" for name, count in failures.items())
@@ -158,12 +158,13 @@ def judged_samples(
       rows: of the dataset.
       samples, batch_samples: per prompt.
       greedy: take the most probable tokens; use with samples=1.
-      num_prompts: prompts that are run, so that one program serves a smaller last batch too; what is added is thrown away.
+      num_prompts: the batch is filled up to so many prompts, so that a smaller last batch is not compiled anew; what was added is
+        dropped.
     """
     setup = run.setup
     prompts, answers, answer_mask = put_prompts(setup, rows if num_prompts is None else np.resize(rows, num_prompts))
     group_size = min(samples, batch_samples)
-    measures_kl = ref_params is not None and ref_params is not params  # π = π_ref has no KL
+    measures_kl = ref_params is not None and ref_params is not params  # measured against itself, the KL is 0
     for first in range(0, samples, group_size):
         options = {"group_size": group_size, "greedy": greedy, "first_sample": jnp.int32(first)}
         rollout = setup.compiled.sample_probe(params, prompts, key, **options)  # [P, G, T]

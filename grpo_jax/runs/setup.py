@@ -43,7 +43,6 @@ from grpo_jax.train.sharding import (
     parameter_shardings,
     replicated,
     row_sharding,
-    row_shards,
     sharded_shapes,
 )
 
@@ -54,7 +53,7 @@ class Setup(NamedTuple):
     Attributes:
       task, tokenizer, chat, prompts, mesh: of the config; chat is None for prompts as they are.
       stop_ids: the tokens that end a completion.
-      probed: rows of the prompts that are measured.
+      probed: [Q] rows of the prompts that are measured.
       shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
       initial_params: seed -> the initial parameters, random or pretrained, on the mesh.
       recipe: how the policy learns.
@@ -91,10 +90,11 @@ def make_setup(
     # The model and its tokenizer, from a folder or from the sizes in the config.
     if config.model.path is not None:
         check_pretrained(config.model.path)
-    tokenizer, decoder = make_tokenizer(config, task), make_decoder(config, task)
+    tokenizer = make_tokenizer(config, task)
+    decoder = make_decoder(config, task, tokenizer)
     stop_ids = _stop_ids(config, tokenizer)
-    # Tokens can be compared with an answer where it has a single spelling: in characters, with one way to end. In sub-words it
-    # may have several, and is judged as text, on the host.
+    # A verifier of tokens is used only where every answer has a single spelling in tokens: characters or bytes, and one way to
+    # end. Elsewhere the text is judged, on the host.
     unique_spelling = config.model.path is None and len(stop_ids) == 1 and not config.model.stop_strings
     verify_tokens = task.verify_tokens if unique_spelling else None
     # The prompts as arrays. Demonstrations that nothing reads are left out, so that their length does not matter.
@@ -162,14 +162,14 @@ def make_recipe(
 ) -> Recipe:
     """The recipe of a validated config, for one device; arguments as of `Recipe` and `sample_groups`."""
     c = config.train
-    rates = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
+    optimizer = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
     return Recipe(
         policy=policy,
         objective=objective,
         sample=partial(
             sample_groups, policy, stop_ids=stop_ids, pad_id=pad_id, stop_table=stop_table, **config.rollout
         ),
-        optimizer=make_optimizer(updates=c.iterations * c.inner_epochs * c.minibatches, **rates),
+        optimizer=make_optimizer(updates=c.iterations * c.inner_epochs * c.minibatches, **optimizer),
         layout=Layout(c.microbatch_tokens, c.row_length, chunk_size=c.chunk_size),
         temperature=config.rollout.temperature,
         beta_mirror=config.objective.beta_mirror,
@@ -181,15 +181,14 @@ def make_recipe(
 
 
 def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh) -> Compiled:
-    """`compile_recipe` with what the config adds."""
+    """`compile_recipe` with the dtype and the warm start's optimizer of the config."""
     warm_optimizer = make_warm_start_optimizer(config.warm_start.learning_rate)
     return compile_recipe(recipe, shapes, mesh, dtype=config.model.dtype, warm_optimizer=warm_optimizer)
 
 
 def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:
     """(prompts, answers, answer_mask) of the rows ``index`` of the dataset, spread over the mesh where it divides them."""
-    divides = len(index) % row_shards(setup.mesh) == 0
-    return jax.device_put(_rows(setup, index), row_sharding(setup.mesh) if divides else replicated(setup.mesh))
+    return jax.device_put(_rows(setup, index), row_sharding(setup.mesh, len(index)))
 
 
 def put_table(setup: Setup) -> tuple[PromptBatch, jax.Array, jax.Array]:
@@ -207,13 +206,15 @@ def prompt_text(setup: Setup, row: int) -> str:
     return text if setup.chat is None else setup.chat.frame.before + text + setup.chat.frame.after
 
 
-def make_decoder(config: Any, task: Task) -> DecoderConfig:
-    """The decoder of a config: that of its folder, or one of its sizes with the vocabulary of the task."""
+def make_decoder(config: Any, task: Task, tokenizer: Tokenizer | None = None) -> DecoderConfig:
+    """The decoder of a config: that of its folder, or one of its sizes with the vocabulary of the tokenizer (made if need be)."""
     if config.model.path is not None:
         return replace(read_config(config.model.path), dtype=config.model.dtype, remat=config.model.remat)
     max_length = config.data.max_prompt + config.rollout.max_completion
     return DecoderConfig(
-        vocab_size=make_tokenizer(config, task).vocab_size, max_length=max_length, **decoder_options(config)
+        vocab_size=(tokenizer or make_tokenizer(config, task)).vocab_size,
+        max_length=max_length,
+        **decoder_options(config),
     )
 
 

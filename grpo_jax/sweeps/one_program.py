@@ -1,8 +1,8 @@
 """A sweep as one program: the points (β, learning rate) of every seed train side by side, each whole on one device.
 
-Needs a verifier on the device. For each seed a reference is made and measured as in a single run, with the same keys, so that a
-point is the single run of its config; what all points share (the prompts, and within a seed the reference, the order of the
-prompts and every random number) is there once. The points' axis is a mesh axis: a device holds and runs its own points, and
+It needs a verifier on the device. For each seed a reference is made and measured as in a single run, with the same keys, so that
+a point is the single run of its config. What the points share is stored once: the prompts, and for each seed the reference,
+the order of the prompts and the random numbers. The points' axis is a mesh axis: a device holds and runs its own points, and
 never talks to another.
 
 The directory of a sweep holds config.json, seed-N/ (reference and its measurement), metrics.jsonl (``[seed][point]`` lists),
@@ -55,11 +55,11 @@ class Plan(NamedTuple):
     betas: tuple[float, ...]
     learning_rates: tuple[float, ...]
 
-    def config(self, config: Any, seed: int, point: int) -> Any:
+    def config(self, config: Any, seed_index: int, point_index: int) -> Any:
         """The config of one of the single runs that the sweep stands for."""
         changed = config.copy_and_resolve_references()
-        changed.seed, changed.objective.beta = self.seeds[seed], self.betas[point]
-        changed.optimizer.learning_rate = self.learning_rates[point]
+        changed.seed, changed.objective.beta = self.seeds[seed_index], self.betas[point_index]
+        changed.optimizer.learning_rate = self.learning_rates[point_index]
         return changed
 
 
@@ -80,12 +80,12 @@ def sweep(
       workdir: of the sweep; created if need be.
       seeds, betas, learning_rates: every combination is a point; without learning rates, the config's.
       console: where the sweep prints; the terminal by default.
-      batched: points of a device go through each operation together; else one after the other, which is faster on a CPU. By
-        default as the backend likes it.
+      batched: the points of a device go through each operation together; else one after the other, which is faster on a CPU. By
+        default together, except on a CPU.
 
     Returns:
-      One dict per point, seed by seed: what result.json of a single run holds (see `report.make_result`; greedy accuracy and KL
-      are not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
+      One dict per point, seed by seed: what result.json of a single run holds (see `run_result.make_result`; greedy accuracy and
+      KL are not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
       ``train.max_skipped`` allows.
 
     Raises:
@@ -108,6 +108,7 @@ def sweep(
         if setup.compiled.iterate is None:
             raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
         signals = stack.enter_context(sigterm_as_flag())
+        # The run of all seeds: without worker processes, and with a key that is not used.
         run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
         results = run_phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
         write_json(directory / RESULT, results)
@@ -133,13 +134,13 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
     after = _measure(run, functions, mesh, runs, states.params, table)
 
     # Each against its own prediction.
-    shape = {"objective": objective, "group_size": config.rollout.group_size}
+    setting = {"objective": objective, "group_size": config.rollout.group_size}
     results = []
     for seed, point in itertools.product(range(len(runs)), range(len(plan.betas))):
         successes, trials = np.array(before[seed]["successes"]), before[seed]["trials"]
         prediction = None
         if not config.objective.entropy_bonus:
-            options = shape | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
+            options = setting | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
             prediction = forecast.make_forecast(successes, trials, **options)
         result = run_result.make_result(plan.config(config, seed, point), before[seed], after[seed][point], prediction)
         more = {"learning_rate": plan.learning_rates[point]}
@@ -186,7 +187,7 @@ def _iterate(
                 states, *results = functions.iterate(
                     states, ref_params, base_keys, index, table, *numbers, betas, rates
                 )
-                metrics, skipped = jax.device_get(results)
+                metrics, skipped = jax.device_get(results)  # [seeds, points, K] each
                 for i in range(count):
                     row = {name: _listed(values[..., i]) for name, values in metrics.items()}
                     log.write({"iteration": n + i + 1, "phase": "train"} | row)
@@ -211,7 +212,7 @@ def _measure(
     """The final measurement of every point, [seed][point]: the completions that a single run would sample, counted."""
     c = run.config
     group, batch, samples = _batch_samples(c), c.data.prompts_per_iteration, c.evaluate.final_samples
-    # The measured prompts in blocks of equal size; what fills up the last block is cut off the counts below.
+    # The measured prompts in blocks of equal size; the prompts that fill up the last block are dropped below.
     probed = [r.setup.probed for r in runs]
     num_prompts, blocks = len(probed[0]), math.ceil(len(probed[0]) / batch)
     rows = np.stack([np.resize(p, blocks * batch).reshape(blocks, batch) for p in probed]).astype(np.int32)

@@ -1,25 +1,32 @@
-"""What learns: the iteration, its gradient, the compiled forms, sharding. Names load on first use."""
+"""What learns: the iteration, its gradient, the compiled forms, sharding.
+
+`train`, `evaluate` and `estimate` live one floor up, in grpo_jax.runs. They are handed on from here, where people look for them,
+and load when they are asked for: the rest needs jax and optax alone.
+"""
 
 from importlib import import_module
 from typing import Any
 
-_MODULES = {
-    "Batch": "train.step",
-    "Recipe": "train.iteration",
-    "TrainState": "train.step",
-    "estimate": "runs.memory",
-    "evaluate": "runs.evaluation",
-    "gradient_step": "train.step",
-    "init_state": "train.step",
-    "iteration": "train.iteration",
-    "learn": "train.iteration",
-    "train": "runs.loop",
-    "train_step": "train.iteration",
-}
-__all__ = sorted(_MODULES)
+from grpo_jax.train.iteration import Recipe, iteration, learn, train_step
+from grpo_jax.train.step import Batch, TrainState, gradient_step, init_state
+
+_UPSTAIRS = {"estimate": "memory", "evaluate": "evaluation", "train": "loop"}
+__all__ = [
+    "Batch",
+    "Recipe",
+    "TrainState",
+    "estimate",
+    "evaluate",
+    "gradient_step",
+    "init_state",
+    "iteration",
+    "learn",
+    "train",
+    "train_step",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _UPSTAIRS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"grpo_jax.{_MODULES[name]}"), name)
+    return getattr(import_module(f"grpo_jax.runs.{_UPSTAIRS[name]}"), name)

@@ -27,12 +27,13 @@ class Compiled(NamedTuple):
     """The jitted functions of a run; they know shapes and shardings, not what the parameters are.
 
     Attributes:
-      start: params -> `TrainState`; takes the parameters' memory where no reference is kept.
+      start: params -> `TrainState` of copies; the parameters are donated where no reference is kept.
       iterate: `iterations` of the recipe; None where the host verifies.
       sample: (params, prompts, key, stages=None) -> rollout.
       learn: `learn` of the recipe.
-      sample_probe: ``sample`` for measurements, with group_size, greedy, first_sample and stages to choose.
-      verify: (rollout, answers, answer_mask) -> rewards [P, G] on the device; None where the host verifies.
+      sample_probe: ``sample`` for measurements, which have any number of prompts, and their own group_size, greedy and
+        first_sample.
+      verify: (rollout, answers, answer_mask) -> bool [P, G] on the device; None where the host verifies.
       log_ratios: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
       warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
     """
@@ -54,7 +55,7 @@ def compile_recipe(
     """Jits the functions of a run; they are compiled at their first call.
 
     Args:
-      recipe: of the run, for one device.
+      recipe: of the run, not yet spread over the mesh.
       shapes: of the parameters, with shardings.
       mesh: the devices.
       dtype: of matrix products.
@@ -76,6 +77,7 @@ def compile_recipe(
         shardings = parameter_shardings(jax.eval_shape(start, shapes), mesh)
         return jax.jit(start, out_shardings=shardings, donate_argnums=() if keep_params else 0), shardings
 
+    # The optimizer's state does not depend on the learning rate.
     start, state_shardings = compile_start(recipe.optimizer(0.0), keep_params=recipe.objective.holds_to_reference)
     warm_start, warm_shardings = compile_start(warm_optimizer, keep_params=False)
 
@@ -83,9 +85,9 @@ def compile_recipe(
     iterate = verify = None
     if (verify_tokens := recipe.verify_tokens) is not None:
         verify = jax.jit(lambda rollout, *answers: verify_tokens(rollout.completions, rollout.mask, *answers))
-        place = partial(jax.lax.with_sharding_constraint, shardings=rows)
+        spread = partial(jax.lax.with_sharding_constraint, shardings=rows)
         iterate = jax.jit(
-            partial(iterations, recipe, place=place), donate_argnums=0, out_shardings=(state_shardings, whole, whole)
+            partial(iterations, recipe, spread=spread), donate_argnums=0, out_shardings=(state_shardings, whole, whole)
         )
 
     @jax.jit

@@ -4,14 +4,14 @@
     2  sample       G completions of each prompt, by the policy as it is now, π_old
     3  verify       the reward of each completion, 0 or 1
     4  advantages   each reward against the other rewards of its group
-    5  log-probs    of the completions, under π_old and under the reference π_ref
-    6  loss         and its gradient: a contrast of successes and failures, held by β·KL(π‖π_ref)
+    5  log-probs    of the completions under the reference π_ref, and under π_old where several updates follow
+    6  loss         log-probs under π, the loss, a contrast of successes and failures held by β·KL(π‖π_ref), and its gradient
     7  update       one step of the optimizer
     8  metrics      what was sampled and what was learned
 
 `iteration` does 2 to 8 in one program, for a verifier that is a function of tokens; `iterations` does many of them without the
-host. With a verifier on the host, the run calls ``recipe.sample`` and `learn`, which is 4 to 8, with the verdicts of its
-worker processes in between (`grpo_jax.runs.loop`). They are the same functions.
+host. With a verifier on the host, the run calls two programs, ``recipe.sample`` and `learn`, which is 4 to 8, with the verdicts
+of its worker processes in between (`grpo_jax.runs.loop`). They are the same functions.
 
 All functions are pure, and know neither devices nor files: jit, donation and shardings are in compiled.py.
 examples/plain.py is the same algorithm in a hundred lines, without packing, several steps per rollout, or a mesh.
@@ -84,7 +84,7 @@ def iteration(
       recipe: with a verifier of tokens.
       state: see `TrainState`.
       ref_params: parameters of the reference policy; None where the objective has no KL to it.
-      prompts, answers [P, T], answer_mask [P, T]: of this iteration.
+      prompts, answers [P, T], answer_mask [P, T]: of this iteration; an answer is the tokens that the verifier compares with.
       base_key: of the run.
       number: of the iteration, int32.
       beta, learning_rate: traced.
@@ -124,7 +124,7 @@ def learn(
       beta, learning_rate: traced.
 
     Returns:
-      (state, metrics): scalars, averaged over the gradient steps.
+      (state, metrics): scalars; those of a gradient step are averaged over the steps.
 
     Raises:
       ValueError: the objective needs ref_params and there are none.
@@ -177,7 +177,7 @@ def learn(
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch, beta: jax.Array, learning_rate: float | jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One GRPO gradient step on a batch of whole groups, of which real tokens alone are run.
+    """One GRPO gradient step on a batch of whole groups; padding is not run.
 
     Args:
       recipe: of the run.
@@ -220,7 +220,7 @@ def train_step(
         temperature=recipe.temperature,
         chunk_size=recipe.layout.chunk_size,
     )
-    # The loss itself, of all groups at once: micro-batches have room for groups that are not there and would count.
+    # The loss itself, of all groups at once. A micro-batch has room for groups that are not there, and its weight counts them.
     terms = loss_terms(batch, logps, entropy)
 
     # 7 The optimizer's step.
@@ -250,17 +250,17 @@ def iterations(
     beta: jax.Array,
     learning_rate: float | jax.Array,
     *,
-    place: Callable[[Any], Any] = lambda rows: rows,
+    spread: Callable[[Any], Any] = lambda rows: rows,
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
     """Up to K iterations, one after the other, without the host.
 
     Args:
       recipe, state, ref_params, base_key, beta, learning_rate: as of `iteration`.
-      table: (prompts, answers, answer_mask) of the whole task, on the device.
+      table: (prompts, answers, answer_mask) of the whole task on the device; arrays lead with the rows of the task.
       index: [K, P] int32, the rows of ``table`` that each iteration visits.
-      count: how many of the K are run; a number and not a shape, so that a rest needs no program of its own.
+      count: how many of the K are run; traced, so that a last, shorter call does not compile a program of its own.
       first: number of the first iteration, int32.
-      place: spreads the rows of an iteration over the devices.
+      spread: lays the rows of an iteration over the devices.
 
     Returns:
       (state, metrics [K], skipped [K]): ``skipped`` is `TrainState.skipped` after each iteration; 0 for those not run.
@@ -268,7 +268,7 @@ def iterations(
 
     def one(state: TrainState, i: jax.Array) -> tuple[TrainState, tuple[dict[str, jax.Array], jax.Array]]:
         # 1 The prompts of this iteration.
-        prompts, answers, answer_mask = place(jax.tree.map(lambda x: x[index[i]], table))
+        prompts, answers, answer_mask = spread(jax.tree.map(lambda x: x[index[i]], table))
         state, metrics = iteration(
             recipe, state, ref_params, prompts, answers, answer_mask, base_key, first + i, beta, learning_rate
         )
@@ -279,9 +279,10 @@ def iterations(
         state, result = one(state, i)
         return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), results, result)
 
+    # Room for the results of K iterations, zeros so far; any int32 does for the number of an iteration here.
     _, shapes = jax.eval_shape(one, state, first)
-    nothing = jax.tree.map(lambda x: jnp.zeros((index.shape[0], *x.shape), x.dtype), shapes)
-    state, (metrics, skipped) = jax.lax.fori_loop(jnp.int32(0), count, one_more, (state, nothing))
+    empty = jax.tree.map(lambda x: jnp.zeros((index.shape[0], *x.shape), x.dtype), shapes)
+    state, (metrics, skipped) = jax.lax.fori_loop(jnp.int32(0), count, one_more, (state, empty))
     return state, metrics, skipped
 
 

@@ -1,9 +1,11 @@
 """The gradient of a loss of groups, one micro-batch of packed completions after the other: `jax.grad` in bounded memory.
 
-Each token is run once, and differentiated once. The prompts come first: their keys and values are what the completions attend
-to, and the first token of each completion is predicted from them. Then every micro-batch is run, the slopes of the loss with
-respect to its log-probabilities are pulled back through the model, and what arrives at the prompts' keys and values is summed.
-Last, these sums are pulled back through the prompts, once for all micro-batches.
+Each token is run once, and differentiated once:
+
+    the prompts      are run; completions attend to their cache, and first tokens are predicted from their last state
+    each micro-batch is run; the loss of its groups gives the slopes of its log-probabilities, which are pulled back through the
+                     model to the parameters and to the cache of the prompts, and summed over micro-batches
+    the prompts      again: the summed slopes of their cache are pulled back to the parameters, once for all
 
 Dimension key: see grpo_jax.
 """
@@ -17,7 +19,15 @@ import jax.numpy as jnp
 
 from grpo_jax.objective import LossTerms
 from grpo_jax.rollout import Policy
-from grpo_jax.rollout.packing import Packing, by_shard, put_groups, take_groups, take_microbatch, to_slots
+from grpo_jax.rollout.packing import (
+    Packing,
+    by_shard,
+    over_microbatches,
+    put_groups,
+    take_groups,
+    take_microbatch,
+    to_slots,
+)
 from grpo_jax.rollout.scoring import align, score_first, score_microbatch, take_prefix
 from grpo_jax.train.step import Batch
 
@@ -56,7 +66,9 @@ def packed_gradient(
         floats, others = _part_floats(prefix)
         return (logps, entropy_of(entropy), floats), others
 
-    (*first, prefix), pull_prompts, others = jax.vjp(run_prompts, params, has_aux=True)  # first: two of [P, G]
+    (*first, prefix), pull_prompts, others = jax.vjp(
+        run_prompts, params, has_aux=True
+    )  # first: logps and entropy [P, G]
     lengths = batch.prompts.mask.sum(-1, dtype=jnp.int32)  # [P]
     groups, first, lengths = jax.tree.map(partial(by_shard, shards=shards), (batch, first, lengths))  # [X, P, ...]
 
@@ -64,7 +76,7 @@ def packed_gradient(
         gradient, prefix_slopes, aligned = sums
         microbatch = take_microbatch(packing, number, width)
         own, own_first = jax.tree.map(lambda x: take_groups(x, microbatch.groups), (groups, first))  # [X, M, ...]
-        row_prefix, row_others = take_prefix(prefix, microbatch), take_prefix(others, microbatch)
+        row_prefix, row_others = take_prefix(prefix, microbatch), take_prefix(others, microbatch)  # [X · R, ...]
 
         # Run its rows.
         def run_rows(params: Any, row_prefix: Any) -> tuple[jax.Array, jax.Array]:
@@ -78,33 +90,32 @@ def packed_gradient(
         # The slopes of the loss of its groups, in log-probabilities and entropies.
         slopes = jax.grad(lambda *scores: loss_terms(own, *scores).total, (0, 1))(*scores)  # two of [X, M, G, T]
 
-        # Pull them back through the rows. Token t + 1 is predicted in the slot of token t, so slopes move one to the left.
+        # Pull them back through the rows. Token t + 1 is predicted in the slot of token t, so slopes move one to the left. That
+        # of the first token goes round to the end, where there is no slot; it is pulled back with the prompts.
         in_slots = tuple(to_slots(jnp.roll(x, -1, axis=-1), microbatch.slot_tokens) for x in slopes)  # [X, R, C]
-        more, row_slopes = pull_rows(in_slots)
+        increment, row_slopes = pull_rows(in_slots)
         values = (*scores, *(x[..., 0] for x in slopes))
         return (
-            jax.tree.map(jnp.add, gradient, more),
+            jax.tree.map(jnp.add, gradient, increment),
             jax.tree.map(lambda sum_, x: _add_rows(sum_, microbatch.row_prompts, x), prefix_slopes, row_slopes),
             [put_groups(x, microbatch.groups, y) for x, y in zip(aligned, values, strict=True)],
         )
 
-    # The sums over micro-batches: the gradient, the slopes at the prompts' cache (in float32, whatever the cache is), and what
-    # each group has of its own: log-probabilities, entropies, and the slopes of both at the first tokens.
+    # What the micro-batches add to: the gradient; the slopes of the prompts' cache, in float32, whatever the cache is; and, not
+    # summed but put in their places, each group's log-probabilities, entropies, and the slopes of both at the first tokens.
     per_token = jnp.zeros((*groups.mask.shape[:-1], width), jnp.float32)  # [X, P, G, T]
     prefix_slopes = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prefix)
     aligned = [per_token, per_token, per_token[..., 0], per_token[..., 0]]
     sums: Any = jax.tree.map(jnp.zeros_like, params), prefix_slopes, aligned
-    single = packing.num_microbatches == 1
-    sums = add_microbatch(0, sums) if single else jax.lax.fori_loop(0, packing.used, add_microbatch, sums)
-    gradient, prefix_slopes, aligned = sums
+    gradient, prefix_slopes, aligned = over_microbatches(packing, add_microbatch, sums)
     logps, entropy, *first_slopes = (
         x.reshape(-1, *x.shape[2:]) for x in aligned
     )  # [P, G, T], [P, G, T], [P, G], [P, G]
 
-    # Pull what has arrived at the prompts back through them.
+    # Pull the slopes of the prompts' results back to the parameters.
     prefix_slopes = jax.tree.map(lambda x, y: x.astype(y.dtype), prefix_slopes, prefix)
-    (more,) = pull_prompts((*first_slopes, prefix_slopes))
-    return jax.tree.map(jnp.add, gradient, more), logps, entropy
+    (increment,) = pull_prompts((*first_slopes, prefix_slopes))
+    return jax.tree.map(jnp.add, gradient, increment), logps, entropy
 
 
 def _part_floats(cache: Any) -> tuple[Any, Any]:

@@ -66,15 +66,15 @@ def sharded_shapes(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shape, tree, parameter_shardings(tree, mesh))
 
 
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (prompts, and with them their groups) spread over the data and fsdp axes."""
-    return NamedSharding(mesh, ROWS)
+def row_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
+    """Rows (prompts, and with them their groups) spread over the data and fsdp axes, where so many ``rows`` divide."""
+    divides = rows is None or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return NamedSharding(mesh, ROWS) if divides else replicated(mesh)
 
 
-def row_shards(mesh: Mesh, rows: int = 0) -> int:
+def row_shards(mesh: Mesh, rows: int | None = None) -> int:
     """In how many equal parts rows are spread; 1 where so many ``rows`` do not divide, which are then not spread."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return 1 if rows % shards else shards
+    return mesh.shape["data"] * mesh.shape["fsdp"] if row_sharding(mesh, rows).spec == ROWS else 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""A gradient step: what it changes, what it sees, and the rule that nothing that is not finite gets in."""
+"""A gradient step: what it changes, what it sees, and the rule that a step that is not finite is skipped."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def gradient_step(
     *,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """A step on a loss of any form.
+    """A step on any loss, without packing: the warm start takes it, and whoever has a loss of their own.
 
     Args:
       state: see `TrainState`.
@@ -83,7 +83,7 @@ def gradient_step(
 def apply_gradient(
     state: TrainState, gradient: Any, terms: LossTerms, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Divides a sum once, and takes the optimizer's step where loss and gradient are finite.
+    """Divides the summed gradient by the weight, and takes the optimizer's step if loss and gradient are finite.
 
     Args:
       state: see `TrainState`.

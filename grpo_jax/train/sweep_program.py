@@ -24,7 +24,7 @@ class SweepFunctions(NamedTuple):
     """The jitted functions of a sweep; arrays of points lead with [seeds, points], and the points are spread over the mesh.
 
     Attributes:
-      start: (reference parameters [seeds, ...], betas) -> states.
+      start: (reference parameters [seeds, ...], betas) -> states; betas say how many points there are.
       iterate: (states, ref_params or None, base_keys [seeds], index [seeds, K, P], table, count, first, betas, learning_rates)
         -> (states, metrics, skipped), as `iterations`.
       measure: (params, keys [seeds], rows [seeds, blocks, P], table, first_sample) -> [..., blocks, P] successes, tokens and
@@ -67,15 +67,18 @@ def make_sweep_functions(recipe: Recipe, mesh: Mesh, *, batch_samples: int, batc
         learning_rates: Any,
     ) -> Any:
         def of_point(shared: Any, of_seed: Any, point: Any) -> Any:
-            (table, count, first), (ref_params, base_key, index), (state, beta, rate) = shared, of_seed, point
+            table, count, first = shared
+            ref_params, base_key, index = of_seed
+            state, beta, rate = point
             return iterations(recipe, state, ref_params, table, index, count, base_key, first, beta, rate)
 
         return spread(of_point)((table, count, first), (ref_params, base_keys, index), (states, betas, learning_rates))
 
     def measure(params: Any, keys: Any, rows: Any, table: Table, first_sample: Any) -> Any:
         def of_point(shared: Any, of_seed: Any, params: Any) -> Any:
-            (table, first), (key, rows) = shared, of_seed
-            of_rows = partial(count_successes, recipe, params, table, key, first, batch_samples)
+            table, first = shared
+            key, rows = of_seed
+            of_rows = partial(count_outcomes, recipe, params, table, key, first, batch_samples)
             return jax.lax.map(of_rows, rows)
 
         return spread(of_point)((table, first_sample), (keys, rows), params)
@@ -90,7 +93,8 @@ def make_sweep_functions(recipe: Recipe, mesh: Mesh, *, batch_samples: int, batc
 def over_points(function: Callable[..., Any], *, mesh: Mesh, batched: bool) -> Callable[..., Any]:
     """(shared, of seeds [seeds, ...], of points [seeds, points, ...]) -> [seeds, points, ...], from a function of one point.
 
-    Nested, so that what a seed shares is not repeated for its points, and over a mesh axis without any communication.
+    Two maps, seeds outside and points inside, so that what the points of a seed share is not repeated. Points are spread over
+    the mesh, without any communication.
     """
     if batched:
         inner = jax.vmap(function, in_axes=(None, None, 0), axis_name=AXES[1])
@@ -98,10 +102,11 @@ def over_points(function: Callable[..., Any], *, mesh: Mesh, batched: bool) -> C
     else:
 
         def every(shared: Any, of_seeds: Any, of_points: Any) -> Any:
-            def points(seed: tuple) -> Any:
-                return jax.lax.map(lambda point: function(shared, seed[0], point), seed[1])
+            def points_of_seed(arrays: tuple) -> Any:
+                of_seed, of_points = arrays
+                return jax.lax.map(lambda point: function(shared, of_seed, point), of_points)
 
-            return jax.lax.map(points, (of_seeds, of_points))
+            return jax.lax.map(points_of_seed, (of_seeds, of_points))
 
     return jax.shard_map(every, mesh=mesh, in_specs=(WHOLE, WHOLE, POINTS), out_specs=POINTS, check_vma=False)
 
@@ -117,7 +122,7 @@ def make_sweep_mesh(points: int, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh((size,), ("sweep",), devices=devices[:size], axis_types=(AxisType.Auto,))
 
 
-def count_successes(
+def count_outcomes(
     recipe: Recipe,
     params: Any,
     table: Table,

@@ -22,7 +22,7 @@ from grpo_jax.files import write_json
 from grpo_jax.report.run_result import pass_at_k
 from grpo_jax.runs import evaluation as mode
 from grpo_jax.runs import measurement
-from grpo_jax.runs import setup as setup_module
+from grpo_jax.runs import setup as setup_file
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import open_run_directory
 from grpo_jax.runs.errors import CheckpointError, Preempted, RunDirectoryError
@@ -60,7 +60,7 @@ def files(directory):
 @pytest.fixture(scope="module", autouse=True)
 def functions():
     """One set of jitted functions for all configs that differ in what is measured alone: tracing them takes the time."""
-    make, made = setup_module.make_compiled, {}
+    make, made = setup_file.make_compiled, {}
 
     def make_once(config, *arguments, **options):
         measured = ("evaluate.", "verifier.")
@@ -70,7 +70,7 @@ def functions():
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup_module, "make_compiled", make_once)
+        patch.setattr(setup_file, "make_compiled", make_once)
         yield
 
 
