@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
                 "inner_epochs": 1,  # passes over a rollout
                 "minibatches": 1,  # updates per pass, on equal parts of the prompts
                 "microbatch_tokens": 32768,  # completion tokens per device and gradient, a group at least: memory, same result
-                "row_length": placeholder(int),  # completion tokens of a packed row; unset: max_completion, or 32
+                "row_length": placeholder(int),  # completion tokens of a packed row; unset: max_completion, or up to 32
                 "iterations_per_program": 10,  # run without touching the host, where the verifier is on the device
                 "chunk_size": placeholder(int),  # positions whose logits exist at a time; unset: 64 MiB of them
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
