@@ -5,14 +5,7 @@ Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds 
 
 from grpo_jax.theory import tabular
 from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
-from grpo_jax.theory.convergence import (
-    Sensitivity,
-    accumulated_error,
-    iterate_bounds,
-    local_beta_bound,
-    sensitivity,
-    steps_to_tolerance,
-)
+from grpo_jax.theory.convergence import accumulated_error, iterate_bounds, local_beta_bound
 from grpo_jax.theory.dynamics import bernoulli_kl, iterate, kl_budget, success_map, success_map_slope
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.forward_kl import (
@@ -66,7 +59,6 @@ __all__ = [
     "OrbitEnd",
     "PlanRow",
     "Prediction",
-    "Sensitivity",
     "Weights",
     "Whitened",
     "WhitenedStd",
@@ -115,8 +107,6 @@ __all__ = [
     "predict",
     "recommended_range",
     "renyi_correction",
-    "sensitivity",
-    "steps_to_tolerance",
     "success_map",
     "success_map_slope",
     "tabular",

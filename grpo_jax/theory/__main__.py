@@ -8,12 +8,13 @@ import json
 import math
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from grpo_jax.environment import prepare_environment, prepare_streams
 from grpo_jax.objective import NAMED, Objective, named_objective
@@ -32,7 +33,13 @@ from grpo_jax.theory.weights import Group
 
 GROUP_SIZE, OBJECTIVE, CONFIDENCE = 8, "GRPO", 0.95  # where no run directory says otherwise
 PROMPTS = "prompts.jsonl"  # of an evaluation
-MOST = 2**53  # counts beyond which floats have gaps
+COUNT_LIMIT = 2**53  # floats are not exact for whole numbers beyond it
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of the flags that take numbers
+    "--p_ref": (lambda p: 0 <= p <= 1, "is not a probability in [0, 1]"),
+    "--beta": (lambda beta: 0 < beta < math.inf, "must be positive and finite"),
+    "--target": (lambda p: 0 < p < 1, "must be inside (0, 1)"),
+    "--confidence": (lambda share: 0 < share < 1, "must be inside (0, 1)"),
+}
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLES = """examples:
   python -m grpo_jax.theory plan --p_ref=0.01,0.2,0.5 --trials=100 --beta=0.3,1,3
@@ -43,19 +50,11 @@ EXAMPLES = """examples:
 counts.jsonl has one prompt per line: {"successes": 3, "trials": 100}"""
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line."""
+class InputError(Exception):
+    """Something the user typed, or a file it names, cannot be used; the message is one line.
 
-
-class Inputs(NamedTuple):
-    """What was measured and what would be trained. trials is None where successes are probabilities taken as exact."""
-
-    successes: Sequence[float]
-    trials: Sequence[int] | None
-    group_size: int
-    name: str
-    objective: Objective
-    confidence: float
+    Not a ValueError, because argparse replaces the message of a ValueError by its own.
+    """
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,8 +66,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs one command line and returns the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        lines = _plan(options) if options.command == "plan" else _explain(options)
-    except (ValueError, OSError) as error:
+        lines = options.run(options)
+    except (InputError, ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"grpo_jax.theory: {' '.join(text.split())}", file=sys.stderr)
         return 2
@@ -77,294 +76,271 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    flags: list[tuple[str, Callable[[str, str], Any] | None, str]] = [
+        ("--p_ref", _numbers, "success probabilities of the reference policy, such as 0.01,0.2,0.5"),
+        ("--beta", _numbers, "weights of the KL term, such as 0.3,1,3"),
+        ("--group_size", _group_size, f"G; default: that of --from's run or evaluation, else {GROUP_SIZE}"),
+        ("--objective", None, f"{', '.join(NAMED)}; default: that of --from's run, else {OBJECTIVE}"),
+    ]
+    plan_flags = [
+        *flags,
+        ("--trials", _count, "samples per prompt behind --p_ref; without, p_ref is taken as exact"),
+        ("--from", None, "a run directory, an evaluation's, or a JSONL file of successes and trials"),
+        ("--target", _number, "instead of --beta: the mean success probability wanted"),
+        ("--confidence", _number, f"of the intervals; default: the run's, else {CONFIDENCE}"),
+        ("--figure", None, "PNG to write: p* over β (needs matplotlib)"),
+        ("--json", None, "file to write the numbers to"),
+    ]
+    plan_text = "What each β would do to prompts with measured success, and which βs are worth sweeping."
+    explain_text = "In words, what one β would do to one prompt, and why."
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(prog="python -m grpo_jax.theory", description=__doc__, epilog=EXAMPLES, **shape)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | explain")
-    for name, text in (
-        ("plan", "What each β would do to prompts with measured success, and which βs are worth sweeping."),
-        ("explain", "In words, what one β would do to one prompt, and why."),
+    commands = parser.add_subparsers(required=True, metavar="plan | explain")
+    for name, run, text, its_flags in (
+        ("plan", _plan, plan_text, plan_flags),
+        ("explain", _explain, explain_text, flags),
     ):
         command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, **shape)
-        command.add_argument("--p_ref", help="success probabilities of the reference policy, such as 0.01,0.2,0.5")
-        command.add_argument("--beta", help="weights of the KL term, such as 0.3,1,3")
-        command.add_argument("--group_size", help=f"G; default: that of --from's run or evaluation, else {GROUP_SIZE}")
-        command.add_argument("--objective", help=f"{', '.join(NAMED)}; default: that of --from's run, else {OBJECTIVE}")
-        if name == "plan":
-            command.add_argument("--trials", help="samples per prompt behind --p_ref; without, p_ref is taken as exact")
-            command.add_argument(
-                "--from", dest="path", help="a run directory, an evaluation's, or a JSONL file of successes and trials"
-            )
-            command.add_argument("--target", help="instead of --beta: the mean success probability wanted")
-            command.add_argument("--confidence", help=f"of the intervals; default: the run's, else {CONFIDENCE}")
-            command.add_argument("--figure", help="PNG to write: p* over β (needs matplotlib)")
-            command.add_argument("--json", help="file to write the numbers to")
+        command.set_defaults(run=run)
+        for flag, kind, meaning in its_flags:
+            command.add_argument(flag, type=partial(kind, flag) if kind else str, help=meaning)
     return parser
 
 
 def _plan(options: argparse.Namespace) -> list[str]:
-    if (options.beta is None) == (options.target is None):
-        raise InputError("give either --beta or --target" + ("" if options.beta is None else ", not both"))
+    # The flags must go together.
+    _check_exactly_one(options, "beta", "target")
     if options.figure is not None and find_spec("matplotlib") is None:
         raise InputError("--figure needs matplotlib: pip install matplotlib")
-    inputs = _inputs(options)
-    kl = inputs.objective.kl_direction
-    what: dict[str, Any] = {"weights": Group(inputs.group_size, **inputs.objective.normaliser()), "kl": kl}
-    measured = inputs.successes, inputs.trials
-    aim = None
-    if options.target is None:
-        betas = _betas(options.beta)
+    _check_exactly_one(options, "p_ref", "from")
+    # What was measured: typed, or read together with the config of its run.
+    source: str | None = getattr(options, "from")
+    config: dict[str, Any] = {}
+    if source is None:
+        successes, trials = _typed_counts(options.p_ref, options.trials)
+    elif options.trials is None:
+        successes, trials, config = _read_counts(Path(source))
     else:
-        aim = beta_for_mean(_number("--target", options.target), *measured, **what)
-        betas = [aim.beta]
-    rows = plan(*measured, betas, confidence=inputs.confidence, **what)
-    sweep = recommended_range(*measured, **what)
-    lines = [*_heading(inputs, rows[0]), "", *_table(rows), "", *_legend(rows[0]), *_aim_lines(aim, options.target)]
-    lines += _range_lines(sweep, rows[0], kl)
+        raise InputError("--trials goes with --p_ref; what --from reads has its own")
+    # What would be trained: by the flags, else by that config, else by the defaults.
+    name, objective = _objective(options.objective, config, f"{source}/config.json: ")
+    group_size = options.group_size or _group_size("group_size", config.get("rollout.group_size", GROUP_SIZE))
+    confidence = float(options.confidence or _number("--confidence", config.get("evaluate.confidence", CONFIDENCE)))
+    kl = objective.kl_direction
+    settings: dict[str, Any] = {"weights": Group(group_size, **objective.normaliser()), "kl": kl}
+    # What the theory says of it.
+    target = None if options.target is None else beta_for_mean(float(options.target), successes, trials, **settings)
+    betas = [target.beta] if target else [float(beta) for beta in options.beta]
+    plans = plan(successes, trials, betas, confidence=confidence, **settings)
+    sweep = recommended_range(successes, trials, **settings)
+    # The files.
     if options.json is not None:
-        _write_json(options.json, inputs, rows, sweep, aim)
+        numbers = {
+            "objective": name,
+            "group_size": group_size,
+            "prompts": len(successes),
+            "confidence": confidence,
+            "rows": [row._asdict() for row in plans],
+            "recommended": sweep and {end: beta._asdict() for end, beta in sweep._asdict().items()},
+            "target": target and target._asdict(),
+        }
+        Path(options.json).write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if options.figure is not None:
         ends = [*betas, *([sweep.low.beta, sweep.high.beta] if sweep else [])]
         first, last = math.log(min(ends) / 2), math.log(max(ends) * 2)
         grid = [math.exp(first + (last - first) * i / 120) for i in range(121)]
-        points = curve(*measured, grid, quantiles=QUANTILES, confidence=inputs.confidence, **what)
-        _draw(options.figure, points, rows, sweep, f"{inputs.name}, G = {inputs.group_size}")
-    return lines
+        points = curve(successes, trials, grid, quantiles=QUANTILES, confidence=confidence, **settings)
+        _plot(options.figure, points, plans, sweep, f"{name}, G = {group_size}")
+    # The text.
+    return [
+        f"objective     {name}, groups of {group_size}",
+        f"fixed point   {objective.fixed_point}",
+        *_measured_lines(plans[0], len(successes), trials, confidence),
+        "",
+        *_table(plans),
+        "",
+        *_legend(plans[0]),
+        *(_target_lines(target, options.target) if target else ()),
+        *_sweep_lines(sweep, plans[0], kl),
+    ]
 
 
 def _explain(options: argparse.Namespace) -> list[str]:
     for name in ("p_ref", "beta"):
         if getattr(options, name) is None:
             raise InputError(f"--{name} is missing")
-    objective, _ = _objective(options.objective, {})
-    weights = Group(_group_size(options.group_size or GROUP_SIZE), **objective.normaliser())
-    betas, references = _betas(options.beta), [float(p) for p in _probabilities(options.p_ref)]
-    texts = [explain(p, beta=beta, weights=weights, kl=objective.kl_direction) for p in references for beta in betas]
+    _, objective = _objective(options.objective, {})
+    weights = Group(options.group_size or GROUP_SIZE, **objective.normaliser())
+    cases = [(float(p_ref), float(beta)) for p_ref in options.p_ref for beta in options.beta]
+    texts = [explain(p_ref, beta=beta, weights=weights, kl=objective.kl_direction) for p_ref, beta in cases]
     lines = "\n\n".join(texts).split("\n")
     return ["\n".join(textwrap.wrap(line, 110, subsequent_indent=" " * 11, break_on_hyphens=False)) for line in lines]
 
 
-def _inputs(options: argparse.Namespace) -> Inputs:
-    if (options.p_ref is None) == (options.path is None):
-        raise InputError("give either --p_ref or --from" + ("" if options.p_ref is None else ", not both"))
-    config: dict[str, Any] = {}
-    successes: Sequence[float]
-    trials: Sequence[int] | None = None
-    if options.p_ref is not None:
-        values = _probabilities(options.p_ref)
-        successes = [float(value) for value in values]
-        if options.trials is not None:
-            count = _count("--trials", options.trials, 1)
-            successes, trials = [_successes(value, count) for value in values], [count] * len(values)
-    else:
-        if options.trials is not None:
-            raise InputError("--trials goes with --p_ref; what --from reads has its own")
-        path = Path(options.path)
-        if path.is_dir():
-            counts = _counts(path)
-            config = _object(path / "config.json")
-            successes, trials = _rows(counts) if counts.name == PROMPTS else _reference(counts)
-        else:
-            successes, trials = _rows(path)
-    try:
-        objective, name = _objective(options.objective, config)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            str(error) if options.objective or not config else f"{options.path}/config.json: {error}"
-        ) from None
-    if not options.objective and config.get("objective.entropy_bonus"):
-        raise InputError(
-            f"{options.path}: an entropy bonus moves the end to where the theory does not know; without: --objective"
-        )
-    group_size = _group_size(options.group_size or config.get("rollout.group_size", GROUP_SIZE))
-    confidence = _number("--confidence", options.confidence or str(config.get("evaluate.confidence", CONFIDENCE)))
-    if not 0 < confidence < 1:
-        raise InputError(f"--confidence={confidence:g} must be inside (0, 1)")
-    return Inputs(successes, trials, group_size, name, objective, confidence)
+def _check_exactly_one(options: argparse.Namespace, first: str, second: str) -> None:
+    absent = [getattr(options, first), getattr(options, second)].count(None)
+    if absent != 1:
+        raise InputError(f"give either --{first} or --{second}" + ("" if absent else ", not both"))
 
 
-def _objective(name: str | None, config: dict[str, Any]) -> tuple[Objective, str]:
-    """The objective asked for; else the run's, with the choices that its config sets."""
-    choices: dict[str, Any] = {}
-    if name is None and "objective.name" in config:
+def _objective(asked: str | None, config: dict[str, Any], where: str = "") -> tuple[str, Objective]:
+    """The objective asked for; else the run's, with the choices that its config sets; else the default."""
+    name, choices = asked or OBJECTIVE, {}
+    if asked is None and "objective.name" in config:
         name = str(config["objective.name"])
         choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
-    objective = named_objective(name or OBJECTIVE, **choices)
+        if config.get("objective.entropy_bonus"):
+            reason = "an entropy bonus moves the end to where the theory does not know; without: --objective"
+            raise InputError(f"{where}{reason}")
+    else:
+        where = ""
+    try:
+        objective = named_objective(name, **choices)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}{error}") from None
     if not objective.is_predicted:
-        raise InputError(f"{name}: {objective.fixed_point}")
+        raise InputError(f"{where}{name}: {objective.fixed_point}")
     if objective.anchor != "reference":
         end = "1; theory.mirror_steps knows the pace" if objective.anchor == "previous" else "GRPO's at the same β"
-        raise InputError(f"{name} holds to the previous policy, which sets the pace of iterations; its p* is {end}")
-    return objective, name or OBJECTIVE
+        reason = f"holds to the previous policy, which sets the pace of iterations; its p* is {end}"
+        raise InputError(f"{where}{name} {reason}")
+    return name, objective
 
 
-def _counts(directory: Path) -> Path:
-    """The file with the counts of a run, or of an evaluation."""
-    for name in ("reference.json", PROMPTS):
-        if (directory / name).exists():
-            return directory / name
-    evaluations = [str(path.parent) for path in sorted(directory.glob(f"evaluations/*/{PROMPTS}"))]
-    reason = (
-        f"but evaluations: give --from={' or --from='.join(evaluations)}"
-        if evaluations
-        else "and no finished evaluation (prompts.jsonl)"
-    )
-    raise InputError(f"{directory} holds no measured reference (reference.json), {reason}")
+def _typed_counts(p_ref: list[Decimal], trials: int | None) -> tuple[Sequence[float], Sequence[int] | None]:
+    """The counts that typed probabilities are roundings of; without trials, the probabilities themselves."""
+    if trials is None:
+        return [float(p) for p in p_ref], None
+    counts = [round(p * trials) for p in p_ref]
+    for p, count in zip(p_ref, counts, strict=True):
+        digits = int(p.as_tuple().exponent)
+        if abs(p - Decimal(count) / trials) > Decimal(1).scaleb(digits) / 2:
+            nearest = f"{count}/{trials}"
+            raise InputError(f"--p_ref={p} is no number of successes in --trials={trials}; nearest is {nearest}")
+    return counts, [trials] * len(counts)
 
 
-def _reference(path: Path) -> tuple[list[int], list[int]]:
-    found = _object(path)
-    successes, trials = found.get("successes"), found.get("trials")
-    if not isinstance(successes, list) or not successes:
-        raise InputError(f'{path}: "successes" must be a list of counts')
-    return (
-        [_pair({"successes": k, "trials": trials}, f"{path}: prompt {i}")[0] for i, k in enumerate(successes)],
-        [_count(f"{path}: trials", trials, 1)] * len(successes),
-    )
+def _read_counts(path: Path) -> tuple[Sequence[int], Sequence[int], dict[str, Any]]:
+    """Successes and trials of each prompt of a run, an evaluation or a JSONL file, and the config of the first two."""
+    config: dict[str, Any] = {}
+    reference, prompts = path / "reference.json", path / PROMPTS if path.is_dir() else path
+    if path.is_dir():
+        if not reference.exists() and not prompts.exists():
+            evaluations = [f"--from={file.parent}" for file in sorted(path.glob(f"evaluations/*/{PROMPTS}"))]
+            others = f"but evaluations: give {' or '.join(evaluations)}"
+            none = f"and no finished evaluation ({PROMPTS})"
+            raise InputError(f"{path} holds no measured reference (reference.json), {others if evaluations else none}")
+        config = _json_object((path / "config.json").read_bytes(), f"{path}/config.json")
+    if reference.exists():
+        measured = _json_object(reference.read_bytes(), str(reference))
+        counts, trials = measured.get("successes"), measured.get("trials")
+        if not isinstance(counts, list) or not counts:
+            raise InputError(f'{reference}: "successes" must be a list of counts')
+        rows = [_row({"successes": k, "trials": trials}, f"{reference}: prompt {i}") for i, k in enumerate(counts)]
+    else:
+        lines = enumerate(prompts.read_bytes().split(b"\n"), 1)
+        places = [(line, f"{prompts}:{number}") for number, line in lines if line.strip()]
+        rows = [_row(_json_object(line, where), where) for line, where in places]
+        if not rows:
+            raise InputError(f"{prompts}: no rows")
+    return [successes for successes, _ in rows], [trials for _, trials in rows], config
 
 
-def _rows(path: Path) -> tuple[list[int], list[int]]:
-    pairs = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if line.strip():
-                pairs.append(_pair(_parsed(line, where), where))
-    if not pairs:
-        raise InputError(f"{path}: no rows")
-    return [k for k, _ in pairs], [n for _, n in pairs]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    found = _parsed(path.read_bytes(), str(path))
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return found
-
-
-def _parsed(text: bytes, where: str) -> Any:
+def _json_object(text: bytes, where: str) -> dict[str, Any]:
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        value = json.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise InputError(f"{where}: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({str(error) or 'nested too deeply'})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not a JSON object")
+    return value
 
 
-def _pair(row: Any, where: str) -> tuple[int, int]:
-    if not isinstance(row, dict) or not {"successes", "trials"} <= set(row):
+def _row(row: dict[str, Any], where: str) -> tuple[int, int]:
+    if not {"successes", "trials"} <= set(row):
         raise InputError(f'{where}: not a JSON object with "successes" and "trials"')
-    successes, trials = _count(f"{where}: successes", row["successes"], 0), _count(f"{where}: trials", row["trials"], 1)
+    successes, trials = _count(f"{where}: successes", row["successes"], 0), _count(f"{where}: trials", row["trials"])
     if successes > trials:
         raise InputError(f"{where}: successes={successes} exceed trials={trials}")
     return successes, trials
 
 
-def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, str):
-        try:
-            value = int(value)
-        except ValueError:
-            raise InputError(f"{name}={value[:40]!r} is not a whole number") from None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"{name}={str(value)[:40]} is not a whole number")
-    if not least <= value < MOST:
-        raise InputError(f"{name} must be at least {least} and below 2**53")
-    return value
-
-
-def _number(name: str, text: str) -> float:
+def _count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number, typed or from JSON, where 10.0 is one too."""
     try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{name}={text!r} is not a number") from None
-
-
-def _group_size(value: Any) -> int:
-    size = _count("group_size", value, 2)
-    if size > 1024:
-        raise InputError(f"group_size={size} is more than 1024")
-    return size
-
-
-def _betas(text: str) -> list[float]:
-    betas = [_number("--beta", part) for part in text.split(",")]
-    for beta in betas:
-        if not 0 < beta < math.inf:
-            raise InputError(f"--beta={beta:g} must be positive and finite")
-    return betas
-
-
-def _probabilities(text: str) -> list[Decimal]:
-    """As they were typed, because the digits say how far they were rounded."""
-    values = []
-    for part in text.split(","):
-        try:
-            value = Decimal(part)
-        except InvalidOperation:
-            raise InputError(f"--p_ref={part!r} is not a number") from None
-        if not (value.is_finite() and 0 <= value <= 1):
-            raise InputError(f"--p_ref={part} is not a probability in [0, 1]")
-        values.append(value)
-    return values
-
-
-def _successes(p: Decimal, trials: int) -> int:
-    """The count that p is a rounding of."""
-    count = round(p * trials)
-    digits = p.as_tuple().exponent
-    if abs(p - Decimal(count) / trials) > Decimal(1).scaleb(int(digits)) / 2:
-        raise InputError(f"--p_ref={p} is no number of successes in --trials={trials}; nearest is {count}/{trials}")
+        count = int(value)
+    except (TypeError, ValueError, OverflowError):
+        count = None
+    if count is None or isinstance(value, bool) or (isinstance(value, float) and value != count):
+        raise InputError(f"{name}={value!r:.40} is not a whole number")
+    if not least <= count < COUNT_LIMIT:
+        raise InputError(f"{name} must be at least {least} and below 2**53")
     return count
 
 
-def _heading(inputs: Inputs, row: PlanRow) -> list[str]:
-    trials = "taken as exact"
-    if inputs.trials is not None:
-        low, high = min(inputs.trials), max(inputs.trials)
-        trials = f"{low if low == high else f'{low} to {high}'} trials each"
-    many = f"{len(inputs.successes)} prompt{'s' if len(inputs.successes) > 1 else ''}"
+def _group_size(name: str, value: Any) -> int:
+    size = _count(name, value, 2)
+    if size > 1024:
+        raise InputError(f"{name}={size} is more than 1024")
+    return size
+
+
+def _number(flag: str, value: Any) -> Decimal:
+    """One number of a flag, checked and as it was typed: the digits of a p_ref say how far it was rounded."""
+    is_inside, reason = RANGES[flag]
+    try:
+        inside = is_inside(float(str(value)))
+    except ValueError:
+        raise InputError(f"{flag}={value!r} is not a number") from None
+    if not inside:
+        raise InputError(f"{flag}={value} {reason}")
+    return Decimal(str(value))
+
+
+def _numbers(flag: str, text: str) -> list[Decimal]:
+    return [_number(flag, part) for part in text.split(",")]
+
+
+def _measured_lines(row: PlanRow, prompts: int, trials: Sequence[int] | None, confidence: float) -> list[str]:
+    p_ref = _band(row.p_ref, row.p_ref_low, row.p_ref_high)
+    behind = f"taken as exact: p_ref = {p_ref}"
+    if trials is not None:
+        low, high = min(trials), max(trials)
+        each = f"{low}" if low == high else f"{low} to {high}"
+        behind = f"{each} trials each: p_ref = {p_ref} ({confidence:.4g} intervals)"
     return [
-        f"objective     {inputs.name}, groups of {inputs.group_size}",
-        f"fixed point   {inputs.objective.fixed_point}",
-        f"measured      {many}, {trials}: p_ref = {_band(row.p_ref, row.p_ref_low, row.p_ref_high)}"
-        + (f" ({inputs.confidence:.4g} intervals)" if inputs.trials is not None else ""),
+        f"measured      {prompts} prompt{'s' if prompts > 1 else ''}, {behind}",
         f"KL budget     {row.kl_budget:.4g} nats per completion, the mean of ln(1/p_ref) where any success was seen",
         f"dead groups   {row.dead_groups_start:.1%} at p_ref; {row.dead:.1%} of prompts hardly ever see a success",
     ]
 
 
 def _table(rows: list[PlanRow]) -> list[str]:
-    head = [
-        "β",
-        "p*",
-        "saturate",
-        "stay dead",
-        "oscillate",
-        "on a fold",
-        "KL",
-        "dead groups",
-        "exact: iterations",
-        "→ p",
-    ]
-    head += ["mirror: steps", "KL/step"]
-    cells = [
-        [
-            f"{row.beta:.4g}",
-            _band(row.p_star, row.p_star_low, row.p_star_high),
-            *(f"{share:.1%}" for share in (row.saturates, row.dead, row.oscillates, row.folds)),
-            f"{row.kl:.3g}",
-            f"{row.dead_groups:.1%}",
-            "never" if row.iterations is None else str(row.iterations),
-            f"{row.p_exact:.3f}",
-            "-" if row.mirror_steps is None else f"{row.mirror_steps:.3g}" if row.mirror_steps >= 1 else "< 1",
-            "-" if row.mirror_step_kl is None else f"{row.mirror_step_kl:.3g}",
-        ]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in [head, *cells]]
+    cells = [_cells(row) for row in rows]
+    lines = [list(cells[0]), *(list(row.values()) for row in cells)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+
+
+def _cells(row: PlanRow) -> dict[str, str]:
+    """One line of the table, by the heads of its columns."""
+    steps, step_kl = row.mirror_steps, row.mirror_step_kl
+    return {
+        "β": f"{row.beta:.4g}",
+        "p*": _band(row.p_star, row.p_star_low, row.p_star_high),
+        "saturate": f"{row.saturates:.1%}",
+        "stay dead": f"{row.dead:.1%}",
+        "oscillate": f"{row.oscillates:.1%}",
+        "on a fold": f"{row.folds:.1%}",
+        "KL": f"{row.kl:.3g}",
+        "dead groups": f"{row.dead_groups:.1%}",
+        "exact: iterations": "never" if row.iterations is None else str(row.iterations),
+        "→ p": f"{row.p_exact:.3f}",
+        "mirror: steps": "-" if steps is None else f"{steps:.3g}" if steps >= 1 else "< 1",
+        "KL/step": "-" if step_kl is None else f"{step_kl:.3g}",
+    }
 
 
 def _legend(row: PlanRow) -> list[str]:
@@ -388,18 +364,17 @@ def _share(p: float) -> str:
     return f"{p:.4f}" if p >= 0.001 or p == 0 else f"{p:.2g}"
 
 
-def _aim_lines(aim: TargetBeta | None, target: str | None) -> list[str]:
-    if aim is None:
-        return []
-    if aim.jumps_to is None:
-        return [f"target        β = {aim.beta:.6g} leads to p* = {aim.p_star:.4f}."]
+def _target_lines(target: TargetBeta, asked: Decimal) -> list[str]:
+    if target.jumps_to is None:
+        return [f"target        β = {target.beta:.6g} leads to p* = {target.p_star:.4f}."]
     return [
-        f"target        no β leads to p* = {target}: a fold jumps over it. β = {aim.beta:.6g} leads to {aim.p_star:.4f}, and",
-        f"              any smaller β to {min(aim.jumps_to, 0.9999):.4f} or more.",
+        f"target        no β leads to p* = {asked}: a fold jumps over it. "
+        f"β = {target.beta:.6g} leads to {target.p_star:.4f}, and",
+        f"              any smaller β to {min(target.jumps_to, 0.9999):.4f} or more.",
     ]
 
 
-def _range_lines(sweep: BetaRange | None, row: PlanRow, kl: str) -> list[str]:
+def _sweep_lines(sweep: BetaRange | None, row: PlanRow, kl: str) -> list[str]:
     if kl == "none":
         return ["sweep         nothing: without a KL term no β changes anything."]
     if sweep is None:
@@ -417,28 +392,11 @@ def _range_lines(sweep: BetaRange | None, row: PlanRow, kl: str) -> list[str]:
     return lines
 
 
-def _write_json(
-    path: str, inputs: Inputs, rows: list[PlanRow], sweep: BetaRange | None, aim: TargetBeta | None
-) -> None:
-    value = {
-        "objective": inputs.name,
-        "group_size": inputs.group_size,
-        "prompts": len(inputs.successes),
-        "confidence": inputs.confidence,
-        "rows": [row._asdict() for row in rows],
-        "recommended": sweep and {name: end._asdict() for name, end in sweep._asdict().items()},
-        "target": aim and aim._asdict(),
-    }
-    Path(path).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _draw(path: str, points: Sequence[CurvePoint], rows: list[PlanRow], sweep: BetaRange | None, title: str) -> None:
+def _plot(path: str, points: Sequence[CurvePoint], rows: list[PlanRow], sweep: BetaRange | None, title: str) -> None:
     """Writes a PNG: p* over β, its mean with the interval, pairs of quantiles, and the recommended range."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     betas = [point.beta for point in points]
     if sweep is not None:

@@ -1,7 +1,6 @@
-"""How fast exact iterations converge, what they can never leave, and what becomes of errors on the way."""
+"""Which fixed points attract, bounds that no exact iteration leaves, and how errors add up on the way."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +8,7 @@ from jax.typing import ArrayLike
 
 from grpo_jax.theory.dynamics import log_odds_slope
 from grpo_jax.theory.roots import POINTS, REACH, sign_changes
-from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, as_float, log_odds, variance
-
-
-class Sensitivity(NamedTuple):
-    """How a fixed point moves, with m its multiplier and v = p(1 − p).
-
-    p_ref: [...] dp*/dp_ref = (v*/v_ref)/(1 − m).
-    logit: [...] dL*/dL_ref = 1/(1 − m).
-    beta: [...] dp*/dβ = −v* (L* − L_ref)/(β(1 − m)).
-    """
-
-    p_ref: jax.Array
-    logit: jax.Array
-    beta: jax.Array
+from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, as_float, log_odds
 
 
 def local_beta_bound(p: ArrayLike, *, weights: Weights, logits: bool = False) -> jax.Array:
@@ -45,35 +31,6 @@ def local_beta_bound(p: ArrayLike, *, weights: Weights, logits: bool = False) ->
     1.33311
     """
     return jnp.abs(log_odds_slope(log_odds(p, logits=logits), weights))
-
-
-def sensitivity(
-    p_star: ArrayLike, p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, logits: bool = False
-) -> Sensitivity:
-    """How a fixed point p* moves with p_ref and with β.
-
-    Args:
-      p_star: [...] a fixed point at ``beta``, from `flow_point` or `fixed_points`.
-      p_ref: [...] success probability of the reference policy.
-      beta: weight of the sequence-level KL, > 0.
-      weights: the normaliser.
-      logits: probabilities are given as log-odds.
-
-    Returns:
-      A `Sensitivity`, infinite on a fold; its p_ref is nan at p_ref ∈ {0, 1}.
-
-    Source: derived from arXiv 2503.06639, Thm 2, by the implicit function theorem.
-
-    >>> from grpo_jax.theory import MeanOnly
-    >>> round(float(sensitivity(0.5, 0.2, beta=1 / jnp.log(4.0), weights=MeanOnly()).logit), 4)
-    1.0
-    """
-    star, reference = log_odds(p_star, logits=logits), log_odds(p_ref, logits=logits)
-    beta = jnp.asarray(beta, star.dtype)
-    rate = 1 / (1 - log_odds_slope(star, weights) / beta)
-    v = variance(star)
-    gain = jnp.where(v == 0, 0.0, v * jnp.where(v == 0, 0.0, star - reference))  # a p that has rounded to its end stays
-    return Sensitivity(v / variance(reference) * rate, rate, -gain / beta * rate)
 
 
 def iterate_bounds(
@@ -108,38 +65,14 @@ def iterate_bounds(
     [0.2701, 0.6488]
     """
     reference = log_odds(p_ref, logits=logits)
-    kept = 1 - jnp.asarray(alpha, reference.dtype)
-    steps = 1 + jnp.cumprod(jnp.broadcast_to(kept, (num_iterations - 1, *kept.shape)), axis=0).sum(0)
+    share = 1 - jnp.asarray(alpha, reference.dtype)  # of the KL that goes to the previous policy
+    steps = 1 + jnp.cumprod(jnp.broadcast_to(share, (num_iterations - 1, *share.shape)), axis=0).sum(0)
     reach = steps / jnp.asarray(beta, reference.dtype)
     at_end = jnp.isinf(reference)
     low, high = (
         jnp.where(at_end, reference, reference + reach * end) for end in _omega_range(weights, reference.dtype)
     )
     return (low, high) if logits else (jax.nn.sigmoid(low), jax.nn.sigmoid(high))
-
-
-def steps_to_tolerance(multiplier: ArrayLike, error: ArrayLike, tolerance: ArrayLike) -> jax.Array:
-    """How many exact iterations shrink an error at a fixed point to a tolerance: ln(tolerance/|error|)/ln|m|.
-
-    Args:
-      multiplier: [...] m of the fixed point.
-      error: [...] the distance from it now.
-      tolerance: [...] the distance wanted, > 0.
-
-    Returns:
-      [...] the number, not rounded; 0 where the error is small enough, infinite where |m| ≥ 1.
-
-    Source: arXiv 2503.06639, Thm 6: |p_n − p*| ~ |m|^n.
-
-    >>> round(float(steps_to_tolerance(-0.5, 0.1, 0.1 / 16)), 4)
-    4.0
-    """
-    m, error = jnp.abs(as_float(multiplier)), jnp.abs(as_float(error))
-    needed = jnp.asarray(tolerance, error.dtype) / jnp.where(error == 0, 1.0, error)
-    inside = (m > 0) & (m < 1)
-    steps = jnp.log(needed) / jnp.log(jnp.where(inside, m, 0.5))
-    steps = jnp.where(inside, steps, jnp.where(m == 0, 1.0, jnp.inf))
-    return jnp.where((error == 0) | (needed >= 1), 0.0, steps)
 
 
 def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
@@ -173,19 +106,16 @@ def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
 
 def _omega_range(weights: Weights, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """(least, largest) value of Ω, which is monotone on either side of p = ½ where groups are treated symmetrically."""
-    if _lopsided(weights):
+    inner = weights.weights if isinstance(weights, NoisyVerifier) else weights
+    if isinstance(inner, Group) and (inner.baseline == "none" or inner.scale == "mean"):
+        # Not symmetric, so the peaks are searched for.
         grid = jnp.linspace(-REACH, REACH, POINTS, dtype=dtype)
         peaks = sign_changes(partial(log_odds_slope, weights=weights), grid)
-        ends = weights.omega(jnp.concatenate([jnp.asarray([-jnp.inf, jnp.inf], dtype), grid, peaks]))
+        values = weights.omega(jnp.concatenate([jnp.asarray([-jnp.inf, jnp.inf], dtype), grid, peaks]))
     elif isinstance(weights, NoisyVerifier):
-        inner, rates = weights.weights, jnp.stack([jnp.asarray(r, dtype) for r in (weights.tpr, weights.fpr)])
+        rates = jnp.stack([jnp.asarray(rate, dtype) for rate in (weights.tpr, weights.fpr)])
         observed = log_odds(jnp.clip(jnp.asarray(0.5, dtype), rates.min(), rates.max()))
-        ends = weights.advantage(dtype) * inner.omega(jnp.append(log_odds(rates), observed))
+        values = weights.advantage(dtype) * inner.omega(jnp.append(log_odds(rates), observed))
     else:
-        ends = weights.omega(jnp.asarray([-jnp.inf, 0.0, jnp.inf], dtype))
-    return jnp.nanmin(ends), jnp.nanmax(ends)
-
-
-def _lopsided(weights: Weights) -> bool:
-    inner = weights.weights if isinstance(weights, NoisyVerifier) else weights
-    return isinstance(inner, Group) and (inner.baseline == "none" or inner.scale == "mean")
+        values = weights.omega(jnp.asarray([-jnp.inf, 0.0, jnp.inf], dtype))
+    return jnp.nanmin(values), jnp.nanmax(values)

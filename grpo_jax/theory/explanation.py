@@ -9,9 +9,13 @@ from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, log_odds_slope
 from grpo_jax.theory.forward_kl import forward_kl_flip_limit, forward_kl_multiplier, forward_kl_orbit_end
 from grpo_jax.theory.groups import dead_fraction
 from grpo_jax.theory.limits import fixed_points, limit_point
-from grpo_jax.theory.planning import KLS, SWING, end_point
+from grpo_jax.theory.planning import SWING, check_arguments, end_point
 from grpo_jax.theory.thresholds import bistable_window, flip_window
 from grpo_jax.theory.weights import Group, Weights, log_odds, omega, omega_minus, omega_plus
+
+PULLS = {"reverse": "KL(π‖π_ref)", "forward": "KL(π_ref‖π), as k3 in the loss", "none": "no KL term"}
+NEVER_CORRECT = "No completion is ever correct, so no group has anything to reinforce: p stays 0 at every β."
+ALWAYS_CORRECT = "Every completion is correct, so no group has anything to tell apart: p stays 1 at every β."
 
 
 def explain(p_ref: float, *, beta: float, weights: Weights, kl: str = "reverse") -> str:
@@ -37,55 +41,41 @@ def explain(p_ref: float, *, beta: float, weights: Weights, kl: str = "reverse")
     """
     if not 0 <= p_ref <= 1:
         raise ValueError(f"p_ref={p_ref!r} is not a probability")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta={beta!r} must be positive and finite")
-    if kl not in KLS:
-        raise ValueError(f"kl={kl!r} is not one of {', '.join(map(repr, KLS))}")
+    check_arguments(beta, kl)
     with jax.enable_x64(True):
         reference = float(log_odds(float(p_ref)))
-        head = f"p_ref = {_p(reference)}, β = {beta:.4g}, {_pull(kl)}"
+        parts = {}
         if math.isinf(reference):
-            return "\n".join([head, _line("now", _nothing(p_ref))])
-        if float(omega(reference, weights, logits=True)) < 0:
+            parts["now"] = NEVER_CORRECT if p_ref == 0 else ALWAYS_CORRECT
+        elif float(omega(reference, weights, logits=True)) < 0:
             raise ValueError(f"weights={weights} push away from success")
-        lines = [("now", _weights(reference, beta, weights, kl))]
-        lines += [("end", _small_steps(reference, beta, weights, kl)), ("exact", _exact(reference, beta, weights, kl))]
-        if kl == "reverse":
-            lines.append(("β", _thresholds(reference, beta, weights)))
-        lines.append(("cost", _cost(reference, beta, weights, kl)))
-        if kl != "none":
-            lines += [
-                ("change", _change(reference, beta, weights, kl)),
-                ("other", _other(reference, beta, weights, kl)),
-            ]
-        return "\n".join([head, *(_line(*line) for line in lines)])
-
-
-def _line(label: str, text: str) -> str:
-    return f"  {label:<8} {text}"
-
-
-def _pull(kl: str) -> str:
-    return {"reverse": "KL(π‖π_ref)", "forward": "KL(π_ref‖π), as k3 in the loss", "none": "no KL term"}[kl]
-
-
-def _nothing(p_ref: float) -> str:
-    if p_ref == 0:
-        return "No completion is ever correct, so no group has anything to reinforce: p stays 0 at every β."
-    return "Every completion is correct, so no group has anything to tell apart: p stays 1 at every β."
+        else:
+            parts["now"] = _weights(reference, beta, weights, kl)
+            parts["end"] = _small_steps(reference, beta, weights, kl)
+            parts["exact"] = _exact(reference, beta, weights, kl)
+            if kl == "reverse":
+                parts["β"] = _thresholds(reference, beta, weights)
+            parts["cost"] = _cost(reference, beta, weights, kl)
+            if kl != "none":
+                less, more = (_p(_end(reference, beta * factor, weights, kl)) for factor in (0.5, 2.0))
+                parts["change"] = f"Half the β gives p* = {less}, twice the β {more}."
+                parts["other"] = _other_kl(reference, beta, weights, kl)
+        head = f"p_ref = {_p(reference)}, β = {beta:.4g}, {PULLS[kl]}"
+        return "\n".join([head, *(f"  {label:<8} {text}" for label, text in parts.items())])
 
 
 def _weights(reference: float, beta: float, weights: Weights, kl: str) -> str:
     up, down, total = (float(f(reference, weights, logits=True)) for f in (omega_plus, omega_minus, omega))
     text = ""
     if isinstance(weights, Group):
-        dead = float(dead_fraction(reference, weights.size, logits=True))
-        idle = "are drawn again" if weights.dynamic_sampling else "teach nothing"
-        if weights.baseline == "none" and weights.scale != "std":
-            dead, idle = math.exp(-weights.size * math.log1p(math.exp(reference))), "fail throughout and teach nothing"
+        if weights.baseline == "none" and weights.scale != "std":  # groups of successes alone still push
+            dead = math.exp(-weights.size * math.log1p(math.exp(reference)))
+            fate = "fail throughout and teach nothing"
         else:
-            idle = f"have equal rewards throughout and {idle}"
-        text = f"{_percent(dead)} of groups of {weights.size} {idle}. "
+            dead = float(dead_fraction(reference, weights.size, logits=True))
+            use = "are drawn again" if weights.dynamic_sampling else "teach nothing"
+            fate = f"have equal rewards throughout and {use}"
+        text = f"{_percent(dead)} of groups of {weights.size} {fate}. "
     text += f"On average a success is weighted {up:+.4g} and a failure {0 - down:+.4g}, together Ω = {total:.4g}."
     if kl == "reverse":
         text += f" One exactly solved iteration raises the log-odds by Ω/β = {total / beta:.4g}."
@@ -99,11 +89,13 @@ def _small_steps(reference: float, beta: float, weights: Weights, kl: str) -> st
     text = f"Many small steps climb from {_p(reference)} to p* = {_p(star)} and stop."
     if kl == "forward":
         return f"{text} It is the only fixed point."
-    others = [point for point in fixed_points(reference, beta=beta, weights=weights, logits=True) if point.logit > star]
-    others = [point for point in others if point.logit - star > 1e-6 * (1 + abs(star))]
-    if others:
-        listed = " and ".join(f"{_p(point.logit)} ({_kind(point.multiplier)})" for point in others)
-        text += f" Further fixed points lie above, which they do not reach: {listed}."
+    higher = [
+        f"{_p(point.logit)} ({_kind(point.multiplier)})"
+        for point in fixed_points(reference, beta=beta, weights=weights, logits=True)
+        if point.logit - star > 1e-6 * (1 + abs(star))
+    ]
+    if higher:
+        text += f" Further fixed points lie above, which they do not reach: {' and '.join(higher)}."
     return text
 
 
@@ -116,7 +108,10 @@ def _exact(reference: float, beta: float, weights: Weights, kl: str) -> str:
     if kl == "none":
         return "One exactly solved iteration is enough for that."
     star = _end(reference, beta, weights, kl)
-    multiplier = _multiplier(star, reference, beta, weights, kl)
+    if kl == "reverse":
+        multiplier = float(log_odds_slope(jnp.asarray(star), weights)) / beta
+    else:
+        multiplier = float(forward_kl_multiplier(star, beta=beta, weights=weights, logits=True))
     low, high, kind = _exact_end(reference, beta, weights, kl)
     if kind != "fixed":
         between = f"between {_p(low)} and {_p(high)}"
@@ -132,45 +127,31 @@ def _exact(reference: float, beta: float, weights: Weights, kl: str) -> str:
 def _exact_end(reference: float, beta: float, weights: Weights, kl: str) -> tuple[float, float, str]:
     """Lowest and highest log-odds of the end of exact iterations, and its kind."""
     if kl == "reverse":
-        end = limit_point(reference, beta=beta, weights=weights, logits=True)
-        points = end.p if isinstance(end.p, tuple) else (end.p,)
-        return min(points), max(points), end.kind
-    found = forward_kl_orbit_end(reference, beta=beta, weights=weights, logits=True)
-    moving = float(jax.nn.sigmoid(found.high) - jax.nn.sigmoid(found.low)) > SWING
-    kind = "chaos" if found.lyapunov > 0 else "cycle" if found.period > 1 else "fixed"
-    return float(found.low), float(found.high), kind if moving else "fixed"
-
-
-def _multiplier(star: float, reference: float, beta: float, weights: Weights, kl: str) -> float:
-    """The factor by which one exact iteration multiplies a small error at a fixed point."""
-    if kl == "reverse":
-        return float(log_odds_slope(jnp.asarray(star), weights)) / beta
-    return float(forward_kl_multiplier(star, beta=beta, weights=weights, logits=True))
+        limit = limit_point(reference, beta=beta, weights=weights, logits=True)
+        points = limit.p if isinstance(limit.p, tuple) else (limit.p,)
+        return min(points), max(points), limit.kind
+    end = forward_kl_orbit_end(reference, beta=beta, weights=weights, logits=True)
+    moving = float(jax.nn.sigmoid(end.high) - jax.nn.sigmoid(end.low)) > SWING
+    kind = "chaos" if end.lyapunov > 0 else "cycle" if end.period > 1 else "fixed"
+    return float(end.low), float(end.high), kind if moving else "fixed"
 
 
 def _thresholds(reference: float, beta: float, weights: Weights) -> str:
+    """Where the folds and the flips of the prompt are, and what the fold does to p*."""
     folds = bistable_window(reference, weights=weights, logits=True)
     flips = flip_window(reference, weights=weights, logits=True)
-    texts = []
-    if folds is None:
-        texts.append("There is one fixed point at every β, so p* changes smoothly with β.")
-    else:
+    text = "There is one fixed point at every β, so p* changes smoothly with β."
+    if folds is not None:
         low, high = folds
-        above = _end(reference, low * (1 + 1e-9), weights, "reverse")
-        below = _end(reference, low * (1 - 1e-9), weights, "reverse")
-        texts.append(
-            f"β is {beta / low:.4g} times {low:.4g}, a fold: p* is {_p(above)} just above it, {_p(below)} just below."
-        )
+        below, above = (_p(_end(reference, low * factor, weights, "reverse")) for factor in (1 - 1e-9, 1 + 1e-9))
+        text = f"β is {beta / low:.4g} times {low:.4g}, a fold: p* is {above} just above it, {below} just below."
         if low < beta < high:
             until = "every larger β" if math.isinf(high) else f"β = {high:.4g}"
-            texts.append(f"Up to {until} there is a second stable end near 1.")
+            text += f" Up to {until} there is a second stable end near 1."
     if flips is None:
-        texts.append("No β makes exact iterations oscillate on this prompt.")
-    else:
-        texts.append(
-            f"For β from {flips[0]:.4g} to {flips[1]:.4g} its fixed point repels exact iterations, by overshooting."
-        )
-    return " ".join(texts)
+        return f"{text} No β makes exact iterations oscillate on this prompt."
+    low, high = flips
+    return f"{text} For β from {low:.4g} to {high:.4g} its fixed point repels exact iterations, by overshooting."
 
 
 def _cost(reference: float, beta: float, weights: Weights, kl: str) -> str:
@@ -180,12 +161,7 @@ def _cost(reference: float, beta: float, weights: Weights, kl: str) -> str:
     return f"KL(π*‖π_ref) = {spent:.4g} nats per completion, of at most ln(1/p_ref) = {most:.4g} that this prompt can cost."
 
 
-def _change(reference: float, beta: float, weights: Weights, kl: str) -> str:
-    less, more = (_p(_end(reference, beta * factor, weights, kl)) for factor in (0.5, 2.0))
-    return f"Half the β gives p* = {less}, twice the β {more}."
-
-
-def _other(reference: float, beta: float, weights: Weights, kl: str) -> str:
+def _other_kl(reference: float, beta: float, weights: Weights, kl: str) -> str:
     if kl == "forward":
         end = _p(_end(reference, beta, weights, "reverse"))
         limit = forward_kl_flip_limit(weights)

@@ -1,4 +1,4 @@
-"""Planning before spending compute: what each β would do to prompts whose p_ref has been measured, and which are worth it.
+"""Planning before spending compute: what each β would do to prompts whose p_ref has been measured, and which to sweep.
 
 Prompts with the same counts have the same future, so everything is computed once per distinct count, in blocks of one
 shape: a million rows with a hundred trials each cost what a hundred do. Computed in double precision on the host.
@@ -157,7 +157,7 @@ def plan(
     group_size = weights.size if group_size is None and isinstance(weights, Group) else group_size
     with jax.enable_x64(True):
         for beta in betas:
-            _check(beta, kl)
+            check_arguments(beta, kl)
         blocks = _blocks(successes, trials, confidence)
         rows = [_row(blocks, float(beta), weights, group_size, kl) for beta in betas]
         if trials is None or group_size is None:
@@ -213,8 +213,8 @@ def recommended_range(
     Source: a convention, ours.
 
     >>> from grpo_jax.theory import MeanOnly
-    >>> found = recommended_range([0.2], None, weights=MeanOnly())
-    >>> round(found.low.p_star, 4), round(found.high.p_star, 4)
+    >>> sweep = recommended_range([0.2], None, weights=MeanOnly())
+    >>> round(sweep.low.p_star, 4), round(sweep.high.p_star, 4)
     (0.92, 0.28)
     """
     with jax.enable_x64(True):
@@ -257,11 +257,10 @@ def curve(
     """
     with jax.enable_x64(True):
         blocks = _blocks(successes, trials, confidence)
-        pairs = sorted((x, c) for b in blocks for x, c in zip(b.logit[0].tolist(), b.times.tolist(), strict=True) if c)
-        shown = jnp.asarray([_quantile(pairs, q) for q in quantiles])
+        shown = jnp.asarray([_quantile(*_references(blocks), q) for q in quantiles])
         points = []
         for beta in betas:
-            _check(beta, kl)
+            check_arguments(beta, kl)
             scale = jnp.asarray(float(beta))
             ends = jax.nn.sigmoid(end_point(shown, scale, weights, kl)).tolist()
             mean = _mean(blocks, [end_point(block.logit, scale, weights, kl) for block in blocks])
@@ -273,60 +272,71 @@ def _row(blocks: list[_Block], beta: float, weights: Weights, group_size: int | 
     scale = jnp.asarray(beta)
     ends = [end_point(block.logit, scale, weights, kl) for block in blocks]
     parts = [_sums(*pair, scale, weights, group_size, kl) for pair in zip(blocks, ends, strict=True)]
-    path = [math.fsum(values) for values in zip(*(part.pop("path").tolist() for part in parts), strict=True)]
-    sums = {name: math.fsum(float(part[name]) for part in parts) for name in parts[0]}
-    prompts, movable = sums.pop("prompts"), sums.pop("movable")
-    mirror: dict[str, Any] = {name: sums.pop(name) for name in ("mirror_steps", "mirror_step_kl")}
-    mirror = {name: total / movable if movable else None for name, total in mirror.items()}
-    shares: dict[str, Any] = {name: total / prompts for name, total in sums.items()}
+    # The sums over blocks, of each number and of each point of the path.
+    sums: dict[str, Any] = jax.tree.map(
+        lambda *values: math.fsum(values), *(jax.tree.map(lambda total: total.tolist(), part) for part in parts)
+    )
+    prompts, movable = sums["prompts"], sums["movable"]
+    numbers: dict[str, Any] = {"beta": beta, "oscillates": _oscillating(blocks, scale, weights, kl) / prompts}
+    measured = _mean(blocks, [block.logit for block in blocks])
+    numbers.update(zip(("p_ref", "p_ref_low", "p_ref_high"), measured, strict=True))
+    numbers.update(zip(("p_star", "p_star_low", "p_star_high"), _mean(blocks, ends), strict=True))
+    numbers["p_exact"], numbers["iterations"] = _settled([total / prompts for total in sums["path"]])
+    numbers.update((name, total / prompts) for name, total in sums["per_prompt"].items())
+    numbers.update((name, total / movable if movable else None) for name, total in sums["per_movable"].items())
     if group_size is None:
-        shares |= {"dead_groups_start": None, "dead_groups": None}
-    named = {
-        ("p_ref", "p_ref_low", "p_ref_high"): _mean(blocks, [block.logit for block in blocks]),
-        ("p_star", "p_star_low", "p_star_high"): _mean(blocks, ends),
-        ("p_exact", "iterations"): _settled([total / prompts for total in path]),
-    }
-    for names, values in named.items():
-        shares |= dict(zip(names, values, strict=True))
-    oscillates = _oscillating(blocks, scale, weights, kl) / prompts
-    return PlanRow(beta=beta, oscillates=oscillates, **shares, **mirror)
+        numbers.update(dead_groups_start=None, dead_groups=None)
+    return PlanRow(**numbers)
 
 
 @partial(jax.jit, static_argnames=("group_size", "kl"))
 def _sums(
     block: _Block, ends: jax.Array, beta: jax.Array, weights: Weights, group_size: int | None, kl: str
-) -> dict[str, jax.Array]:
-    """Totals over the prompts of a block, named as in `PlanRow`; "path" [ITERATIONS + 1] is that of exact iterates."""
+) -> dict[str, Any]:
+    """Totals over the prompts of a block, or over those that can move, named as in `PlanRow`.
+
+    "path" [ITERATIONS + 1] is that of exactly solved iterations, and "prompts" and "movable" count.
+    """
     reference, count = block.logit[0], block.times
     star, low, high = ends
     never, at_end = reference == -jnp.inf, jnp.isinf(reference)
-    dead, groups = never, jnp.zeros((2, *reference.shape))
+    movable = jnp.where(at_end, 0.0, count)
+    # Groups of equal rewards, at the start and at the end, and prompts that hardly ever see a success.
+    dead, dead_groups = never, jnp.zeros((2, *reference.shape))
     if group_size is not None:
         dead = never | (jnp.exp(group_size * jax.nn.log_sigmoid(-reference)) > DEAD)
-        groups = dead_fraction(jnp.stack([reference, star]), group_size, logits=True)
+        dead_groups = dead_fraction(jnp.stack([reference, star]), group_size, logits=True)
     folds = fold_between(low, high, beta, weights) if kl == "reverse" else jnp.zeros_like(never)
+    # What mirror GRPO arrives at; prompts at an end of [0, 1] stand at ½ and count for nothing.
     inside = jnp.where(at_end, 0.0, reference)
     p_ref, p_star = jax.nn.sigmoid(inside), jnp.where(at_end, 0.5, jax.nn.sigmoid(star))
     arrived = p_ref + GAIN * (p_star - p_ref)
 
-    def follow(logit: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        logit = _exact_step(logit, reference, beta, weights, kl)
+    def exact_step(logit: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        if kl == "none":
+            logit = jnp.where(at_end, reference, jnp.inf)
+        else:
+            step = success_map if kl == "reverse" else forward_kl_success_map
+            logit = step(logit, reference, beta=beta, weights=weights, logits=True)
         return logit, count @ jax.nn.sigmoid(logit)
 
-    _, path = jax.lax.scan(follow, reference, None, length=ITERATIONS)
-    movable = jnp.where(at_end, 0.0, count)
+    _, path = jax.lax.scan(exact_step, reference, None, length=ITERATIONS)
     return {
         "prompts": count.sum(),
         "movable": movable.sum(),
-        "saturates": count @ (jax.nn.sigmoid(star) > SATURATED).astype(float),
-        "dead": count @ dead.astype(float),
-        "folds": count @ folds.astype(float),
-        "kl": count @ bernoulli_kl(star, reference, logits=True),
-        "kl_budget": movable @ kl_budget(inside, logits=True),  # at either end of [0, 1] nothing is spent
-        "dead_groups_start": count @ groups[0],
-        "dead_groups": count @ groups[1],
-        "mirror_steps": movable @ mirror_steps(p_ref, arrived, beta=beta, weights=weights),
-        "mirror_step_kl": movable @ mirror_step_kl(p_ref, beta=beta, weights=weights),
+        "per_prompt": {
+            "saturates": count @ (jax.nn.sigmoid(star) > SATURATED).astype(float),
+            "dead": count @ dead.astype(float),
+            "folds": count @ folds.astype(float),
+            "kl": count @ bernoulli_kl(star, reference, logits=True),
+            "kl_budget": movable @ kl_budget(inside, logits=True),  # prompts at an end of [0, 1] spend nothing
+            "dead_groups_start": count @ dead_groups[0],
+            "dead_groups": count @ dead_groups[1],
+        },
+        "per_movable": {
+            "mirror_steps": movable @ mirror_steps(p_ref, arrived, beta=beta, weights=weights),
+            "mirror_step_kl": movable @ mirror_step_kl(p_ref, beta=beta, weights=weights),
+        },
         "path": jnp.concatenate([(count @ jax.nn.sigmoid(reference))[None], path]),
     }
 
@@ -344,19 +354,10 @@ def _oscillating(blocks: list[_Block], beta: jax.Array, weights: Weights, kl: st
     limit = {"reverse": flip_limit, "forward": forward_kl_flip_limit, "none": lambda _: None}[kl](weights)
     if limit is None:
         return 0.0
-    least = float(log_odds(min(1.01 * limit, 0.5)))
-    suspects = Counter(
-        {
-            x: c
-            for block in blocks
-            for x, c in zip(block.logit[0].tolist(), block.times.tolist(), strict=True)
-            if c and -math.inf < x < least
-        }
-    )
-    if not suspects:
-        return 0.0
-    counted = _padded(jnp.asarray([*suspects])[None], jnp.asarray([*suspects.values()]))
-    return math.fsum(float(_swings(block, beta, weights, kl)) for block in counted)
+    logit, times = _references(blocks)
+    can = (logit > -jnp.inf) & (logit < log_odds(min(1.01 * limit, 0.5)))
+    suspects = _padded(logit[can][None], times[can]) if can.any() else []
+    return math.fsum(float(_swings(block, beta, weights, kl)) for block in suspects)
 
 
 @partial(jax.jit, static_argnames="kl")
@@ -367,14 +368,6 @@ def _swings(block: _Block, beta: jax.Array, weights: Weights, kl: str) -> jax.Ar
     swing = jax.nn.sigmoid(end.high) - jax.nn.sigmoid(end.low)
     # Period 0 without chaos is slow convergence.
     return block.times @ ((swing > SWING) & ((end.period > 1) | (end.lyapunov > 0))).astype(float)
-
-
-def _exact_step(logit: jax.Array, reference: jax.Array, beta: jax.Array, weights: Weights, kl: str) -> jax.Array:
-    """One exactly solved iteration in log-odds; without KL it ends at 1."""
-    if kl == "none":
-        return jnp.where(jnp.isinf(reference), reference, jnp.inf)
-    mapped = success_map if kl == "reverse" else forward_kl_success_map
-    return mapped(logit, reference, beta=beta, weights=weights, logits=True)
 
 
 def _beta_for_mean(target: float, blocks: list[_Block], weights: Weights, kl: str) -> TargetBeta:
@@ -393,17 +386,21 @@ def _beta_for_mean(target: float, blocks: list[_Block], weights: Weights, kl: st
         return _mean(blocks, ends)[0] - target
 
     low = high = 0.0  # ln β
+    # A bracket in ln β: the mean is above the target at its lower end, and not at its upper end.
+    low = high = 0.0
     while (above := excess(low)) <= 0:
         low -= 2
     while (below := excess(high)) > 0:
         high += 2
-    up, down = above, below  # false position, with the end that stays put counted less and less (Illinois)
+    # False position; the weight of the end that stays put is halved each time (Illinois).
+    up, down = above, below
     while min(above, -below) > CLOSE and high - low > 1e-15 * (1 + abs(high)):
         middle = low + (high - low) * min(max(up / (up - down), 0.01), 0.99)
-        if (found := excess(middle)) > 0:
-            low, above, up, down = middle, found, found, down / 2
+        if (gap := excess(middle)) > 0:
+            low, above, up, down = middle, gap, gap, down / 2
         else:
-            high, below, down, up = middle, found, found, up / 2
+            high, below, down, up = middle, gap, gap, up / 2
+    # Neighbouring βs with the target between their means: it is jumped over.
     if above - below > JUMP and min(above, -below) > CLOSE:
         return TargetBeta(math.exp(high), target + below, target + above)
     x, off = (low, above) if above < -below else (high, below)
@@ -452,38 +449,41 @@ def _reach(blocks: list[_Block]) -> tuple[float, float]:
     return start, most
 
 
-def _quantile(pairs: list[tuple[float, float]], q: float) -> float:
-    """The smallest value of (value, count) pairs, ascending, with at least a share q of all counts at or below it."""
+def _references(blocks: list[_Block]) -> tuple[jax.Array, jax.Array]:
+    """The log-odds [N] of p_ref, ascending, and how often each occurs [N]."""
+    logit, times = jnp.concatenate([jnp.stack([block.logit[0], block.times]) for block in blocks], axis=1)
+    order = jnp.argsort(logit)
+    order = order[times[order] > 0]
+    return logit[order], times[order]
+
+
+def _quantile(values: jax.Array, times: jax.Array, q: float) -> jax.Array:
+    """The smallest of ascending values with at least a share q of all at or below it."""
     if not 0 <= q <= 1:
         raise ValueError(f"quantiles={q!r} must be in [0, 1]")
-    total, passed = math.fsum(count for _, count in pairs), 0.0
-    for value, count in pairs:
-        passed += count
-        if passed >= q * total:
-            return value
-    return pairs[-1][0]
+    passed = jnp.cumsum(times)
+    return values[jnp.searchsorted(passed, q * passed[-1])]
 
 
 def _blocks(successes: Counts, trials: Counts | None, confidence: float) -> list[_Block]:
     """The distinct prompts with how often each occurs, checked."""
-    found = jnp.asarray(successes)
-    if found.ndim != 1 or not found.size:
-        raise ValueError(f"successes must be one axis of at least one prompt, got shape {found.shape}")
+    counts = jnp.asarray(successes)
+    if counts.ndim != 1 or not counts.size:
+        raise ValueError(f"successes must be one axis of at least one prompt, got shape {counts.shape}")
     if trials is None:
-        same = Counter(found.astype(float).tolist())
-        if not all(0 <= p <= 1 for p in same):
+        times = Counter(counts.astype(float).tolist())
+        if not all(0 <= p <= 1 for p in times):
             raise ValueError("successes must be probabilities in [0, 1] where trials is None")
-        p = jnp.asarray([*same])
+        p = jnp.asarray([*times])
         ends = p, p, p
     else:
         total = jnp.asarray(trials)
-        if total.ndim and total.shape != found.shape:
-            raise ValueError(f"trials must be a scalar or of the shape {found.shape} of successes, got {total.shape}")
-        same = Counter(zip(found.tolist(), jnp.broadcast_to(total, found.shape).tolist(), strict=True))
-        k, n = (jnp.asarray(x, float) for x in zip(*same, strict=True))
-        low, high = wilson_interval(k, n, confidence)
-        ends = k / n, low, high
-    return _padded(log_odds(jnp.stack(ends)), jnp.asarray([*same.values()], float))
+        if total.ndim and total.shape != counts.shape:
+            raise ValueError(f"trials must be a scalar or of the shape {counts.shape} of successes, got {total.shape}")
+        times = Counter(zip(counts.tolist(), jnp.broadcast_to(total, counts.shape).tolist(), strict=True))
+        k, n = (jnp.asarray(x, float) for x in zip(*times, strict=True))
+        ends = k / n, *wilson_interval(k, n, confidence)
+    return _padded(log_odds(jnp.stack(ends)), jnp.asarray([*times.values()], float))
 
 
 def _padded(logit: jax.Array, count: jax.Array) -> list[_Block]:
@@ -494,7 +494,8 @@ def _padded(logit: jax.Array, count: jax.Array) -> list[_Block]:
     return [_Block(logit[:, i : i + size], count[i : i + size]) for i in range(0, count.size, size)]
 
 
-def _check(beta: float, kl: str) -> None:
+def check_arguments(beta: float, kl: str) -> None:
+    """Raises a ValueError that names β or the KL, if it makes no sense."""
     if not 0 < float(beta) < math.inf:
         raise ValueError(f"beta={beta!r} must be positive and finite")
     if kl not in KLS:

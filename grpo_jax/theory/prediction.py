@@ -98,38 +98,24 @@ def predict(
         k, n = _counts(successes, trials)
         if k.ndim != 1:
             raise ValueError(f"successes must have one axis, over the prompts, got shape {k.shape}")
-        p_ref = k / n
-        ends = wilson_interval(k, n, confidence)
+        # Each prompt's estimate and the two ends of its interval, [3, Q], and where training takes all three.
+        measured = jnp.stack([k / n, *wilson_interval(k, n, confidence)])
+        reference = log_odds(measured)
         solve = flow_point if kl == "reverse" else forward_kl_fixed_point
-        reference = log_odds(jnp.stack([p_ref, *ends]))
         star = solve(reference, beta=float(beta), weights=weights, logits=True)
-        p_star, p_star_low, p_star_high = jax.nn.sigmoid(star)
+        reached = jax.nn.sigmoid(star)
         if kl == "reverse":
             scale = jnp.asarray(float(beta))
             stable = jnp.abs(log_odds_slope(star[0], weights)) < scale
             fold = fold_between(star[1], star[2], scale, weights)
         else:
             multiplier = forward_kl_multiplier(star[0], beta=float(beta), weights=weights, logits=True)
-            stable, fold = jnp.abs(multiplier) < 1, jnp.zeros_like(p_ref, bool)
-        means = [*map(float, mean_interval(p_ref, *ends)), *map(float, mean_interval(p_star, p_star_low, p_star_high))]
-        return Prediction(
-            p_ref=p_ref.astype(dtype),
-            p_ref_low=ends[0].astype(dtype),
-            p_ref_high=ends[1].astype(dtype),
-            p_star=p_star.astype(dtype),
-            p_star_low=p_star_low.astype(dtype),
-            p_star_high=p_star_high.astype(dtype),
-            saturates=p_star > SATURATED,
-            stable=stable,
-            fold=fold,
-            mean_p_ref=float(p_ref.mean()),
-            mean_p_ref_low=means[0],
-            mean_p_ref_high=means[1],
-            mean_p_star=float(p_star.mean()),
-            mean_p_star_low=means[2],
-            mean_p_star_high=means[3],
-            mean_kl=float(bernoulli_kl(star[0], reference[0], logits=True).mean()),
-        )
+            stable, fold = jnp.abs(multiplier) < 1, jnp.zeros_like(star[0], bool)
+        mean_p_ref, mean_p_star = ((rows[0].mean(), *mean_interval(*rows)) for rows in (measured, reached))
+        mean_kl = bernoulli_kl(star[0], reference[0], logits=True).mean()
+        means = map(float, (*mean_p_ref, *mean_p_star, mean_kl))
+        saturates = reached[0] > SATURATED
+        return Prediction._make([*measured.astype(dtype), *reached.astype(dtype), saturates, stable, fold, *means])
 
 
 def wilson_interval(successes: ArrayLike, trials: ArrayLike, confidence: float = 0.95) -> tuple[jax.Array, jax.Array]:

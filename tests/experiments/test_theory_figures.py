@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from experiments.theory import (
+    clipped_branches,
     clipping,
     figures,
     finite_groups,
@@ -29,6 +30,7 @@ from grpo_jax.theory.clipping import clipped_success_map
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = (
+    clipped_branches,
     clipping,
     finite_groups,
     kl_estimators,
@@ -185,6 +187,17 @@ def test_damping_cures_the_cycle_at_the_same_fixed_point(numbers):
     steps = np.diff(np.log(rises / (1 - rises)))
     np.testing.assert_allclose(steps, 1 / 3, rtol=1e-9)
     assert (np.diff(orbits["mirror GRPO"]["p"]) >= 0).all()
+
+
+def test_the_clipped_branches_are_flat_where_clipped_and_as_steep_as_their_weights_elsewhere(numbers):
+    shown = numbers(clipped_branches)
+    ratio = np.array(shown["ratio"])
+    for i, p in enumerate(shown["p_old"]):
+        plus, minus = math.sqrt((1 - p) / p), math.sqrt(p / (1 - p))
+        np.testing.assert_allclose(shown["success"]["clipped"][i], plus * np.minimum(ratio, 1.2), rtol=1e-12)
+        np.testing.assert_allclose(shown["failure"]["clipped"][i], -minus * np.maximum(ratio, 0.8), rtol=1e-12)
+        np.testing.assert_allclose(shown["success"]["plain"][i], plus * ratio, rtol=1e-12)
+        np.testing.assert_allclose(shown["failure"]["plain"][i], -minus * ratio, rtol=1e-12)
 
 
 def test_clipping_keeps_orbits_below_the_middle_fixed_point_and_chaos_small(numbers):

@@ -1,4 +1,4 @@
-"""Local bounds, sensitivities, bounds of iterates and errors, against mpmath, finite differences and real orbits."""
+"""Local bounds, bounds of iterates and errors, against mpmath and real orbits."""
 
 import math
 
@@ -15,17 +15,13 @@ from grpo_jax.theory import (
     WhitenedStd,
     accumulated_error,
     fixed_points,
-    flow_point,
     iterate,
     iterate_bounds,
     local_beta_bound,
     omega,
-    sensitivity,
-    steps_to_tolerance,
     success_map,
 )
-from tests import exact_theory as exact
-from tests.exact_theory import mp, sigmoid
+from tests.exact_theory import mp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -56,54 +52,6 @@ def test_a_fixed_point_attracts_exactly_above_its_bound(weights):
                 )
                 shrunk = abs(after - point.logit) < 1e-7
                 assert shrunk == point.stable or abs(abs(point.multiplier) - 1) < 1e-3
-
-
-@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
-def test_sensitivities_are_the_differences_of_exact_fixed_points(weights):
-    """Solved again in mpmath at a changed p_ref and a changed β."""
-    reference, beta = mp.mpf(-1.1), mp.mpf(1.8)
-    point = fixed_points(-1.1, beta=1.8, weights=weights, logits=True)[0].logit
-
-    def solve(reference, beta):
-        return mp.findroot(lambda L: L - reference - exact.omega(L, weights) / beta, mp.mpf(point))
-
-    found = sensitivity(point, -1.1, beta=1.8, weights=weights, logits=True)
-    with mp.workdps(30):
-        per_logit = mp.diff(lambda x: solve(x, beta), reference)
-        per_beta = mp.diff(lambda b: sigmoid(solve(reference, b)), beta)
-        per_p = mp.diff(lambda p: sigmoid(solve(exact.logit(p), beta)), sigmoid(reference))
-    assert float(found.logit) == pytest.approx(float(per_logit), rel=1e-11)
-    assert float(found.beta) == pytest.approx(float(per_beta), rel=1e-11)
-    assert float(found.p_ref) == pytest.approx(float(per_p), rel=1e-11)
-    by_p = sensitivity(1 / (1 + math.exp(-point)), float(sigmoid(reference)), beta=1.8, weights=weights)
-    np.testing.assert_allclose(jnp.stack(by_p), jnp.stack(found), rtol=1e-11)
-
-
-def test_sensitivities_are_the_gradients_of_the_flow_point():
-    p_ref = jnp.asarray([0.02, 0.3, 0.7])
-    for weights in (Whitened(1e-3), Group(8)):
-        star = flow_point(p_ref, beta=2.2, weights=weights)
-        found = sensitivity(star, p_ref, beta=2.2, weights=weights)
-        per_p, per_beta = jax.vmap(
-            jax.grad(lambda r, b, w=weights: flow_point(r, beta=b, weights=w), argnums=(0, 1)), in_axes=(0, None)
-        )(p_ref, 2.2)
-        np.testing.assert_allclose(found.p_ref, per_p, rtol=1e-10)
-        np.testing.assert_allclose(found.beta, per_beta, rtol=1e-10)
-
-
-def test_sensitivities_of_a_saturated_prompt():
-    """p* has rounded to 1: nothing moves it, and its log-odds move with the reference's."""
-    star = flow_point(0.2, beta=0.05, weights=Whitened(1e-5))
-    assert float(star) == 1.0
-    found = sensitivity(star, 0.2, beta=0.05, weights=Whitened(1e-5))
-    assert [float(x) for x in found] == [0.0, 1.0, 0.0]
-
-
-def test_sensitivities_of_a_reference_at_an_end():
-    """p_ref = 0 and 1 are returned whatever β is."""
-    for end in (0.0, 1.0):
-        found = sensitivity(end, end, beta=1.0, weights=Whitened(1e-3))
-        assert float(found.beta) == 0.0 and float(found.logit) == 1.0
 
 
 NORMALISERS = [
@@ -163,28 +111,6 @@ def test_the_lower_bound_is_a_mean_only_orbit():
     np.testing.assert_allclose(low, other, rtol=1e-13)
     np.testing.assert_allclose(low, success_map(0.5, p_ref, beta=1.3, weights=Whitened(0.02)), rtol=1e-13)
     np.testing.assert_allclose(high, success_map(1.0, p_ref, beta=1.3, weights=Whitened(0.02)), rtol=1e-13)
-
-
-def test_steps_to_tolerance():
-    m, error = jnp.asarray([0.5, -0.9, 0.0, 1.0, -1.2, 0.3, 0.3]), jnp.asarray([0.1, 0.1, 0.1, 0.1, 0.1, 0.0, 1e-9])
-    found = steps_to_tolerance(m, error, 1e-6).tolist()
-    assert found[:2] == pytest.approx([math.log(1e-5) / math.log(0.5), math.log(1e-5) / math.log(0.9)], rel=1e-13)
-    assert found[2:] == [1.0, math.inf, math.inf, 0.0, 0.0]
-    assert float(steps_to_tolerance(0.5, -0.1, 0.1 / 16)) == pytest.approx(4)
-    assert float(steps_to_tolerance(0.999999, 0.1, 1e-6)) == pytest.approx(math.log(1e-5) / math.log1p(-1e-6), rel=1e-9)
-    assert steps_to_tolerance(m.reshape(1, 7), 0.1, 1e-6).shape == (1, 7)
-
-
-def test_the_steps_that_a_real_orbit_takes():
-    point = fixed_points(0.2, beta=1.0, weights=Whitened(1e-5))[0]
-    path = iterate(0.2, 60, beta=1.0, weights=Whitened(1e-5))
-    errors = jnp.abs(path - point.p)
-    predicted = float(steps_to_tolerance(point.multiplier, errors[10], 1e-10))
-    assert abs(10 + predicted - int((errors > 1e-10).sum())) < 1
-
-
-def test_steps_keep_float32():
-    assert steps_to_tolerance(jnp.float32(0.5), jnp.float32(0.1), jnp.float32(0.01)).dtype == jnp.float32
 
 
 def test_accumulated_error_is_its_recursion():

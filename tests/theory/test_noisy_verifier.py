@@ -31,7 +31,6 @@ from grpo_jax.theory import (
     omega,
     omega_minus,
     omega_plus,
-    sensitivity,
     success_map,
 )
 from grpo_jax.theory.dynamics import log_odds_slope
@@ -149,19 +148,15 @@ def mirrored(noisy):
 def elementwise(L, reference, beta, noisy):
     """Odd and even functions of the log-odds under the exchange of success and failure."""
     low, high = iterate_bounds(reference, 3, beta=beta, weights=noisy, alpha=0.4, logits=True)
-    moved = sensitivity(L, reference, beta=beta, weights=noisy, logits=True)
     odd = {
         "success_map": success_map(L, reference, beta=beta, weights=noisy, alpha=0.3, logits=True),
         "iterate": iterate(reference, 12, beta=beta, weights=noisy, alpha=0.5, logits=True),
         "flow_point": flow_point(reference, beta=beta, weights=noisy, logits=True),
         "forward": forward_kl_fixed_point(reference, beta=beta, weights=noisy, logits=True),
-        "sensitivity.beta": moved.beta,
     }
     even = {
         "omega": -noisy.omega(L) * jnp.sign(jnp.asarray(noisy.tpr) - jnp.asarray(noisy.fpr)),
         "bound": local_beta_bound(L, weights=noisy, logits=True),
-        "sensitivity.logit": moved.logit,
-        "sensitivity.p_ref": moved.p_ref,
     }
     return odd, even, (low, high)
 

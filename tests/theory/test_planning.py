@@ -126,6 +126,12 @@ def test_oscillating_prompts_are_counted():
     assert plan([1e-3, 5e-3], None, [3.0], weights=Group(4))[0].oscillates == 0
 
 
+def test_oscillating_prompts_of_one_rate_but_different_trials_are_all_counted():
+    """1 of 1000 and 2 of 2000 are two prompts with one p_ref."""
+    (row,) = plan([1, 2, 40], [1000, 2000, 2000], [3.0], weights=Whitened(1e-5))
+    assert row.oscillates == pytest.approx(2 / 3)
+
+
 def test_oscillation_under_k3_is_counted_by_its_own_map():
     (row,) = plan([1e-3, 0.02, 0.03, 0.2], None, [3.0], weights=Whitened(1e-9), kl="forward")
     assert row.oscillates == 0.5

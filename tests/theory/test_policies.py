@@ -74,6 +74,22 @@ def test_the_policy_is_where_the_gradient_of_the_objective_vanishes(weights):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
+def test_the_closed_form_as_the_page_displays_it(weights):
+    """π_ref exp(A/β) / Z, with A = ω⁺ or −ω⁻ and Z = p_ref exp(ω⁺/β) + (1 − p_ref) exp(−ω⁻/β)."""
+    (log_ref,) = random_policies(5, 1)
+    p_ref, p_old, beta = float(success(log_ref)), 0.35, 0.8
+    plus, minus = float(omega_plus(p_old, weights)), float(omega_minus(p_old, weights))
+    z = p_ref * math.exp(plus / beta) + (1 - p_ref) * math.exp(-minus / beta)
+    displayed = [
+        math.exp(log) * math.exp((plus if reward else -minus) / beta) / z
+        for log, reward in zip(log_ref.tolist(), REWARDS.tolist(), strict=True)
+    ]
+    policy = jnp.exp(optimal_log_policy(log_ref, REWARDS, p_old=p_old, beta=beta, weights=weights))
+    np.testing.assert_allclose(policy, displayed, rtol=1e-12)
+    assert float(log_partition(p_ref, p_old, beta=beta, weights=weights)) == pytest.approx(math.log(z), rel=1e-12)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=repr)
 def test_random_policies_in_mpmath(weights):
     log_ref, log_old = random_policies(1, 2)
     p_old = float(success(log_old))

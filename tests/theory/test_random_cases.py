@@ -38,7 +38,6 @@ from grpo_jax.theory import (
     omega_minus,
     omega_plus,
     policy_entropy,
-    sensitivity,
     success_map,
     success_map_slope,
 )
@@ -230,7 +229,6 @@ ELEMENTWISE = {
     "iterate_bounds high": lambda p, r, b, w: iterate_bounds(r, 3, beta=b, weights=w, alpha=0.3)[1],
     "beta_for_target": lambda p, r, b, w: beta_for_target(p, r * p, weights=w),
     "local_beta_bound": lambda p, r, b, w: local_beta_bound(p, weights=w),
-    "sensitivity": lambda p, r, b, w: sensitivity(p, r, beta=b, weights=w).beta,
     "log_partition": lambda p, r, b, w: log_partition(r, p, beta=b, weights=w),
     "log_policy_ratio": lambda p, r, b, w: log_policy_ratio(1, p, r),
     "policy_entropy": lambda p, r, b, w: policy_entropy(p, 1.0, r),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from statistics import mean, pstdev, stdev
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from grpo_jax import group_advantages
 from grpo_jax.theory import Group, MeanOnly, NoisyVerifier, Whitened, WhitenedStd, omega, omega_minus, omega_plus
 from grpo_jax.theory.dynamics import log_odds_slope
+from grpo_jax.theory.tabular import enumerated_advantages
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -123,6 +125,19 @@ def test_shrink_factors_of_finite_groups():
     p = jnp.asarray([0.01, 0.05, 0.1, 0.3, 0.5])
     for size, row in table.items():
         assert jnp.abs(omega(p, Group(size)) / omega(p, Whitened(0.0)) - jnp.asarray(row)).max() < 5.1e-5
+
+
+@pytest.mark.parametrize("normaliser", [n for n in NORMALISERS if n["baseline"] != "none"], ids=repr)
+def test_the_rarer_side_is_pushed_harder_and_both_weigh_the_same_in_all(normaliser):
+    """By the trainer's own advantages over all groups of 5, and by the weights of groups and populations."""
+    p = jnp.asarray([0.01, 0.2, 0.49, 0.5, 0.51, 0.8, 0.99])
+    pairs = [enumerated_advantages(p, 5, partial(group_advantages, **normaliser))]
+    centred = [w for w in ALL_WEIGHTS if not (isinstance(w, Group) and w.baseline == "none")]
+    pairs += [(omega_plus(p, w), omega_minus(p, w)) for w in [Group(5, **normaliser), *centred]]
+    for plus, minus in pairs:
+        assert float(plus[3]) == pytest.approx(float(minus[3]), rel=1e-6)
+        assert bool((plus[:3] > minus[:3]).all()) and bool((minus[4:] > plus[4:]).all())
+        assert (p * plus).tolist() == pytest.approx(((1 - p) * minus).tolist(), rel=1e-6)
 
 
 def test_whitened_weights_match_mpmath_on_extreme_log_odds():
