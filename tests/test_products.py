@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from grpo_jax.products import matmul, product, turned, unembed
+from grpo_jax.products import matmul, product, transposed, unembed
 from tests.programs import products_of
 
 RNG = np.random.default_rng(0)
@@ -21,7 +21,7 @@ HIDDEN, MATRIX, SLOPE = normal(B, T, D), normal(D, V), normal(B, T, V)
 FORMS = {
     "matmul": matmul,
     "unembed": lambda x, w, dtype=None: unembed(x, w.T, dtype),
-    "turned": lambda x, w, dtype=None: unembed(x, turned(w), dtype),
+    "transposed": lambda x, w, dtype=None: unembed(x, transposed(w), dtype),
 }
 
 

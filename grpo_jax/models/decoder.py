@@ -99,7 +99,7 @@ def make_policy(config: DecoderConfig) -> Policy:
         if config.tied:
             embedding = params["embedding"]
         else:
-            embedding = params["turned"] if "turned" in params else products.turned(params["unembedding"])
+            embedding = params["turned"] if "turned" in params else products.transposed(params["unembedding"])
         logits = products.unembed(hidden, embedding, dtype)
         return logits if config.logit_softcap is None else capped(logits, config.logit_softcap)
 
