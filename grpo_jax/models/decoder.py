@@ -4,8 +4,8 @@ Flax Linen rather than NNX: ``apply`` is already a pure function of a plain nest
 a scan over stacked layers with a carried cache reads in a few lines. Parameters are float32 and stacked over layers;
 matrices are [in, out]. What differs between layers (a window, the rotation) is data that is scanned with them.
 
-Dimension key: B rows, L tokens of this call, P prefix rows, S cache slots, V vocabulary, D model width, N query heads,
-K key/value heads, H head dim. Slots (where a key is stored) and positions (what rotations and windows see) are independent.
+Dimension key: see grpo_jax. Here P are the rows of a prefix, and S the slots of a cache. A slot is where a key is stored, a
+position is what rotations and windows see; the two are independent.
 """
 
 import functools
@@ -18,17 +18,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from grpo_jax import products
-from grpo_jax.models.attention import capped, rotations
-from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.layer import PROJECTED, Cache, Layer, rms_norm
+from grpo_jax.models.attention import rotations, soft_capped
+from grpo_jax.models.config import REMATS, DecoderConfig
+from grpo_jax.models.layer import Cache, Layer, Shared, rms_norm
 from grpo_jax.rollout.policy import Policy
 
 Params = dict[str, Any]
-EVERYWHERE = 2**31 - 1  # the window of a layer that has none
-# Up to so many layers the loop over them is unrolled where gradients may be taken: stacking and clearing what the backward pass
-# needs costs as much as computing it where the model is small. It costs compilation.
+NO_WINDOW = 2**31 - 1  # the window of a layer that has none
+# Up to so many layers, the loop over them is unrolled where gradients may be taken: in a small model, stacking and clearing what
+# the backward pass needs costs as much as computing it. Unrolling costs compilation time.
 UNROLLED = 4
-KEPT = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED), "full": None}  # of a layer, by ``remat``
 
 
 def make_policy(config: DecoderConfig) -> Policy:
@@ -45,8 +44,9 @@ def make_policy(config: DecoderConfig) -> Policy:
     nothing gets finite values. Windows count positions, not slots. Derivatives are those of reverse mode.
 
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
-    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, an untied unembedding turned,
-    each layer's also apart, and the rotations of ``length`` positions. The other functions take either form.
+    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, an untied unembedding also
+    transposed, each layer's parameters also unstacked, and the rotations of ``length`` positions. The other functions take
+    either form.
 
     Raises ValueError where shapes, lengths or rows do not fit. Source: arXiv 2302.13971 §2.2; checked against a NumPy
     implementation in tests/models/test_decoder.py.
@@ -97,11 +97,13 @@ def make_policy(config: DecoderConfig) -> Policy:
 
     def unembed(params: Params, hidden: Array) -> Array:
         if config.tied:
-            embedding = params["embedding"]
+            embedding = params["embedding"]  # [V, D]
+        elif "transposed_unembedding" in params:
+            embedding = params["transposed_unembedding"]
         else:
-            embedding = params["turned"] if "turned" in params else products.transposed(params["unembedding"])
-        logits = products.unembed(hidden, embedding, dtype)
-        return logits if config.logit_softcap is None else capped(logits, config.logit_softcap)
+            embedding = products.transposed(params["unembedding"])
+        logits = products.unembed(hidden, embedding, dtype)  # [..., V]
+        return logits if config.logit_softcap is None else soft_capped(logits, config.logit_softcap)
 
     def init_cache(batch: int, length: int) -> Cache:
         if length > config.max_length:
@@ -111,7 +113,7 @@ def make_policy(config: DecoderConfig) -> Policy:
         cache["mask"] = jnp.zeros((batch, length), bool)
         return cache if config.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
 
-    return Policy(forward, unembed, init_cache, functools.partial(_prepared, config))
+    return Policy(forward, unembed, init_cache, functools.partial(_prepare, config))
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
@@ -130,7 +132,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     ends = list(itertools.accumulate(leaf.size for _, leaf in leaves))
 
     @jax.jit
-    def draw(key: Array) -> Params:
+    def sample(key: Array) -> Params:
         flat = jax.random.normal(key, (ends[-1],), jnp.float32)
         params = []
         for (path, leaf), end in zip(leaves, ends, strict=True):
@@ -143,7 +145,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
             params.append(values)
         return jax.tree.unflatten(tree, params)
 
-    return draw(key)
+    return sample(key)
 
 
 def param_shapes(config: DecoderConfig) -> Params:
@@ -154,12 +156,11 @@ def param_shapes(config: DecoderConfig) -> Params:
     (32, 8)
     """
     tokens, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.bool_))
-    init = functools.partial(Decoder(config).init, cache=None, start=0, prefix=None, slots=None, segments=None)
-    return jax.eval_shape(init, jax.random.key(0), tokens, tokens, mask)["params"]
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens, tokens, mask)["params"]
 
 
 class Decoder(nn.Module):
-    """Embedding, scanned layers, last norm; see ``make_policy`` for the arguments."""
+    """Embedding, layers, last norm; see ``make_policy`` for the arguments."""
 
     config: DecoderConfig
 
@@ -169,121 +170,133 @@ class Decoder(nn.Module):
         tokens: Array,
         positions: Array,
         mask: Array,
-        cache: Cache | None,
-        start: int | Array,
-        prefix: Cache | None,
-        slots: int | None,
-        segments: Array | None,
+        cache: Cache | None = None,
+        start: int | Array = 0,
+        prefix: Cache | None = None,
+        slots: int | None = None,
+        segments: Array | None = None,
     ) -> tuple[Array, Cache | None]:
         c = self.config
+        B, L = tokens.shape
+
+        # Embed the tokens.
         embedding = self.param("embedding", nn.initializers.zeros, (c.vocab_size, c.d_model), jnp.float32)
         if not c.tied:
             self.param("unembedding", nn.initializers.zeros, (c.d_model, c.vocab_size), jnp.float32)
         # Ids at masked places may be anything; "clip" keeps their embeddings finite, where the default would give NaN.
-        hidden = jnp.take(embedding, tokens, axis=0, mode="clip").astype(c.dtype)
+        hidden = jnp.take(embedding, tokens, axis=0, mode="clip").astype(c.dtype)  # [B, L, D]
         if c.scale_embedding:
             hidden = hidden * jnp.asarray(c.d_model**0.5, hidden.dtype)
 
-        rows, length = tokens.shape
-        # A call that fills the whole cache builds it anew: nothing of it is read, carried, or differentiated.
-        fills = cache is not None and isinstance(start, int) and mask.shape == cache["mask"].shape
-        if fills:
+        # Write the tokens' mask and positions to the cache, and read there which keys exist: S slots, or without a cache those
+        # of the tokens themselves. A call that fills the whole cache builds it anew: nothing of it is read, carried, or
+        # differentiated.
+        fills_cache = cache is not None and isinstance(start, int) and mask.shape == cache["mask"].shape
+        if fills_cache:
             cache = None
-        queries, key_positions = jnp.arange(length, dtype=jnp.int32), [positions]
+        token_slots, key_mask, key_positions = jnp.arange(L, dtype=jnp.int32), mask, [positions]  # [L], [B, S], [B, S]
         if cache is not None:
             cache = {**cache, "mask": lax.dynamic_update_slice(cache["mask"], mask, (0, start))}
-            read = cache["mask"].shape[1] if slots is None else slots
-            read = min(read, start + length) if isinstance(start, int) else read
-            mask, queries = cache["mask"][:rows, :read], queries + start
+            S = cache["mask"].shape[1] if slots is None else slots
+            S = min(S, start + L) if isinstance(start, int) else S
+            key_mask, token_slots = cache["mask"][:B, :S], token_slots + start
             if c.window is not None:
                 cache["positions"] = lax.dynamic_update_slice(cache["positions"], positions, (0, start))
-                key_positions = [cache["positions"][:rows, :read]]
+                key_positions = [cache["positions"][:B, :S]]
         if prefix is not None and c.window is not None:
-            key_positions.append(prefix["positions"])
-        causal = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None]
-        visible = causal[None] & mask[:, None, :]
-        if segments is not None:
-            visible &= segments[:, :, None] == segments[:, None, :]
+            key_positions.append(prefix["positions"])  # [P, slots]
 
-        by_layer: dict[str, Any] = {**_by_layer(c)}
+        # The causal mask: which of the S slots a token sees.
+        causal = jnp.arange(key_mask.shape[1], dtype=jnp.int32)[None, :] <= token_slots[:, None]  # [L, S]
+        visible = causal[None] & key_mask[:, None, :]  # [B, L, S]
+        if segments is not None:
+            visible &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
+
+        # The layers.
+        own = _layer_data(c)
         table = self.variables["params"].get("rotations")
-        shared = (
+        shared = Shared(
             _rotations(c, positions) if table is None else _rows(table, positions),
             visible,
             None if prefix is None else prefix["mask"],
-            None if c.window is None else (positions, *key_positions),
+            None if c.window is None else positions,
+            () if c.window is None else tuple(key_positions),
             start,
         )
         if cache is not None:
-            # A loop over the layers would copy the weights and the cache of each, for every token.
+            # A scan over the layers would copy the weights and the cache of each, for every token.
             weights = self.variables["params"]
+            unstacked = weights.get("each_layer") or _unstack(weights["layers"], c.num_layers)
             keys, values = [], []
-            for i, own in enumerate(weights.get("apart") or _apart(weights["layers"], c.num_layers)):
-                layer = jax.tree.map(lambda x, i=i: x[i], by_layer) | {"cache": (cache["k"][i], cache["v"][i])}
+            for i, layer_weights in enumerate(unstacked):
+                layer_own = jax.tree.map(lambda x, i=i: x[i], own) | {"cache": (cache["k"][i], cache["v"][i])}
                 if prefix is not None:
-                    layer["prefix"] = prefix["k"][i], prefix["v"][i]
-                hidden, (key, value) = Layer(c, parent=None).apply({"params": own}, hidden, layer, *shared)
+                    layer_own["prefix"] = prefix["k"][i], prefix["v"][i]
+                layer = Layer(c, parent=None)
+                hidden, (key, value) = layer.apply({"params": layer_weights}, hidden, layer_own, shared)
                 keys.append(key)
                 values.append(value)
             cache |= {"k": tuple(keys), "v": tuple(values)}
         else:
             if prefix is not None:
-                by_layer["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])
+                own["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])  # [layers, P, K, H, slots] each
             scan = nn.scan(
-                nn.remat(Layer, prevent_cse=False, policy=KEPT[c.remat]) if c.remat in KEPT else Layer,
+                REMATS[c.remat](Layer),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, *(nn.broadcast,) * len(shared)),
+                in_axes=(0, nn.broadcast),
                 length=c.num_layers,
                 unroll=c.num_layers if c.num_layers <= UNROLLED else 1,
             )
-            hidden, kept = scan(c, fills, name="layers")(hidden, by_layer, *shared)
-            if kept is not None:
-                cache = {"k": tuple(jnp.unstack(kept[0])), "v": tuple(jnp.unstack(kept[1])), "mask": mask}
+            hidden, new_keys = scan(c, fills_cache, name="layers")(hidden, own, shared)  # [B, L, D]
+            if fills_cache:
+                keys, values = new_keys  # [layers, B, K, H, S] each
+                cache = {"k": tuple(jnp.unstack(keys)), "v": tuple(jnp.unstack(values)), "mask": mask}
                 cache |= {} if c.window is None else {"positions": positions}
+
         return rms_norm(hidden, self.param("final_norm", nn.initializers.ones, (c.d_model,), jnp.float32), c), cache
 
 
-def _prepared(config: DecoderConfig, params: Params, length: int) -> Params:
+def _prepare(config: DecoderConfig, params: Params, length: int) -> Params:
+    """The parameters with what a decode of up to ``length`` positions would otherwise compute for every token."""
     dtype = jnp.dtype(config.dtype)
-    cast = jax.tree_util.tree_map_with_path(
+    prepared = jax.tree_util.tree_map_with_path(
         lambda path, x: x if path[-1].key.endswith(("norm", "bias")) else x.astype(dtype), params
     )
-    if not config.tied:  # turned once: a product with the other layout takes three times as long on a CPU
-        cast["turned"] = lax.optimization_barrier(cast["unembedding"].T)
+    # An optimization barrier keeps XLA from moving these into the loop over tokens.
+    if not config.tied:  # a product with the other layout takes three times as long on a CPU
+        prepared["transposed_unembedding"] = lax.optimization_barrier(prepared["unembedding"].T)  # [V, D]
     # XLA would compute a sine for every layer and head of every token.
-    cos, sin = _rotations(config, jnp.arange(length, dtype=jnp.int32)[None])
-    table = lax.optimization_barrier((cos[..., 0, :, :, :], sin[..., 0, :, :, :]))
-    return cast | {"apart": _apart(cast["layers"], config.num_layers), "rotations": table}
+    cos, sin = _rotations(config, jnp.arange(length, dtype=jnp.int32)[None])  # [1, length, 1, H / 2], or several kinds
+    table = lax.optimization_barrier((cos[..., 0, :, :, :], sin[..., 0, :, :, :]))  # without the axis of rows
+    return prepared | {"each_layer": _unstack(prepared["layers"], config.num_layers), "rotations": table}
 
 
 def _rows(table: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
-    """Of the cos and sin of all positions, those of some."""
+    """The cos and sin of these positions, from those of all positions."""
     cos, sin = (jnp.take(x, positions, axis=-3, mode="clip") for x in table)
     return cos, sin
 
 
-def _apart(layers: Params, count: int) -> tuple[Params, ...]:
+def _unstack(layers: Params, count: int) -> tuple[Params, ...]:
     """The parameters of each layer, of the stacked ones."""
     return tuple({name: x[i] for name, x in layers.items()} for i in range(count))
 
 
-def _by_layer(config: DecoderConfig) -> dict[str, Array]:
-    """What differs between layers, each [layers]: their index, and what the config makes them differ in."""
+def _layer_data(config: DecoderConfig) -> dict[str, Any]:
+    """What the config lets differ between layers, each [layers]: their windows, and which kind of rotation they have."""
     c = config
     layers = range(c.num_layers)
     differing: dict[str, list[int]] = {}
     if c.window is not None:
-        window = min(c.window, EVERYWHERE)
-        differing["window"] = [window if i in c.local_layers else EVERYWHERE for i in layers]
+        differing["window"] = [min(c.window, NO_WINDOW) if i in c.local_layers else NO_WINDOW for i in layers]
     if c.local_rope_theta is not None or c.unrotated_layers:
         differing["rotation"] = [2 if i in c.unrotated_layers else 1 if i in c.local_layers else 0 for i in layers]
-    index = {"index": jnp.arange(c.num_layers, dtype=jnp.int32)}
-    return index | {name: jnp.array(values, jnp.int32) for name, values in differing.items()}
+    return {name: jnp.array(values, jnp.int32) for name, values in differing.items()}
 
 
 def _rotations(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin [B, L, 1, H / 2], or, where layers differ, the kinds that ``_by_layer`` counts, [kinds, B, L, 1, H / 2]."""
+    """cos and sin [B, L, 1, H / 2], or, where layers differ, the kinds that ``_layer_data`` counts, [3, B, L, 1, H / 2]."""
     c = config
     everywhere = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
     if c.local_rope_theta is None and not c.unrotated_layers:
