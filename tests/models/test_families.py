@@ -16,7 +16,7 @@ from grpo_jax.models import init_params, load_pretrained, make_policy, read_conf
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.decoder import param_shapes
 from grpo_jax.models.families import FAMILIES, config_entries
-from grpo_jax.models.weight_names import tensor_targets
+from grpo_jax.models.weight_names import expected_tensors
 from grpo_jax.rollout import PromptBatch, sample_groups, score_groups
 from tests.models import make_golden_families
 from tests.models.make_golden_families import GOLDEN, make_weight
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
     for name, case in CASES.items():
         folder = write_config(tmp_path_factory.mktemp("model"), case["config"])
         config = read_config(folder)
-        tensors = {t.name: make_weight(t.name, t.shape, config.offset_norm) for t in tensor_targets(config)}
+        tensors = {t.name: make_weight(t.name, t.shape, config.offset_norm) for t in expected_tensors(config)}
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         found[name] = config, *load_pretrained(folder)
     return found
@@ -422,7 +422,7 @@ def test_published_configs_have_the_published_number_of_parameters(name, tmp_pat
     entries, count = REAL[name]
     config = read_config(write_config(tmp_path, entries))
     assert sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config))) == count
-    assert sum(int(np.prod(target.shape)) for target in tensor_targets(config)) == count
+    assert sum(int(np.prod(target.shape)) for target in expected_tensors(config)) == count
     assert read_config(write_config(tmp_path, config_entries(config))) == config
     assert len(config.local_layers) == {"Mistral-7B-v0.1": 32, "gemma-2-2b-it": 13, "gemma-3-1b-it": 22}.get(name, 0)
     hash(config)

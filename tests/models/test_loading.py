@@ -18,7 +18,7 @@ import safetensors.numpy
 from experiments.benchmarks import loading
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, pretrained, read_config, save_pretrained
 from grpo_jax.models.pretrained import _empty
-from grpo_jax.models.safetensors import Stored
+from grpo_jax.models.safetensors import StoredTensor
 from grpo_jax.train.sharding import make_mesh, parameter_shardings
 
 CONFIG = DecoderConfig(48, 3, 16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, max_length=32, tied=False)
@@ -178,13 +178,13 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(tmp_path, mesh):
 
 def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     save_pretrained(tmp_path, CONFIG, params_of(0))
-    read = Stored.read
+    read = StoredTensor.read
 
     def cut(self, into, start):
         os.truncate(tmp_path / "model.safetensors", 5000)
         return read(self, into, start)
 
-    monkeypatch.setattr(Stored, "read", cut)
+    monkeypatch.setattr(StoredTensor, "read", cut)
     with pytest.raises(ValueError, match=r"model\.safetensors: cut short while .* was read"):
         load_pretrained(tmp_path)
 
@@ -193,7 +193,7 @@ def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("second", [5 << 30, SHARDED], ids=["then one file", "then shards"])
 def test_a_folder_saved_to_while_it_is_read_is_read_as_it_was(tmp_path, monkeypatch, first, second):
     save_pretrained(tmp_path, CONFIG, params_of(0), max_shard_bytes=first)
-    read, reads = Stored.read, []
+    read, reads = StoredTensor.read, []
 
     def overtaken(self, into, start):
         reads.append(self.name)
@@ -201,7 +201,7 @@ def test_a_folder_saved_to_while_it_is_read_is_read_as_it_was(tmp_path, monkeypa
             save_pretrained(tmp_path, CONFIG, params_of(1), max_shard_bytes=second)
         return read(self, into, start)
 
-    monkeypatch.setattr(Stored, "read", overtaken)
+    monkeypatch.setattr(StoredTensor, "read", overtaken)
     same(params_of(0), load_pretrained(tmp_path)[1])
     same(params_of(1), load_pretrained(tmp_path)[1])
 
@@ -209,7 +209,7 @@ def test_a_folder_saved_to_while_it_is_read_is_read_as_it_was(tmp_path, monkeypa
 def test_a_config_that_changes_before_the_weights_are_open_is_an_error(tmp_path, monkeypatch):
     save_pretrained(tmp_path, CONFIG, params_of(0))
     monkeypatch.setattr(
-        "grpo_jax.models.pretrained.stored_tensors", lambda *_: save_pretrained(tmp_path, OTHER, params_of(1))
+        "grpo_jax.models.pretrained.open_tensors", lambda *_: save_pretrained(tmp_path, OTHER, params_of(1))
     )
     with pytest.raises(ValueError, match="another model was saved here just now"):
         load_pretrained(tmp_path)
