@@ -6,7 +6,6 @@ from functools import partial
 from operator import contains
 from typing import Any
 
-import flax.linen as nn
 import jax
 
 from grpo_jax.models.attention import RopeScaling
@@ -19,11 +18,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
 }
 PROJECTED = "projected"  # the name under which `jax.checkpoint` knows what products with weights make
-# From a layer to one whose backward pass computes again what it does not keep.
-REMATS: dict[str, Callable[[type[nn.Module]], type[nn.Module]]] = {
-    "none": lambda layer: layer,
-    "dots": partial(nn.remat, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PROJECTED)),
-    "full": partial(nn.remat, prevent_cse=False),
+# From a function to one whose backward pass computes again what it does not keep.
+REMATS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda function: function,
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PROJECTED)),
+    "full": partial(jax.checkpoint, prevent_cse=False),
 }
 
 

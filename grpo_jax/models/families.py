@@ -299,7 +299,7 @@ def _rope(stated: Entries, entries: Entries, family: Family, config: DecoderConf
 
 def _rotation(name: str, parameters: Entries, theta: Any) -> tuple[Any, RopeScaling | None]:
     """theta and scaling of one dict of rope parameters."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind: Any = parameters.get("rope_type", parameters.get("type", "default"))
     known = type(kind) is str and kind in ROPE_TYPES
     _require(known, name, parameters, f"is not supported: rope_type must be one of {', '.join(ROPE_TYPES)}")
     needed = ROPE_TYPES[kind]

@@ -31,7 +31,7 @@ class Shared(NamedTuple):
       start: the slot of the cache where the tokens begin.
     """
 
-    cos_sin: tuple[Array, Array]
+    cos_sin: tuple[Array, ...]
     visible: Array
     prefix_visible: Array | None
     positions: Array | None

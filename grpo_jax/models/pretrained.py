@@ -4,11 +4,9 @@ A folder is untrusted: nothing in it is executed, every name, shape and type is 
 memory is allocated, and a setting that the decoder does not have is refused rather than ignored.
 """
 
-import functools
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import shutil
@@ -34,6 +32,7 @@ from grpo_jax.rollout.policy import Policy
 
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # saved by older transformers; never read
 SHARD = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
+Tensors = list[tuple[ExpectedTensor, StoredTensor]]  # of one parameter
 STAGING = ".saving-"  # how the name of a folder begins in which a save prepares its files
 
 
@@ -80,13 +79,12 @@ def load_pretrained(
         _check_memory(folder, shapes, placed)
 
         # Read each parameter from its tensors: one, or one of each layer.
-        tensors_of: dict[tuple[str, ...], list[tuple[ExpectedTensor, StoredTensor]]] = defaultdict(list)
+        tensors_of: dict[str, Tensors] = defaultdict(list)
         for tensor in expected_tensors(config):
-            tensors_of[tensor.path].append((tensor, stored[tensor.name]))
+            tensors_of[tensor.parameter].append((tensor, stored[tensor.name]))
 
         def read(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-            tensors = tensors_of[tuple(step.key for step in path)]
-            return _read_parameter(leaf.shape, sharding, tensors, committed=shardings is not None)
+            return _read_parameter(leaf.shape, sharding, tensors_of[path[-1].key], committed=shardings is not None)
 
         params = jax.tree_util.tree_map_with_path(read, shapes, placed)
     return make_policy(config), params
@@ -153,13 +151,7 @@ def save_pretrained(
                 shutil.rmtree(path)
 
 
-def _read_parameter(
-    shape: tuple[int, ...],
-    sharding: Sharding,
-    tensors: list[tuple[ExpectedTensor, StoredTensor]],
-    *,
-    committed: bool,
-) -> jax.Array:
+def _read_parameter(shape: tuple[int, ...], sharding: Sharding, tensors: Tensors, *, committed: bool) -> jax.Array:
     """One parameter from its tensors, share by share; a share that several devices hold is read once."""
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -174,7 +166,7 @@ def _read_parameter(
     return jax.make_array_from_single_device_arrays(shape, sharding, shares) if committed else shares[0]
 
 
-def _read_share(bounds: tuple[tuple[int, int], ...], tensors: list[tuple[ExpectedTensor, StoredTensor]]) -> np.ndarray:
+def _read_share(bounds: tuple[tuple[int, int], ...], tensors: Tensors) -> np.ndarray:
     """The part of a parameter between (start, stop) of each axis."""
     share = _empty(tuple(stop - start for start, stop in bounds))
     starts = tuple(start for start, _ in bounds)
@@ -202,37 +194,36 @@ def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, Stored
     if config.num_layers > len(stored):  # before a loop over layers whose number nobody has checked
         raise ValueError(f"{folder}: config.json has {config.num_layers} layers; the weights are {len(stored)} tensors")
     expected = {tensor.name: tensor.shape for tensor in expected_tensors(config)}
-    faults = []
-    if missing := [name for name in expected if name not in stored]:
-        faults.append(f"missing {printable(missing)}")
+    missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected and not COMPUTED.fullmatch(name)]
-    if config.tied and "lm_head.weight" in unexpected and not missing:  # a copy of the embedding says nothing new
-        if not stored["lm_head.weight"].equals(stored["model.embed_tokens.weight"]):
-            faults.append("lm_head.weight is not the embedding, though tie_word_embeddings says so")
-        unexpected.remove("lm_head.weight")
-    if unexpected:
-        faults.append(f"unexpected {printable(unexpected)}")
     misshapen = [
         f"{name} of shape {list(stored[name].shape)} where config.json implies {list(shape)}"
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
-    if misshapen:
-        faults.append(printable(misshapen))
+    faults = [f"missing {printable(missing)}"] if missing else []
+    if config.tied and "lm_head.weight" in unexpected and not missing:  # a copy of the embedding says nothing new
+        if not stored["lm_head.weight"].equals(stored["model.embed_tokens.weight"]):
+            faults.append("lm_head.weight is not the embedding, though tie_word_embeddings says so")
+        unexpected.remove("lm_head.weight")
+    faults += [f"unexpected {printable(unexpected)}"] if unexpected else []
+    faults += [printable(misshapen)] if misshapen else []
     if faults:
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
 
 
 def _check_memory(folder: Path, shapes: Any, shardings: Any) -> None:
     """Refuses what cannot fit before any of it is allocated: config.json and a file of zeros may agree on any size."""
-    needed: Counter[Any] = Counter()
+    needed: Counter[Any] = Counter()  # bytes by device; all CPU devices share the memory of the host
     for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
         for device in sharding.addressable_devices:
-            needed[device] += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    host = sum(size for device, size in needed.items() if device.platform == "cpu")
-    limits = [(host, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    limits += [(size, (device.memory_stats() or {}).get("bytes_limit", math.inf)) for device, size in needed.items()]
-    for size, limit in limits:
+            size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            needed["host" if device.platform == "cpu" else device] += size
+    for device, size in needed.items():
+        if device == "host":
+            limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
         if size > limit:
             raise ValueError(
                 f"{folder}: its weights need {size / 1e9:.1f} GB as float32 where there are {limit / 1e9:.1f} GB: "
@@ -283,8 +274,8 @@ def _write_tensors(path: Path, folder: Path, tensors: list[ExpectedTensor], para
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            leaf: Any = functools.reduce(operator.getitem, tensor.path, params)
-            values = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+            name, layer = tensor.parameter, tensor.layer
+            values = np.asarray(params[name] if layer is None else params["layers"][name][layer])
             values = values.T if tensor.is_transposed else values
             rows = max(1, CHUNK // (tensor.nbytes // len(values)))  # written at a time
             for first in range(0, len(values), rows):

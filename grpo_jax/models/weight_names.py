@@ -33,13 +33,13 @@ class ExpectedTensor(NamedTuple):
     Attributes:
       name: in the file.
       shape: in the file, [out, in] for a matrix.
-      path: of keys, to a parameter.
+      parameter: its key in the parameters, or in those of the layers.
       layer: which layer of a parameter that is stacked over layers; None for the others.
     """
 
     name: str
     shape: tuple[int, ...]
-    path: tuple[str, ...]
+    parameter: str
     layer: int | None = None
 
     @property
@@ -50,7 +50,7 @@ class ExpectedTensor(NamedTuple):
     @property
     def is_transposed(self) -> bool:
         """Whether the parameter has the axes in reverse: our matrices are [in, out], but the embedding is [V, D] in both."""
-        return self.path != ("embedding",)
+        return self.parameter != "embedding"
 
 
 def expected_tensors(config: DecoderConfig) -> Iterator[ExpectedTensor]:
@@ -62,13 +62,13 @@ def expected_tensors(config: DecoderConfig) -> Iterator[ExpectedTensor]:
     shapes |= dict.fromkeys(("gate", "up"), (c.d_ff, c.d_model)) | {"down": (c.d_model, c.d_ff)}
     shapes |= {"query_bias": (queries,), "key_bias": (keys,), "value_bias": (keys,)}
     shapes |= dict.fromkeys(("query_norm", "key_norm"), (c.head_dim,))
-    yield ExpectedTensor("model.embed_tokens.weight", (c.vocab_size, c.d_model), ("embedding",))
-    yield ExpectedTensor("model.norm.weight", (c.d_model,), ("final_norm",))
+    yield ExpectedTensor("model.embed_tokens.weight", (c.vocab_size, c.d_model), "embedding")
+    yield ExpectedTensor("model.norm.weight", (c.d_model,), "final_norm")
     if not c.tied:
-        yield ExpectedTensor("lm_head.weight", (c.vocab_size, c.d_model), ("unembedding",))
+        yield ExpectedTensor("lm_head.weight", (c.vocab_size, c.d_model), "unembedding")
     names = LAYER_NAMES | (BIAS_NAMES if c.attention_bias else {})
     names |= (QK_NORM_NAMES if c.qk_norm else {}) | (POST_NORM_NAMES if c.post_norms else {})
     for layer in range(c.num_layers):
         for ours, theirs in names.items():
             shape = shapes.get(ours, (c.d_model,))
-            yield ExpectedTensor(f"model.layers.{layer}.{theirs}", shape, ("layers", ours), layer)
+            yield ExpectedTensor(f"model.layers.{layer}.{theirs}", shape, ours, layer)
