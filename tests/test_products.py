@@ -28,11 +28,11 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_product_and_its_gradients_are_those_of_plain_arithmetic(form):
     values, pull = jax.vjp(FORMS[form], jnp.asarray(HIDDEN), jnp.asarray(MATRIX))
-    wide = [x.astype(np.float64) for x in (HIDDEN, MATRIX, SLOPE)]
-    np.testing.assert_allclose(values, wide[0] @ wide[1], rtol=1e-5, atol=1e-5)
+    factors = [x.astype(np.float64) for x in (HIDDEN, MATRIX, SLOPE)]
+    np.testing.assert_allclose(values, factors[0] @ factors[1], rtol=1e-5, atol=1e-5)
     to_hidden, to_matrix = pull(jnp.asarray(SLOPE))
-    np.testing.assert_allclose(to_hidden, wide[2] @ wide[1].T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(to_matrix, np.einsum("btd,btv->dv", wide[0], wide[2]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_hidden, factors[2] @ factors[1].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_matrix, np.einsum("btd,btv->dv", factors[0], factors[2]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)])

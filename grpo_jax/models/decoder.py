@@ -138,7 +138,7 @@ def _forward(
     if cache is not None:
         # XLA would move a write past the end back over older tokens. A traced start cannot be checked.
         end, fits = L + (start if isinstance(start, int) else 0), cache["mask"].shape
-        if fits[0] < B or end > fits[1]:
+        if fits[0] < B or fits[1] < end:
             raise ValueError(f"{B} rows written up to slot {end} do not fit a cache of {fits} (rows, slots)")
         if slots is not None and not end <= slots <= fits[1]:
             raise ValueError(f"slots={slots} must lie between {end}, the end of what is written, and {fits[1]}")
@@ -166,10 +166,8 @@ def _forward(
         cache = cache | {name: lax.dynamic_update_slice(cache[name], x, (0, start)) for name, x in token_data.items()}
         S = cache["mask"].shape[1] if slots is None else slots
         S = min(S, start + L) if isinstance(start, int) else S
-        key_data, token_slots = (
-            {name: cache[name][:B, :S] for name in token_data},
-            token_slots + start,
-        )  # [B, S] each, [L]
+        key_data = {name: cache[name][:B, :S] for name in token_data}  # [B, S] each
+        token_slots = token_slots + start  # [L]
 
     # The causal mask: a token sees the slots up to its own.
     causal = jnp.arange(key_data["mask"].shape[1], dtype=jnp.int32)[None, :] <= token_slots[:, None]  # [L, S]

@@ -87,7 +87,7 @@ class Layer(nn.Module):
         key = rotated_heads("key", x, c.num_kv_heads).transpose(0, 2, 3, 1)  # [B, K, H, L]
         value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).transpose(0, 2, 3, 1)  # [B, K, H, L]
 
-        # With a cache they are written to it, and the keys that its first slots hold are seen instead.
+        # With a cache, write them to it, and see the keys and values in its first slots instead.
         new_keys = (key, value) if self.returns_keys else None
         if "cache" in own:
             at, (B, _, S) = (0, 0, 0, shared.start), shared.visible.shape
@@ -95,7 +95,7 @@ class Layer(nn.Module):
             new_keys = keys, values  # of all rows and slots of the cache
             key, value = keys[:B, :, :, :S], values[:B, :, :, :S]  # [B, K, H, S]
 
-        # Attention to these keys, and to those of the prefix; in a layer with a window, to the near ones of them.
+        # Attention to these keys and those of the prefix; in a layer with a window, only to the near ones.
         blocks = [KeyValues(key, value, shared.visible[:, None])]
         if shared.prefix_visible is not None:
             prefix_keys, prefix_values = own["prefix"]

@@ -150,15 +150,15 @@ def test_loading_needs_little_memory_beside_the_arrays(tmp_path):
 def test_the_benchmark_takes_a_step_that_fits_and_no_other(tmp_path, monkeypatch):
     config = replace(CONFIG, tied=True, max_length=64)
     assert loading.write_checkpoint(tmp_path, config) == 2 * sum(x.size for x in jax.tree.leaves(params_of(0, config)))
-    found = loading.measure_step(tmp_path, "adafactor")
-    assert found["needed"] > found["parameters"] and "seconds" in found and "refused" not in found
-    row = {"what": "step", "devices": 1, **found}
+    measured = loading.measure_step(tmp_path, "adafactor")
+    assert measured["needed"] > measured["parameters"] and "seconds" in measured and "refused" not in measured
+    row = {"what": "step", "devices": 1, **measured}
     assert "| step, adafactor | " in loading.table([row])
     monkeypatch.setattr(loading, "SPARE", 1e6)
-    found = loading.measure_step(tmp_path, "sgd")
-    if "refused" in found:  # on Linux
-        assert found["refused"].startswith("not run: needs 1073741.8 GB more")
-        assert "| step, sgd | not run" in loading.table([row | found])
+    measured = loading.measure_step(tmp_path, "sgd")
+    if "refused" in measured:  # on Linux
+        assert measured["refused"].startswith("not run: needs 1073741.8 GB more")
+        assert "| step, sgd | not run" in loading.table([row | measured])
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 1, "fsdp": 8}], ids=str)
@@ -224,18 +224,18 @@ def test_shards_are_what_the_index_says(tmp_path):
     names = sorted(set(index["weight_map"].values()))
     assert names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
     assert len(names) > 3 and weights(tmp_path) == sorted([*names, "model.safetensors.index.json"])
-    found = {}
+    in_shards = {}
     for name in names:
         tensors = safetensors.numpy.load_file(tmp_path / name)
         assert sum(t.nbytes for t in tensors.values()) <= SHARDED
         assert {index["weight_map"][key] for key in tensors} == {name}
-        found |= tensors
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+        in_shards |= tensors
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in in_shards.values())
     save_pretrained(tmp_path / "one", CONFIG, params_of(0))
     single = safetensors.numpy.load_file(tmp_path / "one" / "model.safetensors")
-    assert found.keys() == single.keys() == index["weight_map"].keys()
+    assert in_shards.keys() == single.keys() == index["weight_map"].keys()
     for name, values in single.items():
-        np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(in_shards[name], values)
     assert read_config(tmp_path) == read_config(tmp_path / "one")
 
 
@@ -298,13 +298,13 @@ def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one(tmp_path,
         save = partial(save_pretrained, folder, config, params_of(1), max_shard_bytes=FORMS[new])
         killed = killed_after(monkeypatch, steps, save)
         try:
-            found = load_pretrained(folder)[1]
+            params = load_pretrained(folder)[1]
         except ValueError as error:
             assert config == OTHER and str(error).endswith("config.json: no such file")
             seen.append("refused")
         else:
-            is_old = equal(found, params_of(0)) and read_config(folder) == CONFIG
-            assert is_old or (equal(found, params_of(1)) and read_config(folder) == config)
+            is_old = equal(params, params_of(0)) and read_config(folder) == CONFIG
+            assert is_old or (equal(params, params_of(1)) and read_config(folder) == config)
             seen.append("old" if is_old else "new")
         save()  # the next save is whole, and leaves nothing else behind
         same(params_of(1), load_pretrained(folder)[1])
