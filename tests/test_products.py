@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from grpo_jax.products import matmul, product, turned, unembed
+from grpo_jax.products import matmul, product, transposed, unembed
 from tests.programs import products_of
 
 RNG = np.random.default_rng(0)
@@ -21,18 +21,18 @@ HIDDEN, MATRIX, SLOPE = normal(B, T, D), normal(D, V), normal(B, T, V)
 FORMS = {
     "matmul": matmul,
     "unembed": lambda x, w, dtype=None: unembed(x, w.T, dtype),
-    "turned": lambda x, w, dtype=None: unembed(x, turned(w), dtype),
+    "transposed": lambda x, w, dtype=None: unembed(x, transposed(w), dtype),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_product_and_its_gradients_are_those_of_plain_arithmetic(form):
     values, pull = jax.vjp(FORMS[form], jnp.asarray(HIDDEN), jnp.asarray(MATRIX))
-    wide = [x.astype(np.float64) for x in (HIDDEN, MATRIX, SLOPE)]
-    np.testing.assert_allclose(values, wide[0] @ wide[1], rtol=1e-5, atol=1e-5)
+    factors = [x.astype(np.float64) for x in (HIDDEN, MATRIX, SLOPE)]
+    np.testing.assert_allclose(values, factors[0] @ factors[1], rtol=1e-5, atol=1e-5)
     to_hidden, to_matrix = pull(jnp.asarray(SLOPE))
-    np.testing.assert_allclose(to_hidden, wide[2] @ wide[1].T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(to_matrix, np.einsum("btd,btv->dv", wide[0], wide[2]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_hidden, factors[2] @ factors[1].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(to_matrix, np.einsum("btd,btv->dv", factors[0], factors[2]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)])

@@ -30,7 +30,7 @@ from absl import app, flags
 from grpo_jax.environment import prepare_environment
 from grpo_jax.models import DecoderConfig, load_pretrained, param_shapes, read_config
 from grpo_jax.models.families import config_entries
-from grpo_jax.models.weight_names import tensor_targets
+from grpo_jax.models.weight_names import expected_tensors
 from grpo_jax.objective import DAPO
 from grpo_jax.rollout import Layout, PromptBatch, sample_groups
 from grpo_jax.train.iteration import Recipe, learn
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path, config: DecoderConfig) -> int:
     """A random bfloat16 model in shards, written a tensor at a time; its bytes."""
     generator, total = np.random.default_rng(0), 0
     files: list[list[Any]] = [[]]
-    for target in tensor_targets(config):
+    for target in expected_tensors(config):
         if 2 * sum(math.prod(t.shape) for t in [*files[-1], target]) > FILE_BYTES:
             files.append([])
         files[-1].append(target)
@@ -89,7 +89,7 @@ def measure_load(folder: Path, devices: int) -> dict[str, Any]:
         shardings = partial(parameter_shardings, mesh=make_mesh(data=1, fsdp=devices))
         placed = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings(shapes)), strict=True)
         shares = [math.prod(sharding.shard_shape(leaf.shape)) for leaf, sharding in placed]
-    tensor = 2 * max(math.prod(target.shape) for target in tensor_targets(config))
+    tensor = 2 * max(math.prod(target.shape) for target in expected_tensors(config))
     jax.block_until_ready(jnp.zeros(()))
     before, start = _memory("VmRSS"), time.perf_counter()
     params = jax.block_until_ready(load_pretrained(folder, shardings=shardings)[1])
@@ -196,7 +196,7 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     options = flags.FLAGS
     config = QUICK if options.quick else ONE_BILLION
-    needed = 2 * sum(math.prod(target.shape) for target in tensor_targets(config))
+    needed = 2 * sum(math.prod(target.shape) for target in expected_tensors(config))
     if (free := shutil.disk_usage(tempfile.gettempdir()).free) < 1.5 * needed:
         raise SystemExit(f"{tempfile.gettempdir()} has {free / 1e9:.1f} GB; the checkpoint needs {needed / 1e9:.1f}")
     rows = []

@@ -1,22 +1,117 @@
 """Grouped-query attention over several blocks of keys, and rotary positions.
 
-Dimension key: B rows, L tokens of this call, C rows of a block (C divides B), S its slots, N query heads, K key/value
-heads, H head dim.
+Dimension key: see grpo_jax. Here P are the rows of a block of keys, each seen by G = B / P rows of queries (P = B and G = 1
+where every row has its own keys), S are its slots, and N / K query heads share a key head.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
+from grpo_jax.models import cpu_attention
 from grpo_jax.products import product
 
-Block = tuple[Array, Array, Array]  # keys [C, K, H, S], values [C, K, H, S], visible [C, B // C or 1, L or 1, S] bool
 
-SLICES, VECTOR = 8, 16  # partial sums, and how many numbers a processor adds at once
+class KeyValues(NamedTuple):
+    """A block of keys and values that queries attend to.
+
+    Attributes:
+      keys, values: [P, K, H, S], in the type of the queries.
+      visible: [P, G or 1, L or 1, S] bool, which slots the queries may see.
+    """
+
+    keys: Array
+    values: Array
+    visible: Array
+
+
+def attend(query: Array, blocks: list[KeyValues], *, width: int | None = None, softcap: float | None = None) -> Array:
+    """softmax(q·k / √width) v over the visible keys of all blocks together.
+
+    Row b sees row b // G of a block, and query head n the key head n // (N / K): neither keys nor values are repeated in
+    memory. Scores, softmax and sums are float32; a query that sees nothing gets zeros.
+
+    Args:
+      query: [B, L, N, H].
+      blocks: the keys and values; P may differ between them, and divides B.
+      width: None for H.
+      softcap: scores x become softcap · tanh(x / softcap).
+
+    Returns:
+      [B, L, N·H] float32.
+
+    Source: arXiv 1706.03762 eq. 1 and arXiv 2305.13245; the sum over blocks is that of arXiv 2205.14135 §3.1; the cap
+    is that of arXiv 2408.00118 §2.
+
+    >>> keys, values = jnp.zeros((1, 1, 1, 3)), jnp.array([[[[1.0, 3.0, 100.0]]]])
+    >>> attend(jnp.ones((2, 1, 1, 1)), [KeyValues(keys, values, jnp.array([[[[True, True, False]]]]))])[:, 0, 0]
+    Array([2., 2.], dtype=float32)
+    """
+    scale = (query.shape[-1] if width is None else width) ** -0.5
+    parts = [_attend_block(query, block, scale, softcap) for block in blocks]
+    # Each block's softmax is relative to its own highest score; a factor makes them relative to the highest of all.
+    top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])  # [B, L, N]
+    total, attended = jnp.zeros_like(top), jnp.zeros(query.shape, jnp.float32)  # [B, L, N], [B, L, N, H]
+    for block_top, block_total, block_attended in parts:
+        factor = jnp.exp(block_top - top)  # [B, L, N]
+        total = total + factor * block_total
+        attended = attended + factor[..., None] * block_attended
+    attended = attended / jnp.maximum(total, 1e-30)[..., None]  # [B, L, N, H]
+    return attended.reshape(*attended.shape[:2], -1)  # [B, L, N·H]
+
+
+def _attend_block(query: Array, block: KeyValues, scale: float, softcap: float | None) -> tuple[Array, Array, Array]:
+    """The highest score, the sum of exp(score - highest), both [B, L, N], and the values so weighted [B, L, N, H]."""
+    keys, values, visible = block
+    (B, L, N, H), (P, K, _, S) = query.shape, keys.shape
+    layout = P, K, B // P, N // K, L
+    query = query.reshape(P, B // P, L, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [P, K, G, N/K, L, H]
+    query = query.reshape(P, K, -1, H)  # [P, K, G·N/K·L, H]
+    # For one token of each row the same sums are written out for CPUs; the products only where no two rows share keys.
+    one_token, own_keys = L == 1, L == 1 and P == B
+
+    scores = cpu_attention.query_key_scores(query, keys) if own_keys else product(query, keys, axis=-2)
+    scores = scores.reshape(*layout, S) * scale  # [P, K, G, N/K, L, S]
+    if softcap is not None:
+        scores = soft_capped(scores, softcap)
+    # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient; it gets zeros.
+    scores = jnp.where(visible[:, None, :, None], scores, -1e30)  # [P, K, G, N/K, L, S]
+
+    top = cpu_attention.highest(scores) if one_token else scores.max(-1)
+    top = lax.stop_gradient(jnp.maximum(top, -1e29))  # [P, K, G, N/K, L]
+    weights = jnp.exp(scores - top[..., None])  # [P, K, G, N/K, L, S], the softmax before it is divided by its sum
+    total = cpu_attention.total(weights) if one_token else weights.sum(-1)  # [P, K, G, N/K, L]
+    weights = weights.astype(values.dtype).reshape(P, K, -1, S)  # [P, K, G·N/K·L, S]
+    weighted_values = cpu_attention.weighted_values if own_keys else product
+    attended = weighted_values(weights, values)  # [P, K, G·N/K·L, H]
+
+    def by_token(x: Array, *rest: int) -> Array:
+        x = jnp.moveaxis(x.reshape(*layout, *rest), (2, 4), (1, 2))  # [P, G, L, K, N/K, *rest]
+        return x.reshape(B, L, N, *rest)
+
+    return by_token(top), by_token(total), by_token(attended, H)
+
+
+def soft_capped(x: Array, cap: float) -> Array:
+    """cap · tanh(x / cap).
+
+    >>> soft_capped(jnp.array([-1e9, 0.0, 1e9]), 30.0)
+    Array([-30.,   0.,  30.], dtype=float32)
+    """
+    return cap * jnp.tanh(x / cap)
+
+
+def within_window(positions: Array, key_positions: Array, window: Array) -> Array:
+    """Which keys lie fewer than ``window`` positions before a query: [P, G, L, S] bool, of [B, L] and [P, S].
+
+    >>> within_window(jnp.array([[3], [9]]), jnp.array([[0, 1, 2, 3]]), jnp.int32(3))[0, :, 0].tolist()
+    [[False, True, True, True], [False, False, False, False]]
+    """
+    positions = positions.reshape(key_positions.shape[0], -1, positions.shape[1])  # [P, G, L]
+    return positions[:, :, :, None] - key_positions[:, None, None, :] < window
 
 
 class RopeScaling(NamedTuple):
@@ -33,59 +128,6 @@ class RopeScaling(NamedTuple):
     length: int | None = None
 
 
-def attend(query: Array, blocks: list[Block], *, width: int | None = None, softcap: float | None = None) -> Array:
-    """softmax(q·k / √width) v over the visible keys of all blocks together.
-
-    Row b sees row b // (B // C) of a block of C rows, and query head n the key head n // (N // K): neither keys nor
-    values are repeated in memory. Scores, softmax and sums are float32; a query that sees nothing gets zeros.
-
-    Args:
-      query: [B, L, N, H].
-      blocks: keys [C, K, H, S] and values [C, K, H, S] of the query's type, visible [C, B // C or 1, L or 1, S].
-      width: None for H.
-      softcap: scores x become softcap · tanh(x / softcap).
-
-    Returns:
-      [B, L, N·H] float32.
-
-    Source: arXiv 1706.03762 eq. 1 and arXiv 2305.13245; the sum over blocks is that of arXiv 2205.14135 §3.1; the cap
-    is that of arXiv 2408.00118 §2.
-
-    >>> value = jnp.array([[[[1.0, 3.0, 100.0]]]])
-    >>> attend(jnp.ones((2, 1, 1, 1)), [(jnp.zeros((1, 1, 1, 3)), value, jnp.array([[[[True, True, False]]]]))])[:, 0, 0]
-    Array([2., 2.], dtype=float32)
-    """
-    scale = (query.shape[-1] if width is None else width) ** -0.5
-    parts = [_attend_block(query, *block, scale, softcap) for block in blocks]
-    top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])
-    total, attended = jnp.zeros_like(top), jnp.zeros(query.shape, jnp.float32)
-    for block_top, block_total, block_attended in parts:
-        share = jnp.exp(block_top - top)
-        total = total + share * block_total
-        attended = attended + share[..., None] * block_attended
-    attended = attended / jnp.maximum(total, 1e-30)[..., None]
-    return attended.reshape(*attended.shape[:2], -1)
-
-
-def capped(x: Array, cap: float) -> Array:
-    """cap · tanh(x / cap).
-
-    >>> capped(jnp.array([-1e9, 0.0, 1e9]), 30.0)
-    Array([-30.,   0.,  30.], dtype=float32)
-    """
-    return cap * jnp.tanh(x / cap)
-
-
-def within(positions: Array, key_positions: Array, window: Array) -> Array:
-    """Which keys lie fewer than ``window`` positions before a query: [C, B // C, L, S] bool, of [B, L] and [C, S].
-
-    >>> within(jnp.array([[3], [9]]), jnp.array([[0, 1, 2, 3]]), jnp.int32(3))[0, :, 0].tolist()
-    [[False, True, True, True], [False, False, False, False]]
-    """
-    grouped = positions.reshape(key_positions.shape[0], -1, positions.shape[1])
-    return grouped[:, :, :, None] - key_positions[:, None, None, :] < window
-
-
 def rotations(positions: Array, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Array, Array]:
     """cos and sin of position · θ^(-2i / H), [B, L, 1, H / 2] float32, for positions [B, L].
 
@@ -94,11 +136,20 @@ def rotations(positions: Array, head_dim: int, theta: float, scaling: RopeScalin
     >>> rotations(jnp.array([[0, 3]]), 2, 10000.0)[1][0, :, 0, 0]
     Array([0.     , 0.14112], dtype=float32)
     """
-    frequencies = float(theta) ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = float(theta) ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [H / 2]
     if scaling is not None:
         frequencies = _scaled(frequencies, scaling)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]  # [B, L, 1, H / 2]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _scaled(frequencies: Array, scaling: RopeScaling) -> Array:
+    factor, low, high, length = scaling
+    if low is None or high is None or length is None:
+        return frequencies / factor
+    turns = length / (2 * math.pi) * frequencies
+    unscaled = jnp.clip((turns - low) / (high - low), 0.0, 1.0)  # which share of a frequency stays as it is
+    return unscaled * frequencies + (1 - unscaled) * frequencies / factor
 
 
 def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
@@ -108,106 +159,5 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
     Array([-0.9899925,  0.14112  ], dtype=float32)
     """
     cos, sin = cos_sin
-    first, second = jnp.split(x, 2, axis=-1)
+    first, second = jnp.split(x, 2, axis=-1)  # [B, L, N, H / 2] each
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _scaled(frequencies: Array, scaling: RopeScaling) -> Array:
-    factor, low, high, length = scaling
-    if low is None or high is None or length is None:
-        return frequencies / factor
-    turns = length / (2 * math.pi) * frequencies
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return kept * frequencies + (1 - kept) * frequencies / factor
-
-
-def _attend_block(
-    query: Array, key: Array, value: Array, visible: Array, scale: float, softcap: float | None
-) -> tuple[Array, Array, Array]:
-    """The highest score, the sum of exp(score - highest), both [B, L, N], and the values so weighted [B, L, N, H]."""
-    rows, length, heads, width = query.shape
-    shared, kv_heads, _, slots = key.shape
-    query = query.reshape(shared, rows // shared, length, kv_heads, heads // kv_heads, width).transpose(
-        0, 3, 1, 4, 2, 5
-    )
-    layout, query = query.shape[:5], query.reshape(shared, kv_heads, -1, width)
-    alone = length == 1 and shared == rows  # of each row one token, and keys that no other row sees
-    score: Callable[[Array, Array], Array] = _scores if alone else functools.partial(product, axis=-2)
-    weigh: Callable[[Array, Array], Array] = _weighted if alone else product
-    scores = score(query, key).reshape(*layout, slots) * scale
-    if softcap is not None:
-        scores = capped(scores, softcap)
-    # A finite "minus infinity": a token that sees nothing must not give NaN, nor must its gradient; it gets zeros.
-    scores = jnp.where(visible[:, None, :, None], scores, -1e30)
-    top = lax.stop_gradient(jnp.maximum(_highest(scores) if length == 1 else scores.max(-1), -1e29))
-    weights = jnp.exp(scores - top[..., None])
-    total = _total(weights) if length == 1 else weights.sum(-1)
-    attended = weigh(weights.astype(value.dtype).reshape(shared, kv_heads, -1, slots), value)
-
-    def by_token(x: Array, *rest: int) -> Array:
-        return jnp.moveaxis(x.reshape(*layout, *rest), (2, 4), (1, 2)).reshape(rows, length, heads, *rest)
-
-    return by_token(top), by_token(total), by_token(attended, width)
-
-
-# For one token of each row both products are written as multiplications and additions. Keys and values may then be part of an
-# array and are read where they lie; a product of matrices would copy them first. XLA's CPU backend waits for each addition of a
-# sum, and writes down the terms of a long one; so several partial sums of whole vectors are added up, and at last each other.
-
-
-def _scores(query: Array, key: Array) -> Array:
-    """Σ_h query[c, k, r, h] key[c, k, h, s] -> [C, K, R, S] float32."""
-
-    def products(place: slice) -> Array:
-        return query[..., place, None].astype(jnp.float32) * key[:, :, None, place].astype(jnp.float32)
-
-    whole, rest = _slices(key.shape[2], max(key.shape[2] // SLICES, 1))
-    return functools.reduce(jnp.add, map(products, whole)).sum(-2) + products(rest).sum(-2)
-
-
-def _weighted(weights: Array, value: Array) -> Array:
-    """Σ_s weights[c, k, r, s] value[c, k, h, s] -> [C, K, R, H] float32."""
-
-    def products(place: slice) -> Array:
-        return weights[..., None, place].astype(jnp.float32) * value[:, :, None, :, place].astype(jnp.float32)
-
-    return _fold(jnp.add, jnp.sum, products, value.shape[3])
-
-
-def _total(x: Array) -> Array:
-    return _fold(jnp.add, jnp.sum, lambda place: x[..., place], x.shape[-1])
-
-
-def _highest(x: Array) -> Array:
-    return _fold(jnp.maximum, jnp.max, lambda place: x[..., place], x.shape[-1])
-
-
-def _fold(
-    pair: Callable[..., Array], many: Callable[..., Array], terms: Callable[[slice], Array], length: int
-) -> Array:
-    """The sum, or maximum, of two and of many, over the last axis of terms(places) [..., places] for all ``length`` places."""
-
-    def vectors() -> Array:
-        width = VECTOR
-        while 2 * SLICES * width <= length:
-            width *= 2
-        whole, rest = _slices(length, width)
-        parts = [many(terms(rest), axis=-1)] if rest.start < length else []
-        if whole:
-            folded = functools.reduce(pair, map(terms, whole))
-            while folded.shape[-1] > 1:
-                folded = pair(*jnp.split(folded, 2, axis=-1))
-            parts.append(folded[..., 0])
-        return functools.reduce(pair, parts)
-
-    return lax.platform_dependent(cpu=vectors, default=lambda: many(terms(slice(None)), axis=-1))
-
-
-def _slices(length: int, width: int) -> tuple[list[slice], slice]:
-    """Slices of one width, and the rest.
-
-    >>> _slices(7, 3)
-    ([slice(0, 3, None), slice(3, 6, None)], slice(6, None, None))
-    """
-    ends = range(width, length + 1, width)
-    return [slice(end - width, end) for end in ends], slice(length - length % width, None)

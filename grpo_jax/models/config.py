@@ -2,15 +2,28 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from operator import contains
 from typing import Any
+
+import jax
 
 from grpo_jax.models.attention import RopeScaling
 
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
 SWITCHES = ("tied", "attention_bias", "qk_norm", "offset_norm", "post_norms", "scale_embedding")
 DTYPES = ("float32", "bfloat16")
-ACTIVATIONS = ("silu", "gelu_tanh")
-REMATS = ("none", "dots", "full")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+PROJECTED = "projected"  # the name under which `jax.checkpoint` knows what products with weights make
+# From a function to one whose backward pass computes again what it does not keep.
+REMATS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda function: function,
+    "dots": partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(PROJECTED)),
+    "full": partial(jax.checkpoint, prevent_cse=False),
+}
 
 
 @dataclass(frozen=True)
@@ -21,11 +34,11 @@ class DecoderConfig:
       max_length: the widest array of tokens or slots accepted.
       dtype: of the matrix products, float32 or bfloat16; they accumulate in float32, and norms, softmax and logits are
         float32.
-      remat: what the backward pass computes again instead of having it kept, where there is no cache: nothing (none), all of a
+      remat: what the backward pass computes again instead of keeping it, in calls without a cache: nothing (none), all of a
         layer but its products with weights (dots), or all of it (full).
-      rope_scaling: of the rotations of the layers that are not local, and of these too without ``local_rope_theta``.
-      window: a query of a layer in ``local_layers`` sees the keys fewer than so many positions before it.
-      local_rope_theta: of the local layers, where it is not ``rope_theta``.
+      rope_scaling: of the rotations of layers that are not local, and of local ones too without ``local_rope_theta``.
+      window: a query of a layer in ``local_layers`` sees only keys that lie fewer positions than this before it.
+      local_rope_theta: that of the local layers, where it is not ``rope_theta``.
       unrotated_layers: layers that do not rotate queries and keys.
       attention_bias: queries, keys and values have one.
       qk_norm: queries and keys are normalised, head by head, before the rotation.
@@ -76,29 +89,32 @@ class DecoderConfig:
     family: str = "llama"
 
     def __post_init__(self) -> None:
-        def wrong(names: tuple[str, ...], kind: str, fits: Callable[[Any], bool]) -> list[str]:
-            return [f"{name}={getattr(self, name)!r} is not {kind}" for name in names if not fits(getattr(self, name))]
+        faults: list[str] = []
 
-        def absent_or(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-            return lambda x: x is None or fits(x)
+        def check(names: tuple[str, ...], kind: str, fits: Callable[[Any], bool]) -> None:
+            values = {name: getattr(self, name) for name in names}
+            faults.extend(f"{name}={value!r} is not {kind}" for name, value in values.items() if not fits(value))
 
-        faults = wrong(SIZES, "a positive integer", _is_size)
+        def check_optional(names: tuple[str, ...], kind: str, fits: Callable[[Any], bool]) -> None:
+            check(names, f"{kind} or None", lambda x: x is None or fits(x))
+
+        # What depends on several sizes is checked only while no fault is known.
+        check(SIZES, "a positive integer", _is_size)
         if not faults and self.num_heads % self.num_kv_heads:
             faults.append(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if not faults and self.head_dim % 2:
             faults.append(f"head_dim={self.head_dim} is odd; the rotation needs pairs")
         if not faults:
-            faults += wrong(("local_layers", "unrotated_layers"), "a tuple of layers, ascending", self._are_layers)
-        faults += wrong(("window", "score_width"), "a positive integer or None", absent_or(_is_size))
-        faults += wrong(("rope_theta", "norm_epsilon"), "a positive number", _is_positive)
-        optional = ("local_rope_theta", "attention_softcap", "logit_softcap")
-        faults += wrong(optional, "a positive number or None", absent_or(_is_positive))
-        faults += wrong(("rope_scaling",), "a RopeScaling that can be, or None", absent_or(_is_scaling))
-        faults += wrong(SWITCHES, "True or False", lambda x: type(x) is bool)
-        faults += wrong(("dtype",), " or ".join(DTYPES), lambda x: x in DTYPES)
-        faults += wrong(("remat",), " or ".join(REMATS), lambda x: x in REMATS)
-        faults += wrong(("activation",), " or ".join(ACTIVATIONS), lambda x: x in ACTIVATIONS)
-        faults += wrong(("family",), "a name", lambda x: type(x) is str)
+            check(("local_layers", "unrotated_layers"), "a tuple of layers, ascending", self._are_layers)
+        check_optional(("window", "score_width"), "a positive integer", _is_size)
+        check(("rope_theta", "norm_epsilon"), "a positive number", _is_positive)
+        check_optional(("local_rope_theta", "attention_softcap", "logit_softcap"), "a positive number", _is_positive)
+        check_optional(("rope_scaling",), "a RopeScaling that can be,", _is_scaling)
+        check(SWITCHES, "True or False", lambda x: type(x) is bool)
+        for name, choices in (("dtype", DTYPES), ("remat", REMATS), ("activation", ACTIVATIONS)):
+            check((name,), " or ".join(choices), partial(contains, tuple(choices)))
+        check(("family",), "a name", lambda x: type(x) is str)
+        # A window and the layers that have it come together.
         if not faults and (self.window is None) != (not self.local_layers):
             faults.append(f"window={self.window} with local_layers={self.local_layers}; neither is without the other")
         if not faults and self.local_rope_theta is not None and not self.local_layers:

@@ -1,34 +1,32 @@
 """One decoder-only transformer for all families: RMSNorm first, rotary positions, grouped-query attention, gated layers.
 
-Flax Linen rather than NNX: ``apply`` is already a pure function of a plain nested dict, costs no Python per token, and
-a scan over stacked layers with a carried cache reads in a few lines. Parameters are float32 and stacked over layers;
-matrices are [in, out]. What differs between layers (a window, the rotation) is data that is scanned with them.
+Pure functions of a plain nested dict of parameters, which are float32; those of the layers are stacked, and matrices are
+[in, out]. What differs between layers (a window, the rotation) is data that is scanned with them. A layer is a Flax Linen
+module rather than an NNX one: ``apply`` is already such a function, and costs no Python per token.
 
-Dimension key: B rows, L tokens of this call, P prefix rows, S cache slots, V vocabulary, D model width, N query heads,
-K key/value heads, H head dim. Slots (where a key is stored) and positions (what rotations and windows see) are independent.
+Dimension key: see grpo_jax. Here P are the rows of a prefix, and S the slots of a cache. A slot is where a key is stored, a
+position is what rotations and windows see; the two are independent.
 """
 
-import functools
 import itertools
+from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from grpo_jax import products
-from grpo_jax.models.attention import capped, rotations
-from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.layer import PROJECTED, Cache, Layer, rms_norm
+from grpo_jax.models.attention import rotations, soft_capped
+from grpo_jax.models.config import REMATS, DecoderConfig
+from grpo_jax.models.layer import Cache, Layer, Shared, rms_norm
 from grpo_jax.rollout.policy import Policy
 
 Params = dict[str, Any]
-EVERYWHERE = 2**31 - 1  # the window of a layer that has none
-# Up to so many layers the loop over them is unrolled where gradients may be taken: stacking and clearing what the backward pass
-# needs costs as much as computing it where the model is small. It costs compilation.
+NO_WINDOW = 2**31 - 1  # the window of a layer that has none
+# Up to so many layers, the loop over them is unrolled where gradients may be taken: in a small model, stacking and clearing what
+# the backward pass needs costs as much as computing it. Unrolling costs compilation time.
 UNROLLED = 4
-KEPT = {"dots": jax.checkpoint_policies.save_only_these_names(PROJECTED), "full": None}  # of a layer, by ``remat``
 
 
 def make_policy(config: DecoderConfig) -> Policy:
@@ -45,8 +43,9 @@ def make_policy(config: DecoderConfig) -> Policy:
     nothing gets finite values. Windows count positions, not slots. Derivatives are those of reverse mode.
 
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
-    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, an untied unembedding turned,
-    each layer's also apart, and the rotations of ``length`` positions. The other functions take either form.
+    ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, an untied unembedding also
+    transposed, each layer's parameters also unstacked, and the rotations of ``length`` positions. The other functions take
+    either form.
 
     Raises ValueError where shapes, lengths or rows do not fit. Source: arXiv 2302.13971 §2.2; checked against a NumPy
     implementation in tests/models/test_decoder.py.
@@ -58,60 +57,9 @@ def make_policy(config: DecoderConfig) -> Policy:
     >>> hidden.shape, policy.unembed(params, hidden).shape
     ((1, 3, 8), (1, 3, 32))
     """
-    module = Decoder(config)
-    dtype = jnp.dtype(config.dtype)
-
-    def forward(
-        params: Params,
-        tokens: Array,
-        positions: Array,
-        mask: Array,
-        cache: Cache | None = None,
-        start: int | Array = 0,
-        prefix: Cache | None = None,
-        slots: int | None = None,
-        segments: Array | None = None,
-    ) -> tuple[Array, Cache | None]:
-        rows, length = tokens.shape
-        if not tokens.shape == positions.shape == mask.shape:
-            raise ValueError(
-                f"tokens {tokens.shape}, positions {positions.shape} and mask {mask.shape} differ in shape"
-            )
-        if segments is None and length > config.max_length:
-            raise ValueError(f"{length} tokens are more than the model's max_length={config.max_length}")
-        if cache is not None:
-            # XLA would move a write past the end back over older tokens. A traced start cannot be checked.
-            end, fits = length + (start if isinstance(start, int) else 0), cache["mask"].shape
-            if rows > fits[0] or end > fits[1]:
-                raise ValueError(f"{rows} rows written up to slot {end} do not fit a cache of {fits} (rows, slots)")
-            if slots is not None and not end <= slots <= fits[1]:
-                raise ValueError(f"slots={slots} must lie between {end}, the end of what is written, and {fits[1]}")
-        if cache is None and slots is not None:
-            raise ValueError(f"slots={slots} are those of a cache, and there is none")
-        if segments is not None and (cache is not None or segments.shape != tokens.shape):
-            raise ValueError(f"segments {segments.shape} must be those of tokens {tokens.shape}, without a cache")
-        if prefix is not None and rows % prefix["mask"].shape[0]:
-            raise ValueError(f"{rows} rows are not a multiple of the {prefix['mask'].shape[0]} rows of the prefix")
-        outputs: Any = module.apply({"params": params}, tokens, positions, mask, cache, start, prefix, slots, segments)
-        return outputs
-
-    def unembed(params: Params, hidden: Array) -> Array:
-        if config.tied:
-            embedding = params["embedding"]
-        else:
-            embedding = params["turned"] if "turned" in params else products.turned(params["unembedding"])
-        logits = products.unembed(hidden, embedding, dtype)
-        return logits if config.logit_softcap is None else capped(logits, config.logit_softcap)
-
-    def init_cache(batch: int, length: int) -> Cache:
-        if length > config.max_length:
-            raise ValueError(f"a cache of {length} slots is longer than the model's max_length={config.max_length}")
-        shape = batch, config.num_kv_heads, config.head_dim, length
-        cache: Cache = {name: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers)) for name in ("k", "v")}
-        cache["mask"] = jnp.zeros((batch, length), bool)
-        return cache if config.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
-
-    return Policy(forward, unembed, init_cache, functools.partial(_prepared, config))
+    return Policy(
+        partial(_forward, config), partial(_unembed, config), partial(_init_cache, config), partial(_prepare, config)
+    )
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
@@ -130,7 +78,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
     ends = list(itertools.accumulate(leaf.size for _, leaf in leaves))
 
     @jax.jit
-    def draw(key: Array) -> Params:
+    def sample(key: Array) -> Params:
         flat = jax.random.normal(key, (ends[-1],), jnp.float32)
         params = []
         for (path, leaf), end in zip(leaves, ends, strict=True):
@@ -143,7 +91,7 @@ def init_params(config: DecoderConfig, key: Array) -> Params:
             params.append(values)
         return jax.tree.unflatten(tree, params)
 
-    return draw(key)
+    return sample(key)
 
 
 def param_shapes(config: DecoderConfig) -> Params:
@@ -153,142 +101,189 @@ def param_shapes(config: DecoderConfig) -> Params:
     >>> param_shapes(config)["embedding"].shape
     (32, 8)
     """
-    tokens, mask = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.bool_))
-    init = functools.partial(Decoder(config).init, cache=None, start=0, prefix=None, slots=None, segments=None)
-    return jax.eval_shape(init, jax.random.key(0), tokens, tokens, mask)["params"]
+    c, token = config, jnp.zeros((1, 1), jnp.int32)
+
+    def init(key: Array) -> Params:
+        own = jax.tree.map(lambda x: x[0], _layer_data(c))
+        positions, key_positions = (None, ()) if c.window is None else (token, (token,))
+        shared = Shared(_rotations(c, token), token[None] >= 0, None, positions, key_positions, 0)
+        layer = Layer(c).init(key, jnp.zeros((1, 1, c.d_model), c.dtype), own, shared)["params"]
+        params = {"embedding": jnp.zeros((c.vocab_size, c.d_model)), "final_norm": jnp.zeros(c.d_model)}
+        params |= {} if c.tied else {"unembedding": jnp.zeros((c.d_model, c.vocab_size))}
+        return params | {"layers": jax.tree.map(lambda x: jnp.zeros((c.num_layers, *x.shape)), layer)}
+
+    return jax.eval_shape(init, jax.random.key(0))
 
 
-class Decoder(nn.Module):
-    """Embedding, scanned layers, last norm; see ``make_policy`` for the arguments."""
+def _forward(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    cache: Cache | None = None,
+    start: int | Array = 0,
+    prefix: Cache | None = None,
+    slots: int | None = None,
+    segments: Array | None = None,
+) -> tuple[Array, Cache | None]:
+    c = config
+    B, L = tokens.shape
 
-    config: DecoderConfig
+    # Refuse what does not fit.
+    if not tokens.shape == positions.shape == mask.shape:
+        raise ValueError(f"tokens {tokens.shape}, positions {positions.shape} and mask {mask.shape} differ in shape")
+    if segments is None and c.max_length < L:
+        raise ValueError(f"{L} tokens are more than the model's max_length={c.max_length}")
+    if cache is not None:
+        # XLA would move a write past the end back over older tokens. A traced start cannot be checked.
+        end, fits = L + (start if isinstance(start, int) else 0), cache["mask"].shape
+        if fits[0] < B or fits[1] < end:
+            raise ValueError(f"{B} rows written up to slot {end} do not fit a cache of {fits} (rows, slots)")
+        if slots is not None and not end <= slots <= fits[1]:
+            raise ValueError(f"slots={slots} must lie between {end}, the end of what is written, and {fits[1]}")
+    if cache is None and slots is not None:
+        raise ValueError(f"slots={slots} are those of a cache, and there is none")
+    if segments is not None and (cache is not None or segments.shape != tokens.shape):
+        raise ValueError(f"segments {segments.shape} must be those of tokens {tokens.shape}, without a cache")
+    if prefix is not None and B % prefix["mask"].shape[0]:
+        raise ValueError(f"{B} rows are not a multiple of the {prefix['mask'].shape[0]} rows of the prefix")
 
-    @nn.compact
-    def __call__(
-        self,
-        tokens: Array,
-        positions: Array,
-        mask: Array,
-        cache: Cache | None,
-        start: int | Array,
-        prefix: Cache | None,
-        slots: int | None,
-        segments: Array | None,
-    ) -> tuple[Array, Cache | None]:
-        c = self.config
-        embedding = self.param("embedding", nn.initializers.zeros, (c.vocab_size, c.d_model), jnp.float32)
-        if not c.tied:
-            self.param("unembedding", nn.initializers.zeros, (c.d_model, c.vocab_size), jnp.float32)
-        # Ids at masked places may be anything; "clip" keeps their embeddings finite, where the default would give NaN.
-        hidden = jnp.take(embedding, tokens, axis=0, mode="clip").astype(c.dtype)
-        if c.scale_embedding:
-            hidden = hidden * jnp.asarray(c.d_model**0.5, hidden.dtype)
+    # Embed the tokens. Ids at masked places may be anything; "clip" keeps their embeddings finite, not NaN as by default.
+    hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip").astype(c.dtype)  # [B, L, D]
+    if c.scale_embedding:
+        hidden = hidden * jnp.asarray(c.d_model**0.5, hidden.dtype)
 
-        rows, length = tokens.shape
-        # A call that fills the whole cache builds it anew: nothing of it is read, carried, or differentiated.
-        fills = cache is not None and isinstance(start, int) and mask.shape == cache["mask"].shape
-        if fills:
-            cache = None
-        queries, key_positions = jnp.arange(length, dtype=jnp.int32), [positions]
-        if cache is not None:
-            cache = {**cache, "mask": lax.dynamic_update_slice(cache["mask"], mask, (0, start))}
-            read = cache["mask"].shape[1] if slots is None else slots
-            read = min(read, start + length) if isinstance(start, int) else read
-            mask, queries = cache["mask"][:rows, :read], queries + start
-            if c.window is not None:
-                cache["positions"] = lax.dynamic_update_slice(cache["positions"], positions, (0, start))
-                key_positions = [cache["positions"][:rows, :read]]
-        if prefix is not None and c.window is not None:
-            key_positions.append(prefix["positions"])
-        causal = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :] <= queries[:, None]
-        visible = causal[None] & mask[:, None, :]
-        if segments is not None:
-            visible &= segments[:, :, None] == segments[:, None, :]
+    # Write the mask and positions of the tokens to the cache, and read there which keys exist, in S slots; without a cache the
+    # keys are those of the tokens themselves. A call that fills the whole cache builds it anew: nothing of it is read, carried,
+    # or differentiated.
+    fills_cache = cache is not None and isinstance(start, int) and mask.shape == cache["mask"].shape
+    if fills_cache:
+        cache = None
+    token_data = {"mask": mask} if c.window is None else {"mask": mask, "positions": positions}  # [B, L] each
+    key_data, token_slots = token_data, jnp.arange(L, dtype=jnp.int32)
+    if cache is not None:
+        cache = cache | {name: lax.dynamic_update_slice(cache[name], x, (0, start)) for name, x in token_data.items()}
+        S = cache["mask"].shape[1] if slots is None else slots
+        S = min(S, start + L) if isinstance(start, int) else S
+        key_data = {name: cache[name][:B, :S] for name in token_data}  # [B, S] each
+        token_slots = token_slots + start  # [L]
 
-        by_layer: dict[str, Any] = {**_by_layer(c)}
-        table = self.variables["params"].get("rotations")
-        shared = (
-            _rotations(c, positions) if table is None else _rows(table, positions),
-            visible,
-            None if prefix is None else prefix["mask"],
-            None if c.window is None else (positions, *key_positions),
-            start,
+    # The causal mask: a token sees the slots up to its own.
+    causal = jnp.arange(key_data["mask"].shape[1], dtype=jnp.int32)[None, :] <= token_slots[:, None]  # [L, S]
+    visible = causal[None] & key_data["mask"][:, None, :]  # [B, L, S]
+    if segments is not None:
+        visible &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
+
+    # The layers.
+    own = _layer_data(c)  # what differs between them, [layers] each
+    blocks = [key_data] if prefix is None else [key_data, prefix]
+    shared = Shared(
+        cos_sin=_rows(params["rotations"], positions) if "rotations" in params else _rotations(c, positions),
+        visible=visible,
+        prefix_visible=None if prefix is None else prefix["mask"],
+        positions=None if c.window is None else positions,
+        key_positions=() if c.window is None else tuple(block["positions"] for block in blocks),
+        start=start,
+    )
+    layer = Layer(c, returns_keys=fills_cache)
+
+    def apply_layer(weights: Params, hidden: Array, own: dict[str, Any]) -> Any:
+        return layer.apply({"params": weights}, hidden, own, shared)
+
+    if cache is None:
+        if prefix is not None:
+            own["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])  # [layers, P, K, H, slots] each
+        remat_layer = REMATS[c.remat](apply_layer)
+        hidden, new_keys = lax.scan(
+            lambda hidden, layer: remat_layer(layer[0], hidden, layer[1]),
+            hidden,  # [B, L, D]
+            (params["layers"], own),
+            unroll=c.num_layers if c.num_layers <= UNROLLED else 1,
         )
-        if cache is not None:
-            # A loop over the layers would copy the weights and the cache of each, for every token.
-            weights = self.variables["params"]
-            keys, values = [], []
-            for i, own in enumerate(weights.get("apart") or _apart(weights["layers"], c.num_layers)):
-                layer = jax.tree.map(lambda x, i=i: x[i], by_layer) | {"cache": (cache["k"][i], cache["v"][i])}
-                if prefix is not None:
-                    layer["prefix"] = prefix["k"][i], prefix["v"][i]
-                hidden, (key, value) = Layer(c, parent=None).apply({"params": own}, hidden, layer, *shared)
-                keys.append(key)
-                values.append(value)
-            cache |= {"k": tuple(keys), "v": tuple(values)}
-        else:
+        if fills_cache:
+            keys, values = new_keys  # [layers, B, K, H, S] each
+            cache = {"k": tuple(jnp.unstack(keys)), "v": tuple(jnp.unstack(values)), **token_data}
+    else:
+        # A scan would copy the weights and the cache of each layer, for every token.
+        keys, values = [], []
+        for i, weights in enumerate(params.get("each_layer") or _unstack(params["layers"], c.num_layers)):
+            own_of_layer = jax.tree.map(lambda x, i=i: x[i], own) | {"cache": (cache["k"][i], cache["v"][i])}
             if prefix is not None:
-                by_layer["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])
-            scan = nn.scan(
-                nn.remat(Layer, prevent_cse=False, policy=KEPT[c.remat]) if c.remat in KEPT else Layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, *(nn.broadcast,) * len(shared)),
-                length=c.num_layers,
-                unroll=c.num_layers if c.num_layers <= UNROLLED else 1,
-            )
-            hidden, kept = scan(c, fills, name="layers")(hidden, by_layer, *shared)
-            if kept is not None:
-                cache = {"k": tuple(jnp.unstack(kept[0])), "v": tuple(jnp.unstack(kept[1])), "mask": mask}
-                cache |= {} if c.window is None else {"positions": positions}
-        return rms_norm(hidden, self.param("final_norm", nn.initializers.ones, (c.d_model,), jnp.float32), c), cache
+                own_of_layer["prefix"] = prefix["k"][i], prefix["v"][i]
+            hidden, (key, value) = apply_layer(weights, hidden, own_of_layer)  # [B, L, D]
+            keys.append(key)
+            values.append(value)
+        cache |= {"k": tuple(keys), "v": tuple(values)}
+
+    return rms_norm(hidden, params["final_norm"], c), cache
 
 
-def _prepared(config: DecoderConfig, params: Params, length: int) -> Params:
+def _unembed(config: DecoderConfig, params: Params, hidden: Array) -> Array:
+    if config.tied:
+        embedding = params["embedding"]  # [V, D]
+    elif "transposed_unembedding" in params:
+        embedding = params["transposed_unembedding"]
+    else:
+        embedding = products.transposed(params["unembedding"])
+    logits = products.unembed(hidden, embedding, jnp.dtype(config.dtype))  # [..., V]
+    return logits if config.logit_softcap is None else soft_capped(logits, config.logit_softcap)
+
+
+def _init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
+    c = config
+    if length > c.max_length:
+        raise ValueError(f"a cache of {length} slots is longer than the model's max_length={c.max_length}")
+    shape = batch, c.num_kv_heads, c.head_dim, length
+    cache: Cache = {name: tuple(jnp.zeros(shape, c.dtype) for _ in range(c.num_layers)) for name in ("k", "v")}
+    cache["mask"] = jnp.zeros((batch, length), bool)
+    return cache if c.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
+
+
+def _prepare(config: DecoderConfig, params: Params, length: int) -> Params:
+    """The parameters with what a decode of up to ``length`` positions would otherwise compute for every token."""
     dtype = jnp.dtype(config.dtype)
-    cast = jax.tree_util.tree_map_with_path(
+    prepared = jax.tree_util.tree_map_with_path(
         lambda path, x: x if path[-1].key.endswith(("norm", "bias")) else x.astype(dtype), params
     )
-    if not config.tied:  # turned once: a product with the other layout takes three times as long on a CPU
-        cast["turned"] = lax.optimization_barrier(cast["unembedding"].T)
-    # XLA would compute a sine for every layer and head of every token.
-    cos, sin = _rotations(config, jnp.arange(length, dtype=jnp.int32)[None])
-    table = lax.optimization_barrier((cos[..., 0, :, :, :], sin[..., 0, :, :, :]))
-    return cast | {"apart": _apart(cast["layers"], config.num_layers), "rotations": table}
+    # Optimization barriers keep XLA from computing these for every token after all.
+    if not config.tied:  # a product with the other layout takes three times as long on a CPU
+        prepared["transposed_unembedding"] = lax.optimization_barrier(prepared["unembedding"].T)  # [V, D]
+    # Without this table, XLA would compute a sine for every layer and head of every token.
+    cos, sin = _rotations(config, jnp.arange(length, dtype=jnp.int32)[None])  # [1, length, 1, H / 2], or several kinds
+    prepared["rotations"] = lax.optimization_barrier((cos[..., 0, :, :, :], sin[..., 0, :, :, :]))  # without rows
+    prepared["each_layer"] = _unstack(prepared["layers"], config.num_layers)
+    return prepared
 
 
-def _rows(table: tuple[Array, Array], positions: Array) -> tuple[Array, Array]:
-    """Of the cos and sin of all positions, those of some."""
-    cos, sin = (jnp.take(x, positions, axis=-3, mode="clip") for x in table)
-    return cos, sin
+def _rows(table: tuple[Array, ...], positions: Array) -> tuple[Array, ...]:
+    """The cos and sin of these positions, from those of all positions."""
+    return tuple(jnp.take(x, positions, axis=-3, mode="clip") for x in table)
 
 
-def _apart(layers: Params, count: int) -> tuple[Params, ...]:
+def _unstack(layers: Params, count: int) -> tuple[Params, ...]:
     """The parameters of each layer, of the stacked ones."""
     return tuple({name: x[i] for name, x in layers.items()} for i in range(count))
 
 
-def _by_layer(config: DecoderConfig) -> dict[str, Array]:
-    """What differs between layers, each [layers]: their index, and what the config makes them differ in."""
+def _layer_data(config: DecoderConfig) -> dict[str, Any]:
+    """What differs between the layers of a config, each [layers]: their windows, and which kind of rotation they have."""
     c = config
     layers = range(c.num_layers)
     differing: dict[str, list[int]] = {}
     if c.window is not None:
-        window = min(c.window, EVERYWHERE)
-        differing["window"] = [window if i in c.local_layers else EVERYWHERE for i in layers]
+        differing["window"] = [min(c.window, NO_WINDOW) if i in c.local_layers else NO_WINDOW for i in layers]
     if c.local_rope_theta is not None or c.unrotated_layers:
         differing["rotation"] = [2 if i in c.unrotated_layers else 1 if i in c.local_layers else 0 for i in layers]
-    index = {"index": jnp.arange(c.num_layers, dtype=jnp.int32)}
-    return index | {name: jnp.array(values, jnp.int32) for name, values in differing.items()}
+    return {name: jnp.array(values, jnp.int32) for name, values in differing.items()}
 
 
-def _rotations(config: DecoderConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin [B, L, 1, H / 2], or, where layers differ, the kinds that ``_by_layer`` counts, [kinds, B, L, 1, H / 2]."""
+def _rotations(config: DecoderConfig, positions: Array) -> tuple[Array, ...]:
+    """cos and sin [B, L, 1, H / 2], or, where layers differ, the kinds that ``_layer_data`` counts, [3, B, L, 1, H / 2]."""
     c = config
     everywhere = rotations(positions, c.head_dim, c.rope_theta, c.rope_scaling)
     if c.local_rope_theta is None and not c.unrotated_layers:
         return everywhere
     local = everywhere if c.local_rope_theta is None else rotations(positions, c.head_dim, c.local_rope_theta)
     none = rotations(jnp.zeros_like(positions), c.head_dim, c.rope_theta)
-    cos, sin = (jnp.stack(kinds) for kinds in zip(everywhere, local, none, strict=True))
-    return cos, sin
+    return tuple(jnp.stack(kinds) for kinds in zip(everywhere, local, none, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.safetensors import plain_file, read_json
+from grpo_jax.models.safetensors import plain_file, read_json_object
 
 Entries = dict[str, Any]
 
@@ -20,12 +20,12 @@ class Family:
 
     Attributes:
       architecture: transformers' class.
-      switches: fields of the decoder that the family implies.
+      switches: fields of `DecoderConfig` that the family implies.
       defaults: what a missing entry means, beyond `DEFAULTS`.
-      reads: entries (decoder field: name), beyond `READS`.
-      fixed: what the decoder does not do: entries that may only have these values, beyond `FIXED`.
-      is_local: of (entries, layer): whether the layer has the window, where there is one; None: no layer has.
-      lists_layers: whether the entry layer_types may say so instead.
+      reads: {field of `DecoderConfig`: entry that it is read from}, beyond `READS`.
+      fixed: {entry: its allowed values} where the decoder does nothing else, beyond `FIXED`.
+      is_local: (entries, layer) -> whether the layer has the window, if there is one; None where no layer has it.
+      lists_layers: whether the entry layer_types may say which layers have the window.
       needs: entries that may be missing, but not null.
     """
 
@@ -39,6 +39,7 @@ class Family:
     needs: tuple[str, ...] = ()
 
 
+# {field of `DecoderConfig`: the entry of config.json that it is read from}
 READS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -51,9 +52,15 @@ READS = {
     "norm_epsilon": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }
-# What a missing entry means, in transformers 4 and 5. None: as many key heads as heads, and d_model / heads.
-DEFAULTS: Entries = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-DEFAULTS |= {"rope_theta": 10000.0}
+# What a missing entry means in transformers 4 and 5. None: as many key heads as heads, and d_model / heads.
+DEFAULTS: Entries = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 1e4,
+}
+# Entries with the only values that they may have; the first is what a missing entry means.
 FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -66,8 +73,8 @@ GELU = {"hidden_activation": ("gelu_pytorch_tanh",)}
 QWEN = {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 GEMMA = {"offset_norm": True, "post_norms": True, "scale_embedding": True, "activation": "gelu_tanh"}
 GEMMA_READS = {"score_width": "query_pre_attn_scalar", "logit_softcap": "final_logit_softcapping"}
-GEMMA_DEFAULTS = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True}
-GEMMA_DEFAULTS |= {"query_pre_attn_scalar": 256, "sliding_window": 4096}
+GEMMA_DEFAULTS = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096}
+GEMMA_DEFAULTS |= {"query_pre_attn_scalar": 256}
 GEMMA_NEEDS = ("query_pre_attn_scalar", "sliding_window")
 
 FAMILIES = {
@@ -118,12 +125,8 @@ FAMILIES = {
         "Gemma3ForCausalLM",
         switches=GEMMA | {"qk_norm": True},
         defaults=GEMMA_DEFAULTS
-        | {
-            "final_logit_softcapping": None,
-            "sliding_window_pattern": 6,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 1e4,
-        },
+        | {"final_logit_softcapping": None, "sliding_window_pattern": 6}
+        | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         reads=GEMMA_READS,
         fixed=GELU | {"attn_logit_softcapping": (None,)},  # transformers reads it and does not apply it
         is_local=lambda entries, layer: (layer + 1) % entries["sliding_window_pattern"] != 0,
@@ -132,18 +135,18 @@ FAMILIES = {
     ),
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
-ROPE_TYPES: dict[Any, tuple[str, ...]] = {  # what each needs, in the order of RopeScaling
+ROPE_TYPES: dict[str, tuple[str, ...]] = {  # what each needs, in the order of RopeScaling
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-MOST_LAYERS = 10_000  # where layers are looked at one by one
+MOST_LAYERS = 10_000  # of a config whose layers are looked at one by one
 
 
 def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     """The config of a Hugging Face folder; ValueError naming what the decoder cannot do. Example: see ``load_pretrained``."""
     path = plain_file(Path(folder), "config.json")
-    entries = read_json(path)
+    entries = read_json_object(path)
     try:
         return _decoder_config(entries)
     except (ValueError, TypeError, ArithmeticError) as error:
@@ -164,15 +167,19 @@ def config_entries(config: DecoderConfig) -> Entries:
     c, family = config, _family(config.family)
     entries: Entries = {"architectures": [family.architecture], "model_type": c.family, "torch_dtype": "float32"}
     entries |= {name: allowed[0] for name, allowed in (FIXED | family.fixed).items() if allowed[0] is not None}
-    # Unknown here, and not what transformers would assume: tokens of the family's first model.
+    # A decoder does not know its special tokens; without these entries transformers would assume its own defaults.
     entries |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     entries |= {theirs: getattr(c, ours) for ours, theirs in (READS | family.reads).items()}
+
+    # Rotations.
     entries |= {"rope_theta": c.rope_theta, "rope_scaling": None}
     if c.rope_scaling is not None:
         kind = "linear" if c.rope_scaling.length is None else "llama3"
         entries["rope_scaling"] = {"rope_type": kind} | dict(zip(ROPE_TYPES[kind], c.rope_scaling, strict=False))
     if c.local_rope_theta is not None:
         entries["rope_local_base_freq"] = c.local_rope_theta
+
+    # What differs between layers.
     if family.is_local is not None:
         entries["sliding_window"] = c.window
     if "use_sliding_window" in family.defaults:
@@ -181,11 +188,18 @@ def config_entries(config: DecoderConfig) -> Entries:
         entries["layer_types"] = [LAYER_TYPES[i in c.local_layers] for i in range(c.num_layers)]
     if "no_rope_layer_interval" in family.defaults:
         entries["no_rope_layers"] = [int(i not in c.unrotated_layers) for i in range(c.num_layers)]
-    again = replace(_decoder_config(entries), dtype=c.dtype, remat=c.remat)
-    lost = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(again, f.name)]
+
+    # A family may have no entry for a field of the config; then another config would be read back.
+    read_back = replace(_decoder_config(entries), dtype=c.dtype, remat=c.remat)
+    lost = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(read_back, f.name)]
     if lost:
         raise ValueError(f"a folder of family {c.family!r} cannot have {', '.join(lost)}")
     return entries
+
+
+def _require(fits: bool, name: str, value: Any, fault: str) -> None:
+    if not fits:
+        raise ValueError(f"{name}={reprlib.repr(value)} {fault}")
 
 
 def _family(name: Any) -> Family:
@@ -194,29 +208,35 @@ def _family(name: Any) -> Family:
     return FAMILIES[name]
 
 
-def _decoder_config(given: Entries) -> DecoderConfig:
+def _decoder_config(stated: Entries) -> DecoderConfig:
     """The decoder that config.json describes; ValueError for what is none, TypeError or ArithmeticError for nonsense."""
-    family = _family(given.get("model_type"))
+    family = _family(stated.get("model_type"))
+    # Refuse what the decoder does not do.
     for name, allowed in (FIXED | family.fixed).items():
-        if given.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name}={reprlib.repr(given[name])} is not supported; it must be {allowed[0]!r}")
-    if empty := [name for name in family.needs if given.get(name, 0) is None]:
-        raise ValueError(f"{empty[0]}=None is not supported")
-    entries = DEFAULTS | family.defaults | given
+        value = stated.get(name, allowed[0])
+        _require(value in allowed, name, value, f"is not supported; it must be {allowed[0]!r}")
+    for name in family.needs:
+        _require(stated.get(name, 0) is not None, name, None, "is not supported")
+
+    # Add the defaults.
+    entries = DEFAULTS | family.defaults | stated
     reads = READS | family.reads
     if missing := [theirs for theirs in reads.values() if theirs not in entries]:
         raise ValueError(f"{', '.join(missing)} missing")
     for name, least in (("max_window_layers", 0), ("sliding_window_pattern", 1), ("no_rope_layer_interval", 1)):
-        if name in family.defaults and (type(entries[name]) is not int or entries[name] < least):
-            raise ValueError(f"{name}={reprlib.repr(entries[name])} is not a whole number from {least}")
+        if name in family.defaults:
+            fits = type(entries[name]) is int and entries[name] >= least
+            _require(fits, name, entries[name], f"is not a whole number from {least}")
+
+    # The sizes first; what differs between layers needs them.
     values = {ours: entries[theirs] for ours, theirs in reads.items()}
     if values["num_kv_heads"] is None:
         values["num_kv_heads"] = values["num_heads"]
     if values["head_dim"] is None:
         values["head_dim"] = values["d_model"] // values["num_heads"]
-    config = DecoderConfig(**values, **family.switches, family=given["model_type"])
+    config = DecoderConfig(**values, **family.switches, family=stated["model_type"])
     config = replace(config, **_windows(entries, family, config), unrotated_layers=_unrotated(entries, family, config))
-    return replace(config, **_rope(given, entries, family, config))
+    return replace(config, **_rope(stated, entries, family, config))
 
 
 def _layers(config: DecoderConfig) -> range:
@@ -229,69 +249,63 @@ def _windows(entries: Entries, family: Family, config: DecoderConfig) -> Entries
     """The fields window and local_layers."""
     if family.is_local is None:
         return {}
-    used, window = entries.get("use_sliding_window", True), entries["sliding_window"]
-    if type(used) is not bool:
-        raise ValueError(f"use_sliding_window={reprlib.repr(used)} is not True or False")
-    window = window if used else None
+    used = entries.get("use_sliding_window", True)
+    _require(type(used) is bool, "use_sliding_window", used, "is not True or False")
+    window = entries["sliding_window"] if used else None
     local = tuple(i for i in _layers(config) if family.is_local(entries, i)) if window is not None else ()
-    listed = entries.get("layer_types")
-    if family.lists_layers and listed is not None:
-        if type(listed) is not list or len(listed) != config.num_layers or any(t not in LAYER_TYPES for t in listed):
-            raise ValueError(f"layer_types={reprlib.repr(listed)} is not {' or '.join(LAYER_TYPES)} for every layer")
-        local = tuple(i for i, kind in enumerate(listed) if kind == LAYER_TYPES[True])
+    kinds = entries.get("layer_types")
+    if family.lists_layers and kinds is not None:
+        fits = type(kinds) is list and len(kinds) == config.num_layers and all(kind in LAYER_TYPES for kind in kinds)
+        _require(fits, "layer_types", kinds, f"is not {' or '.join(LAYER_TYPES)} for every layer")
+        local = tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[True])
     return {"window": window if local else None, "local_layers": local}
 
 
 def _unrotated(entries: Entries, family: Family, config: DecoderConfig) -> tuple[int, ...]:
     if "no_rope_layer_interval" not in family.defaults:
         return ()
-    interval, listed = entries["no_rope_layer_interval"], entries.get("no_rope_layers")
-    if listed is None:
+    interval, rotates = entries["no_rope_layer_interval"], entries.get("no_rope_layers")  # 1: this layer does rotate
+    if rotates is None:
         return tuple(range(interval - 1, len(_layers(config)), interval))
-    if type(listed) is not list or len(listed) < config.num_layers or any(x not in (0, 1) for x in listed):
-        raise ValueError(f"no_rope_layers={reprlib.repr(listed)} is not 0 or 1 for every layer")
-    return tuple(i for i in range(config.num_layers) if not listed[i])
+    fits = type(rotates) is list and len(rotates) >= config.num_layers and all(x in (0, 1) for x in rotates)
+    _require(fits, "no_rope_layers", rotates, "is not 0 or 1 for every layer")
+    return tuple(i for i in range(config.num_layers) if not rotates[i])
 
 
-def _rope(given: Entries, entries: Entries, family: Family, config: DecoderConfig) -> Entries:
+def _rope(stated: Entries, entries: Entries, family: Family, config: DecoderConfig) -> Entries:
     """The fields rope_theta, rope_scaling and local_rope_theta, written as before or since transformers 5."""
     has_local = "rope_local_base_freq" in family.defaults
-    name = "rope_scaling" if given.get("rope_parameters") is None else "rope_parameters"
-    parameters = given.get(name) or {}
-    if name == "rope_parameters" and given.get("rope_scaling") is not None:
+    name = "rope_scaling" if stated.get("rope_parameters") is None else "rope_parameters"
+    parameters = stated.get(name) or {}
+    if name == "rope_parameters" and stated.get("rope_scaling") is not None:
         raise ValueError("rope_scaling and rope_parameters are both there")
-    if type(parameters) is not dict:
-        raise ValueError(f"{name}={reprlib.repr(parameters)} is not supported")
+    _require(type(parameters) is dict, name, parameters, "is not supported")
+
+    # Where local layers have rotations of their own, transformers 5 has a dict of parameters for each kind of layer.
     local: Any = {}
     if has_local and name == "rope_parameters":
-        if not set(parameters) <= set(LAYER_TYPES) or not all(type(x) is dict for x in parameters.values()):
-            raise ValueError(
-                f"{name}={reprlib.repr(parameters)} is not supported; it must be by {' and '.join(LAYER_TYPES)}"
-            )
+        fits = set(parameters) <= set(LAYER_TYPES) and all(type(x) is dict for x in parameters.values())
+        _require(fits, name, parameters, f"is not supported; it must be by {' and '.join(LAYER_TYPES)}")
         parameters, local = (parameters.get(kind, {}) for kind in LAYER_TYPES)
     theta, scaling = _rotation(name, parameters, entries["rope_theta"])
-    stated = given.get("rope_theta", theta)
-    if stated != theta:
-        raise ValueError(f"rope_theta={reprlib.repr(stated)} is not that of {name}={reprlib.repr(parameters)}")
+    stated_theta = stated.get("rope_theta", theta)
+    _require(stated_theta == theta, "rope_theta", stated_theta, f"is not that of {name}={reprlib.repr(parameters)}")
     values: Entries = {"rope_theta": theta, "rope_scaling": scaling}
     if has_local and config.local_layers:
         values["local_rope_theta"], local_scaling = _rotation(name, local, entries["rope_local_base_freq"])
-        if local_scaling is not None:
-            raise ValueError(f"{name}={reprlib.repr(local)} of sliding_attention is not supported; only 'default' is")
+        _require(local_scaling is None, name, local, "of sliding_attention is not supported; only 'default' is")
     return values
 
 
 def _rotation(name: str, parameters: Entries, theta: Any) -> tuple[Any, RopeScaling | None]:
     """theta and scaling of one dict of rope parameters."""
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    needed = ROPE_TYPES.get(kind) if type(kind) is str else None
-    if needed is None:
-        fault = f"rope_type must be one of {', '.join(ROPE_TYPES)}"
-    elif missing := [key for key in needed if key not in parameters]:
-        fault = f"{', '.join(missing)} missing"
-    elif more := [key for key in parameters if key not in ("rope_type", "type", "rope_theta", *needed)]:
-        fault = f"{reprlib.repr(more)} has no meaning here"
-    else:
-        scaling = RopeScaling(*(parameters[key] for key in needed)) if needed else None
-        return parameters.get("rope_theta", theta), scaling
-    raise ValueError(f"{name}={reprlib.repr(parameters)} is not supported: {fault}")
+    kind: Any = parameters.get("rope_type", parameters.get("type", "default"))
+    known = type(kind) is str and kind in ROPE_TYPES
+    _require(known, name, parameters, f"is not supported: rope_type must be one of {', '.join(ROPE_TYPES)}")
+    needed = ROPE_TYPES[kind]
+    missing = [key for key in needed if key not in parameters]
+    _require(not missing, name, parameters, f"is not supported: {', '.join(missing)} missing")
+    more = [key for key in parameters if key not in ("rope_type", "type", "rope_theta", *needed)]
+    _require(not more, name, parameters, f"is not supported: {reprlib.repr(more)} has no meaning here")
+    scaling = RopeScaling(*(parameters[key] for key in needed)) if needed else None
+    return parameters.get("rope_theta", theta), scaling

@@ -1,110 +1,120 @@
 """One layer of the decoder: attention and a gated feed-forward block, each added to the residual.
 
-Dimension key: B rows, L tokens of this call, S cache slots, N query heads, K key/value heads, H head dim.
+Dimension key: see grpo_jax. Here S are the slots of keys that the tokens may see, and P the rows of a shared prefix.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.models.attention import Block, attend, rotate, within
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.attention import KeyValues, attend, rotate, within_window
+from grpo_jax.models.config import ACTIVATIONS, PROJECTED, DecoderConfig
 from grpo_jax.products import matmul
 
 # {"k" and "v": of each layer [B, K, H, S], "mask": [B, S] bool}, with windows "positions": [B, S].
-# A buffer for each layer, and slots last: a step reads the first of them where they are, whole vectors at once.
+# Each layer has its own buffer, with the slots last: decoding reads the first slots where they lie, whole vectors at once.
 Cache = dict[str, Any]
-PROJECTED = "projected"  # what products with weights make, by name for `jax.checkpoint`
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
+
+
+class Shared(NamedTuple):
+    """What is the same for all layers of a call.
+
+    Attributes:
+      cos_sin: [B, L, 1, H / 2] each; or several kinds of them, [kinds, B, L, 1, H / 2], of which a layer has one.
+      visible: [B, L, S] bool, which slots a token may see.
+      prefix_visible: [P, S'] bool, which slots of a prefix all tokens may see.
+      positions: [B, L] of the tokens; None where no layer has a window.
+      key_positions: those of the keys [B, S], and of those of a prefix [P, S'].
+      start: the slot of the cache where the tokens begin.
+    """
+
+    cos_sin: tuple[Array, ...]
+    visible: Array
+    prefix_visible: Array | None
+    positions: Array | None
+    key_positions: tuple[Array, ...]
+    start: int | Array
 
 
 class Layer(nn.Module):
     """One layer, and the body of the scan over layers.
 
-    Arguments of a call: the hidden states [B, L, D]; what is this layer's own, scalars named as in ``decoder._by_layer``, and,
-    where there are, ``cache`` and ``prefix``, keys and values [rows, K, H, slots]; cos and sin
-    [B, L, 1, H / 2], or several of them to choose from; visible [B, L, slots], and what is visible of the prefix [P, slots];
-    where layers have windows, the positions of the queries [B, L], of the keys in the slots [B, slots] and of those of the
-    prefix [P, slots]; and the slot where the tokens begin. Returns the hidden states, and with them the cache with the tokens
-    written to it; or, without a cache, the keys and values of the tokens where it ``keeps`` them.
+    A call takes the hidden states [B, L, D]; what belongs to this layer alone, the scalars of ``decoder._layer_data`` and, where
+    there are, keys and values [rows, K, H, slots] as ``cache`` and ``prefix``; and what all layers share. It returns the hidden
+    states and, with a cache, its keys and values with those of the tokens written to them; without one, the keys and values of
+    the tokens if ``returns_keys``, else None.
     """
 
     config: DecoderConfig
-    keeps: bool = False
+    returns_keys: bool = False
 
     @nn.compact
-    def __call__(
-        self,
-        hidden: Array,
-        layer: dict[str, Any],
-        cos_sin: tuple[Array, Array],
-        visible: Array,
-        prefix_visible: Array | None,
-        positions: tuple[Array, ...] | None,
-        start: int | Array,
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    def __call__(self, hidden: Array, own: dict[str, Any], shared: Shared) -> tuple[Array, tuple[Array, Array] | None]:
         c = self.config
-        if "rotation" in layer:
-            cos_sin = cos_sin[0][layer["rotation"]], cos_sin[1][layer["rotation"]]
+        cos, sin = shared.cos_sin
+        if "rotation" in own:
+            cos, sin = cos[own["rotation"]], sin[own["rotation"]]  # [B, L, 1, H / 2]
 
         def weight(name: str, *shape: int) -> Array:
             return self.param(name, nn.initializers.zeros, shape, jnp.float32)
 
         def project(name: str, x: Array, width: int) -> Array:
-            return checkpoint_name(matmul(x, weight(name, x.shape[-1], width), hidden.dtype), PROJECTED)
+            x = matmul(x, weight(name, x.shape[-1], width), hidden.dtype)  # [B, L, width]
+            return checkpoint_name(x, PROJECTED)
 
         def norm(name: str, x: Array) -> Array:
             return rms_norm(x, weight(name, x.shape[-1]), c)
 
         def heads(name: str, x: Array, count: int) -> Array:
-            x = project(name, x, count * c.head_dim)
+            x = project(name, x, count * c.head_dim)  # [B, L, count·H]
             if c.attention_bias:
                 x = x + weight(f"{name}_bias", x.shape[-1]).astype(x.dtype)[None, None, :]
-            return x.reshape(*x.shape[:2], count, c.head_dim)
+            return x.reshape(*x.shape[:2], count, c.head_dim)  # [B, L, count, H]
 
-        def rotated(name: str, x: Array, count: int) -> Array:
-            x = heads(name, x, count)
-            return rotate(norm(f"{name}_norm", x) if c.qk_norm else x, cos_sin).astype(hidden.dtype)
+        def rotated_heads(name: str, x: Array, count: int) -> Array:
+            x = heads(name, x, count)  # [B, L, count, H]
+            return rotate(norm(f"{name}_norm", x) if c.qk_norm else x, (cos, sin)).astype(hidden.dtype)
 
-        def add(name: str, x: Array) -> Array:
+        def add_to_residual(name: str, x: Array) -> Array:
             return hidden + (norm(name, x) if c.post_norms else x).astype(hidden.dtype)
 
-        x = norm("attention_norm", hidden)
-        query = rotated("query", x, c.num_heads)
-        key = rotated("key", x, c.num_kv_heads).transpose(0, 2, 3, 1)
-        value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).transpose(0, 2, 3, 1)
-        kept = (key, value) if self.keeps else None
-        if "cache" in layer:
-            keys, values = layer["cache"]
-            keys, values = (lax.dynamic_update_slice(x, y, (0, 0, 0, start)) for x, y in ((keys, key), (values, value)))
-            kept, (rows, _, slots) = (keys, values), visible.shape
-            key, value = keys[:rows, :, :, :slots], values[:rows, :, :, :slots]
-        blocks: list[Block] = [(key, value, visible[:, None])]
-        if prefix_visible is not None:
-            blocks.append((*layer["prefix"], prefix_visible[:, None, None, :]))
-        if positions is not None:
-            near = [within(positions[0], key_positions, layer["window"]) for key_positions in positions[1:]]
-            blocks = [(k, v, seen & close) for (k, v, seen), close in zip(blocks, near, strict=True)]
-        attended = attend(query, blocks, width=c.score_width, softcap=c.attention_softcap)
-        hidden = add("attention_post_norm", project("output", attended, c.d_model))
+        # Queries, keys and values of the tokens.
+        x = norm("attention_norm", hidden)  # [B, L, D]
+        query = rotated_heads("query", x, c.num_heads)  # [B, L, N, H]
+        key = rotated_heads("key", x, c.num_kv_heads).transpose(0, 2, 3, 1)  # [B, K, H, L]
+        value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).transpose(0, 2, 3, 1)  # [B, K, H, L]
 
-        x = norm("mlp_norm", hidden)
-        gated = ACTIVATIONS[c.activation](project("gate", x, c.d_ff)) * project("up", x, c.d_ff)
-        return add("mlp_post_norm", project("down", gated, c.d_model)), kept
+        # With a cache, write them to it, and see the keys and values in its first slots instead.
+        new_keys = (key, value) if self.returns_keys else None
+        if "cache" in own:
+            at, (B, _, S) = (0, 0, 0, shared.start), shared.visible.shape
+            keys, values = (lax.dynamic_update_slice(x, y, at) for x, y in zip(own["cache"], (key, value), strict=True))
+            new_keys = keys, values  # of all rows and slots of the cache
+            key, value = keys[:B, :, :, :S], values[:B, :, :, :S]  # [B, K, H, S]
+
+        # Attention to these keys and those of the prefix; in a layer with a window, only to the near ones.
+        blocks = [KeyValues(key, value, shared.visible[:, None])]
+        if shared.prefix_visible is not None:
+            prefix_keys, prefix_values = own["prefix"]
+            blocks.append(KeyValues(prefix_keys, prefix_values, shared.prefix_visible[:, None, None, :]))
+        if shared.positions is not None:
+            near = [within_window(shared.positions, x, own["window"]) for x in shared.key_positions]  # [P, G, L, S]
+            blocks = [x._replace(visible=x.visible & is_near) for x, is_near in zip(blocks, near, strict=True)]
+        attended = attend(query, blocks, width=c.score_width, softcap=c.attention_softcap)  # [B, L, N·H]
+        hidden = add_to_residual("attention_post_norm", project("output", attended, c.d_model))  # [B, L, D]
+
+        # The gated feed-forward block.
+        x = norm("mlp_norm", hidden)  # [B, L, D]
+        gated = ACTIVATIONS[c.activation](project("gate", x, c.d_ff)) * project("up", x, c.d_ff)  # [B, L, F]
+        return add_to_residual("mlp_post_norm", project("down", gated, c.d_model)), new_keys  # [B, L, D]
 
 
 def rms_norm(x: Array, scale: Array, config: DecoderConfig) -> Array:
     """x / √(mean x² + ε) · scale over the last axis, or · (1 + scale), in float32; arXiv 1910.07467 eq. 4."""
-    wide, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_epsilon)
+    normed, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    normed = normed * lax.rsqrt(jnp.mean(jnp.square(normed), axis=-1, keepdims=True) + config.norm_epsilon)
     scale = 1 + scale if config.offset_norm else scale
-    return (wide * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)
+    return (normed * jnp.expand_dims(scale, tuple(range(x.ndim - 1)))).astype(x.dtype)

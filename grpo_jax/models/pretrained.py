@@ -4,14 +4,15 @@ A folder is untrusted: nothing in it is executed, every name, shape and type is 
 memory is allocated, and a setting that the decoder does not have is refused rather than ignored.
 """
 
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from grpo_jax.files import write_text
 from grpo_jax.models.decoder import DecoderConfig, Params, make_policy, param_shapes
 from grpo_jax.models.families import config_entries, read_config
-from grpo_jax.models.safetensors import CHUNK, INDEX, SINGLE, Stored, listed, stored_tensors
-from grpo_jax.models.weight_names import Target, tensor_targets
+from grpo_jax.models.safetensors import CHUNK, INDEX, SINGLE, StoredTensor, open_tensors, printable
+from grpo_jax.models.weight_names import ExpectedTensor, expected_tensors
 from grpo_jax.rollout.policy import Policy
 
-COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # by older transformers; never read
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # saved by older transformers; never read
 SHARD = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
-STAGING = ".saving-"  # names of the folders in which a save prepares its files begin so
+Tensors = list[tuple[ExpectedTensor, StoredTensor]]  # of one parameter
+STAGING = ".saving-"  # how the name of a folder begins in which a save prepares its files
 
 
 def load_pretrained(
@@ -65,21 +68,23 @@ def load_pretrained(
     stated = read_config(folder)
     config = replace(stated, dtype=dtype, remat=remat)
     with ExitStack() as files:
-        stored = stored_tensors(folder, files)
+        # Check everything that is known before a weight is read.
+        stored = open_tensors(folder, files)
         if read_config(folder) != stated:
             raise ValueError(f"{folder}: another model was saved here just now; load it again")
         _check_tensors(folder, config, stored)
         shapes = param_shapes(config)
         default = jnp.zeros(()).sharding
         placed = jax.tree.map(lambda _: default, shapes) if shardings is None else shardings(shapes)
-        _check_room(folder, shapes, placed)
-        targets: dict[tuple[str, ...], list[Target]] = {}
-        for target in tensor_targets(config):
-            targets.setdefault(target.path, []).append(target)
+        _check_memory(folder, shapes, placed)
+
+        # Read each parameter from its tensors: one, or one of each layer.
+        tensors_of: dict[str, Tensors] = defaultdict(list)
+        for tensor in expected_tensors(config):
+            tensors_of[tensor.parameter].append((tensor, stored[tensor.name]))
 
         def read(path: Any, leaf: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
-            parts = [(target, stored[target.name]) for target in targets[tuple(step.key for step in path)]]
-            return _read_leaf(leaf.shape, sharding, parts, committed=shardings is not None)
+            return _read_parameter(leaf.shape, sharding, tensors_of[path[-1].key], committed=shardings is not None)
 
         params = jax.tree_util.tree_map_with_path(read, shapes, placed)
     return make_policy(config), params
@@ -89,7 +94,7 @@ def check_pretrained(folder: str | os.PathLike[str]) -> None:
     """Raises what `load_pretrained` would, as far as config.json and the headers of the weights tell: in milliseconds."""
     folder = Path(folder)
     with ExitStack() as files:
-        _check_tensors(folder, read_config(folder), stored_tensors(folder, files))
+        _check_tensors(folder, read_config(folder), open_tensors(folder, files))
 
 
 def save_pretrained(
@@ -104,78 +109,77 @@ def save_pretrained(
     Raises ValueError where the parameters do not fit the config or are not finite: the folder is then as it was. Tokenizer
     files are the caller's to copy. Example: see ``load_pretrained``.
     """
-    expected = jax.tree.map(lambda leaf: leaf.shape, param_shapes(config))
-    given = jax.tree.map(lambda leaf: leaf.shape, params)
-    if given != expected:
-        raise ValueError(f"parameters of shapes {given} do not fit the config, which implies {expected}")
+    wanted, shapes = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (param_shapes(config), params))
+    if shapes != wanted:
+        raise ValueError(f"parameters of shapes {shapes} do not fit the config, which implies {wanted}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
     entries = config_entries(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = _divide(list(tensor_targets(config)), max_shard_bytes)
+    parts = _divide(expected_tensors(config), max_shard_bytes)
     names = _unused_names(folder, len(parts)) if len(parts) > 1 else [SINGLE]
-    with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staged:
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
+        # Prepare all files beside the model that is there.
+        staged = Path(staging)
         for name, part in zip(names, parts, strict=True):
-            _write_tensors(Path(staged, name), folder, part, params)
-        _write_json(Path(staged, "config.json"), entries)
-        where = {target.name: name for name, part in zip(names, parts, strict=True) for target in part}
-        total = sum(map(_size, tensor_targets(config)))
-        _write_json(Path(staged, INDEX), {"metadata": {"total_size": total}, "weight_map": where})
+            _write_tensors(staged / name, folder, part, params)
+        weight_map = {tensor.name: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        total = sum(tensor.nbytes for part in parts for tensor in part)
+        _write_json(staged / "config.json", entries)
+        _write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
+        # Put them in its place, so that whatever is read at any moment belongs together.
         if not _holds(folder, config):  # a config must never stand beside the other's weights
             (folder / "config.json").unlink(missing_ok=True)
         for name in names:  # shards under names that no index mentions; or the one file, which is then what is read
-            os.replace(Path(staged, name), folder / name)
+            os.replace(staged / name, folder / name)
         if len(parts) > 1:
             _sync(folder)
-            os.replace(Path(staged, INDEX), folder / INDEX)
+            os.replace(staged / INDEX, folder / INDEX)
             (folder / SINGLE).unlink(missing_ok=True)  # which was read instead of the index
-        os.replace(Path(staged, "config.json"), folder / "config.json")
+        os.replace(staged / "config.json", folder / "config.json")
         _sync(folder)
+
+        # Remove what belongs to the old model, or to a save that was killed.
         if len(parts) == 1:
             (folder / INDEX).unlink(missing_ok=True)
         for path in list(folder.iterdir()):
             if SHARD.fullmatch(path.name) and path.name not in names:
                 path.unlink()
-            elif path.name.startswith(STAGING) and path != Path(staged):  # of a save that was killed
+            elif path.name.startswith(STAGING) and path != staged:
                 shutil.rmtree(path)
 
 
-def _read_leaf(
-    shape: tuple[int, ...], sharding: Sharding, parts: list[tuple[Target, Stored]], *, committed: bool
-) -> jax.Array:
-    """One array from its tensors, share by share; a share that several devices hold is read once."""
-    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+def _read_parameter(shape: tuple[int, ...], sharding: Sharding, tensors: Tensors, *, committed: bool) -> jax.Array:
+    """One parameter from its tensors, share by share; a share that several devices hold is read once."""
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        holders.setdefault(bounds, []).append(device if committed else None)
+        holders[bounds].append(device if committed else None)
     shares: list[jax.Array] = []
     for bounds, devices in holders.items():
-        values = _read_share(bounds, parts)
+        values = _read_share(bounds, tensors)
         shares += jax.block_until_ready([jax.device_put(values, device) for device in devices])
         del values  # before the next is allocated
     return jax.make_array_from_single_device_arrays(shape, sharding, shares) if committed else shares[0]
 
 
-def _read_share(bounds: tuple[tuple[int, int], ...], parts: list[tuple[Target, Stored]]) -> np.ndarray:
+def _read_share(bounds: tuple[tuple[int, int], ...], tensors: Tensors) -> np.ndarray:
+    """The part of a parameter between (start, stop) of each axis."""
     share = _empty(tuple(stop - start for start, stop in bounds))
     starts = tuple(start for start, _ in bounds)
-    for target, stored in parts:
+    for tensor, stored in tensors:
         block, start = share, starts
-        if target.layer is not None:
-            if not bounds[0][0] <= target.layer < bounds[0][1]:
+        if tensor.layer is not None:
+            if not bounds[0][0] <= tensor.layer < bounds[0][1]:
                 continue
-            block, start = share[target.layer - bounds[0][0]], starts[1:]
-        turned = _is_turned(target)
-        stored.read(block.T if turned else block, start[::-1] if turned else start)
+            block, start = share[tensor.layer - bounds[0][0]], starts[1:]
+        if tensor.is_transposed:
+            block, start = block.T, start[::-1]
+        stored.read(block, start)
     return share
-
-
-def _is_turned(target: Target) -> bool:
-    """Our matrices are [in, out], the file's [out, in]; the embedding is [V, D] in both."""
-    return target.path != ("embedding",)
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:
@@ -186,41 +190,40 @@ def _empty(shape: tuple[int, ...]) -> np.ndarray:
     return memory[skip : skip + size].reshape(shape)
 
 
-def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, Stored]) -> None:
+def _check_tensors(folder: Path, config: DecoderConfig, stored: dict[str, StoredTensor]) -> None:
     if config.num_layers > len(stored):  # before a loop over layers whose number nobody has checked
         raise ValueError(f"{folder}: config.json has {config.num_layers} layers; the weights are {len(stored)} tensors")
-    expected = {target.name: target.shape for target in tensor_targets(config)}
-    faults = []
-    if missing := [name for name in expected if name not in stored]:
-        faults.append(f"missing {listed(missing)}")
+    expected = {tensor.name: tensor.shape for tensor in expected_tensors(config)}
+    missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected and not COMPUTED.fullmatch(name)]
-    if config.tied and "lm_head.weight" in unexpected and not missing:  # a copy of the embedding says nothing new
-        if not stored["lm_head.weight"].equals(stored["model.embed_tokens.weight"]):
-            faults.append("lm_head.weight is not the embedding, though tie_word_embeddings says so")
-        unexpected.remove("lm_head.weight")
-    if unexpected:
-        faults.append(f"unexpected {listed(unexpected)}")
     misshapen = [
         f"{name} of shape {list(stored[name].shape)} where config.json implies {list(shape)}"
         for name, shape in expected.items()
         if name in stored and stored[name].shape != shape
     ]
-    if misshapen:
-        faults.append(listed(misshapen))
+    faults = [f"missing {printable(missing)}"] if missing else []
+    if config.tied and "lm_head.weight" in unexpected and not missing:  # a copy of the embedding says nothing new
+        if not stored["lm_head.weight"].equals(stored["model.embed_tokens.weight"]):
+            faults.append("lm_head.weight is not the embedding, though tie_word_embeddings says so")
+        unexpected.remove("lm_head.weight")
+    faults += [f"unexpected {printable(unexpected)}"] if unexpected else []
+    faults += [printable(misshapen)] if misshapen else []
     if faults:
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(faults)}")
 
 
-def _check_room(folder: Path, shapes: Any, shardings: Any) -> None:
+def _check_memory(folder: Path, shapes: Any, shardings: Any) -> None:
     """Refuses what cannot fit before any of it is allocated: config.json and a file of zeros may agree on any size."""
-    needed: Counter[Any] = Counter()
+    needed: Counter[Any] = Counter()  # bytes by device; all CPU devices share the memory of the host
     for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
         for device in sharding.addressable_devices:
-            needed[device] += math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    host = sum(size for device, size in needed.items() if device.platform == "cpu")
-    limits = [(host, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    limits += [(size, (device.memory_stats() or {}).get("bytes_limit", math.inf)) for device, size in needed.items()]
-    for size, limit in limits:
+            size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            needed["host" if device.platform == "cpu" else device] += size
+    for device, size in needed.items():
+        if device == "host":
+            limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        else:
+            limit = (device.memory_stats() or {}).get("bytes_limit", math.inf)
         if size > limit:
             raise ValueError(
                 f"{folder}: its weights need {size / 1e9:.1f} GB as float32 where there are {limit / 1e9:.1f} GB: "
@@ -228,73 +231,64 @@ def _check_room(folder: Path, shapes: Any, shardings: Any) -> None:
             )
 
 
-def _size(target: Target) -> int:
-    return 4 * math.prod(target.shape)
-
-
-def _divide(targets: list[Target], most: int) -> list[list[Target]]:
+def _divide(tensors: Iterable[ExpectedTensor], most: int) -> list[list[ExpectedTensor]]:
     """Tensors in files of at most ``most`` bytes; one that is larger has a file of its own."""
-    parts: list[list[Target]] = []
+    parts: list[list[ExpectedTensor]] = []
     room = 0
-    for target in targets:
-        if not parts or _size(target) > room:
+    for tensor in tensors:
+        if not parts or tensor.nbytes > room:
             parts.append([])
             room = most
-        parts[-1].append(target)
-        room -= _size(target)
+        parts[-1].append(tensor)
+        room -= tensor.nbytes
     return parts
 
 
 def _unused_names(folder: Path, count: int) -> list[str]:
     """Names of shards; other ones where the folder has files of these, which may be the model that is still read."""
-    attempt = 1
-    while True:
+    for attempt in itertools.count(1):
         stem = "model" if attempt == 1 else f"model-{attempt}"
         names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         if not any(os.path.lexists(folder / name) for name in names):
-            return names
-        attempt += 1
+            break
+    return names
 
 
 def _holds(folder: Path, config: DecoderConfig) -> bool:
+    """Whether the folder has a model of this config."""
     try:
         return replace(read_config(folder), dtype=config.dtype, remat=config.remat) == config
     except ValueError:
         return False
 
 
-def _write_tensors(path: Path, folder: Path, targets: list[Target], params: Params) -> None:
-    """A safetensors file, a tensor at a time."""
+def _write_tensors(path: Path, folder: Path, tensors: list[ExpectedTensor], params: Params) -> None:
+    """A safetensors file, a tensor at a time; ``folder`` is for messages."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for target in targets:
-        header[target.name] = {"dtype": "F32", "shape": target.shape, "data_offsets": [end, end + _size(target)]}
-        end += _size(target)
+    for tensor in tensors:
+        header[tensor.name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for target in targets:
-            leaf: Any = params
-            for step in target.path:
-                leaf = leaf[step]
-            values = np.asarray(leaf if target.layer is None else leaf[target.layer])
-            values = values.T if _is_turned(target) else values
-            rows = max(1, CHUNK // (_size(target) // len(values)))
+        for tensor in tensors:
+            name, layer = tensor.parameter, tensor.layer
+            values = np.asarray(params[name] if layer is None else params["layers"][name][layer])
+            values = values.T if tensor.is_transposed else values
+            rows = max(1, CHUNK // (tensor.nbytes // len(values)))  # written at a time
             for first in range(0, len(values), rows):
                 block = np.ascontiguousarray(values[first : first + rows], "<f4")
                 if not np.isfinite(block).all():
-                    raise ValueError(f"not saved to {folder}: values that are not finite in {target.name}")
+                    raise ValueError(f"not saved to {folder}: values that are not finite in {tensor.name}")
                 file.write(block.data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _write_json(path: Path, entries: dict[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(entries, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(path, json.dumps(entries, indent=2) + "\n")
 
 
 def _sync(folder: Path) -> None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
+TENSOR_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
 JSON_LIMIT = 2 << 20  # bytes of one JSON text; the header of a 400-billion-parameter Llama has 0.2 MB
 FILES_LIMIT = 500  # files of weights, all open at once; a 400-billion-parameter Llama has 191
 CHUNK = 1 << 20  # bytes read at a time
@@ -28,7 +28,7 @@ CONVERT = (
 )
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor of a safetensors file, unread.
 
     Attributes:
@@ -55,19 +55,18 @@ class Stored(NamedTuple):
             into, start = into[None], (0, *start)
         count, width, stride = *into.shape, self.shape[-1]
         step = max(1, CHUNK // (width * self.dtype.itemsize))
-        for row in range(0, count, step):
-            rows = range(row, min(row + step, count))
+        for first in range(0, count, step):
+            rows = range(first, min(first + step, count))
             begins = [(start[0] + i) * stride + start[1] for i in rows]
-            if width == stride:
-                data = self._pread(begins[0], len(rows) * width)
-            else:
-                data = b"".join([self._pread(begin, width) for begin in begins])
+            # Whole rows lie one after the other, and are one read; parts of rows are a read each.
+            spans = [(begins[0], len(rows) * width)] if width == stride else [(begin, width) for begin in begins]
+            data = b"".join([self._pread(*span) for span in spans])
             values = np.frombuffer(data, self.dtype).astype(np.float32).reshape(len(rows), width)
             if not np.isfinite(values).all():
-                raise ValueError(f"{self.file.name}: {listed([self.name])} holds values that are not finite")
+                raise ValueError(f"{self.file.name}: {printable([self.name])} holds values that are not finite")
             into[rows.start : rows.stop] = values
 
-    def equals(self, other: "Stored") -> bool:
+    def equals(self, other: "StoredTensor") -> bool:
         """Whether the other tensor has the same type, shape and bytes."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
@@ -79,17 +78,17 @@ class Stored(NamedTuple):
         size = count * self.dtype.itemsize
         data = os.pread(self.file.fileno(), size, self.offset + begin * self.dtype.itemsize)
         if len(data) != size:
-            raise ValueError(f"{self.file.name}: cut short while {listed([self.name])} was read")
+            raise ValueError(f"{self.file.name}: cut short while {printable([self.name])} was read")
         return data
 
 
-def stored_tensors(folder: Path, files: ExitStack) -> dict[str, Stored]:
+def open_tensors(folder: Path, files: ExitStack) -> dict[str, StoredTensor]:
     """The tensors of model.safetensors, or of the shards that model.safetensors.index.json lists, by name.
 
     Their files are open until ``files`` is closed. Raises ValueError naming the file that is missing, damaged, outside the
     folder, or not what the index says.
 
-    >>> stored_tensors(Path("nowhere"), ExitStack())
+    >>> open_tensors(Path("nowhere"), ExitStack())
     Traceback (most recent call last):
     ...
     ValueError: nowhere: neither model.safetensors nor model.safetensors.index.json is there
@@ -98,20 +97,20 @@ def stored_tensors(folder: Path, files: ExitStack) -> dict[str, Stored]:
         return _read_header(plain_file(folder, SINGLE), files)
     if not (folder / INDEX).exists():
         foreign = [p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-        hint = f"; {listed(sorted(foreign))} can run code when opened. {CONVERT}" if foreign else ""
+        hint = f"; {printable(sorted(foreign))} can run code when opened. {CONVERT}" if foreign else ""
         raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
     index = plain_file(folder, INDEX)
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: weight_map is not a map of tensor names to file names")
-    shards = sorted(set(where.values()))
+    shards = sorted(set(weight_map.values()))
     if len(shards) > FILES_LIMIT:
         raise ValueError(f"{index}: {len(shards)} files of weights are more than {FILES_LIMIT}")
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     for path in [plain_file(folder, shard) for shard in shards]:
         tensors = _read_header(path, files)
-        if strangers := [name for name in tensors if where.get(name) != path.name]:
-            raise ValueError(f"{path}: {listed(strangers)} not listed for this file in {index.name}")
+        if strangers := [name for name in tensors if weight_map.get(name) != path.name]:
+            raise ValueError(f"{path}: {printable(strangers)} not listed for this file in {index.name}")
         stored |= tensors
     return stored
 
@@ -144,7 +143,7 @@ def plain_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError naming the file that is too large, not JSON, or repeats a name.
 
     Example: see ``grpo_jax.models.load_pretrained``.
@@ -156,10 +155,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return _parse_json(path, text)
 
 
-def listed(names: list[str], shown: int = 5) -> str:
+def printable(names: list[str], shown: int = 5) -> str:
     """The first names, safe to print, and how many more there are.
 
-    >>> listed(["a", "b", "c"], shown=2)
+    >>> printable(["a", "b", "c"], shown=2)
     'a, b and 1 more'
     """
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -169,11 +168,13 @@ def listed(names: list[str], shown: int = 5) -> str:
 def _is_blob(snapshot: Path, target: Path) -> bool:
     """Both are resolved, so that neither a link called blobs nor one on the way there leads elsewhere."""
     model = snapshot.parent.parent
-    named = model.name.startswith("models--") and snapshot.parent.name == "snapshots"
-    return named and target.parent == model / "blobs" and bool(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name))
+    in_cache = model.name.startswith("models--") and snapshot.parent.name == "snapshots"
+    return (
+        in_cache and target.parent == model / "blobs" and bool(re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", target.name))
+    )
 
 
-def _read_header(path: Path, files: ExitStack) -> dict[str, Stored]:
+def _read_header(path: Path, files: ExitStack) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file: 8 bytes of length, a JSON header of that length, then the data without gaps."""
     file = files.enter_context(path.open("rb", buffering=0))
     size = os.fstat(file.fileno()).st_size
@@ -181,23 +182,28 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, Stored]:
     if size < 8 or length > size - 8:
         raise ValueError(f"{path}: not a safetensors file, or cut short (a renamed pickle? {CONVERT})")
     if length > JSON_LIMIT:
-        raise ValueError(
-            f"{path}: a header of {length} bytes is more than {JSON_LIMIT}; not a model's safetensors file"
-        )
+        fault = f"a header of {length} bytes is more than {JSON_LIMIT}"
+        raise ValueError(f"{path}: {fault}; not a model's safetensors file")
     header = _parse_json(path, os.pread(file.fileno(), length, 8))
     header.pop("__metadata__", None)
+
+    # In the order of the data, each tensor must begin where the one before it ends, and the last end where the file does.
     start = end = 8 + length
     stored = {}
     try:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-            dtype, shape, offsets = DTYPES.get(entry["dtype"]), tuple(entry["shape"]), tuple(entry["data_offsets"])
+            dtype, shape, offsets = (
+                TENSOR_DTYPES.get(entry["dtype"]),
+                tuple(entry["shape"]),
+                tuple(entry["data_offsets"]),
+            )
             if dtype is None:
                 kind = reprlib.repr(entry["dtype"])
-                raise ValueError(f"{path}: {listed([name])} has type {kind}; supported: {', '.join(DTYPES)}")
+                raise ValueError(f"{path}: {printable([name])} has type {kind}; supported: {', '.join(TENSOR_DTYPES)}")
             whole = len(shape) <= 2 and all(type(n) is int and n >= 0 for n in (*shape, *offsets))
             if not whole or offsets != (end - start, end - start + math.prod(shape) * dtype.itemsize):
-                raise ValueError(f"{path}: the place of {listed([name])} does not fit its shape or its neighbours")
-            stored[name] = Stored(name, file, dtype, shape, end)
+                raise ValueError(f"{path}: the place of {printable([name])} does not fit its shape or its neighbours")
+            stored[name] = StoredTensor(name, file, dtype, shape, end)
             end = start + offsets[1]
     except (TypeError, KeyError, IndexError, AttributeError):
         raise ValueError(f"{path}: the header has an entry without dtype, shape and data_offsets") from None
@@ -211,7 +217,7 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             counts = Counter(name for name, _ in pairs)
-            raise ValueError(f"duplicate {listed([name for name, count in counts.items() if count > 1])}")
+            raise ValueError(f"duplicate {printable([name for name, count in counts.items() if count > 1])}")
         return entries
 
     try:

@@ -1,11 +1,12 @@
 """What the tensors of a Hugging Face folder are called, and where they belong in the parameters."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from grpo_jax.models.config import DecoderConfig
 
-# Parameter of a layer: name in the file; with what some families add or call otherwise.
+# {parameter of a layer: name in the file}; below, what some families add or call otherwise.
 LAYER_NAMES = {
     "attention_norm": "input_layernorm.weight",
     "query": "self_attn.q_proj.weight",
@@ -26,16 +27,33 @@ POST_NORM_NAMES = {
 }
 
 
-class Target(NamedTuple):
-    """Where a tensor of the file belongs in the parameters; its shape is the file's, [out, in]."""
+class ExpectedTensor(NamedTuple):
+    """A tensor that a folder must hold, and where it belongs in the parameters.
+
+    Attributes:
+      name: in the file.
+      shape: in the file, [out, in] for a matrix.
+      parameter: its key in the parameters, or in those of the layers.
+      layer: which layer of a parameter that is stacked over layers; None for the others.
+    """
 
     name: str
     shape: tuple[int, ...]
-    path: tuple[str, ...]
+    parameter: str
     layer: int | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Its size as float32."""
+        return 4 * math.prod(self.shape)
 
-def tensor_targets(config: DecoderConfig) -> Iterator[Target]:
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the parameter has the axes in reverse: our matrices are [in, out], but the embedding is [V, D] in both."""
+        return self.parameter != "embedding"
+
+
+def expected_tensors(config: DecoderConfig) -> Iterator[ExpectedTensor]:
     """Every tensor of a folder."""
     c = config
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -44,12 +62,13 @@ def tensor_targets(config: DecoderConfig) -> Iterator[Target]:
     shapes |= dict.fromkeys(("gate", "up"), (c.d_ff, c.d_model)) | {"down": (c.d_model, c.d_ff)}
     shapes |= {"query_bias": (queries,), "key_bias": (keys,), "value_bias": (keys,)}
     shapes |= dict.fromkeys(("query_norm", "key_norm"), (c.head_dim,))
-    yield Target("model.embed_tokens.weight", (c.vocab_size, c.d_model), ("embedding",))
-    yield Target("model.norm.weight", (c.d_model,), ("final_norm",))
+    yield ExpectedTensor("model.embed_tokens.weight", (c.vocab_size, c.d_model), "embedding")
+    yield ExpectedTensor("model.norm.weight", (c.d_model,), "final_norm")
     if not c.tied:
-        yield Target("lm_head.weight", (c.vocab_size, c.d_model), ("unembedding",))
+        yield ExpectedTensor("lm_head.weight", (c.vocab_size, c.d_model), "unembedding")
     names = LAYER_NAMES | (BIAS_NAMES if c.attention_bias else {})
     names |= (QK_NORM_NAMES if c.qk_norm else {}) | (POST_NORM_NAMES if c.post_norms else {})
     for layer in range(c.num_layers):
         for ours, theirs in names.items():
-            yield Target(f"model.layers.{layer}.{theirs}", shapes.get(ours, (c.d_model,)), ("layers", ours), layer)
+            shape = shapes.get(ours, (c.d_model,))
+            yield ExpectedTensor(f"model.layers.{layer}.{theirs}", shape, ours, layer)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from grpo_jax.products import spread, turned, unembed, varying, wide
+from grpo_jax.products import mark_varying, sum_dtype, transposed, unembed, varying_axes
 
 Unembedding: TypeAlias = jax.Array | Callable[[jax.Array], jax.Array]
 
@@ -86,12 +86,12 @@ def completion_logps(
     ref_states = None if reference_hidden is None else cut(reference_hidden)
     if ref_states is not None and reference_unembedding is not None:
         ref_project, ref_constants = _opened(reference_unembedding, ref_states)
-    scale = jnp.asarray(temperature, wide(hidden.dtype))
+    scale = jnp.asarray(temperature, sum_dtype(hidden.dtype))
     tokens = cut(targets.astype(jnp.int32))
     inputs = states, constants, scale, tokens, (ref_states, ref_constants)
     # In jax.shard_map, a custom gradient must vary over devices as its input does: so all inputs vary as any of them.
-    axes = frozenset[str]().union(*map(varying, jax.tree.leaves(inputs)))
-    scored = _score((project, ref_project), *jax.tree.map(partial(spread, axes=axes), inputs))
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(inputs)))
+    scored = _score((project, ref_project), *jax.tree.map(partial(mark_varying, axes=axes), inputs))
     return tuple(restore(x) for x in scored)
 
 
@@ -108,7 +108,7 @@ def _vocabulary(unembedding: Unembedding, hidden: jax.Array) -> int:
 def _opened(unembedding: Unembedding, states: jax.Array) -> tuple[Projection, tuple[jax.Array, ...]]:
     """A function (states of one chunk, *constants) -> logits, and the constants: all it closed over."""
     if not callable(unembedding):
-        return lambda states, matrix: unembed(states, turned(matrix)), (unembedding,)
+        return lambda states, matrix: unembed(states, transposed(matrix)), (unembedding,)
     # jax.closure_convert would leave integers and booleans in the closure, where traced ones fail.
     traced = jax.make_jaxpr(unembedding)(jax.ShapeDtypeStruct(states.shape[1:], states.dtype))
     shapes = [x.shape for x in traced.out_avals]
@@ -178,7 +178,7 @@ def _statistics(z: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
 
 def _scaled(logits: jax.Array, temperature: jax.Array) -> jax.Array:
     """Logits [B, C, V] / temperature as [V, B · C]: sums over the vocabulary are then sums of vectors."""
-    dtype = wide(logits.dtype)
+    dtype = sum_dtype(logits.dtype)
     return logits.reshape(-1, logits.shape[-1]).T.astype(dtype) / temperature.astype(dtype)
 
 
@@ -216,8 +216,8 @@ def _score_backward(projections: tuple[Projection, Projection], saved: Any, grad
         return [s if s is None else s + g.astype(s.dtype) for s, g in zip(sums, parts, strict=True)], to_states
 
     inputs = (*constants, temperature)  # those that are not real, such as a table of integers, have no gradient
-    zeros = [jnp.zeros(c.shape, wide(c.dtype)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
-    sums = jax.tree.map(partial(spread, axes=varying(entropy)), zeros)
+    zeros = [jnp.zeros(c.shape, sum_dtype(c.dtype)) if jnp.issubdtype(c.dtype, jnp.floating) else None for c in inputs]
+    sums = jax.tree.map(partial(mark_varying, axes=varying_axes(entropy)), zeros)
     sums, to_states = jax.lax.scan(chunk, sums, (states, targets, normaliser, to_logps, by_entropy))
     *to_constants, to_temperature = (s if s is None else s.astype(c.dtype) for s, c in zip(sums, inputs, strict=True))
     return to_states, tuple(to_constants), to_temperature, None, None

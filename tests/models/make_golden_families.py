@@ -125,8 +125,8 @@ def check_itself(model, tokens, expected) -> None:
         padded = np.pad(tokens, ((0, 0), (left, right)))
         mask = torch.tensor(np.pad(np.ones_like(tokens), ((0, 0), (left, right))))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        found = logits_of(model, padded, attention_mask=mask, position_ids=positions)[:, left : left + length]
-        assert np.abs(found - expected).max() < 5e-5
+        logits = logits_of(model, padded, attention_mask=mask, position_ids=positions)[:, left : left + length]
+        assert np.abs(logits - expected).max() < 5e-5
     cache, pieces = DynamicCache(config=model.config), []
     for now in [slice(0, 9), *(slice(i, i + 1) for i in range(9, length))]:
         pieces.append(logits_of(model, tokens[:, now], past_key_values=cache, use_cache=True))

@@ -38,9 +38,9 @@ def test_one_token_of_each_row(length):
     def of_part(query, keys, values):
         return attend(query, [(keys[:ROWS, :, :, :length], values[:ROWS, :, :, :length], visible[:, None, None])])
 
-    found = jax.jit(of_part)(query, keys, values)
+    attended = jax.jit(of_part)(query, keys, values)
     wanted = expected(query, keys[:, :, :, :length], values[:, :, :, :length], visible)
-    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    np.testing.assert_allclose(attended, wanted, atol=2e-6)
 
 
 def test_one_token_is_differentiable():

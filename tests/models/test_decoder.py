@@ -282,25 +282,25 @@ def test_gradients_flow_through_a_prefix_as_through_the_joined_sequence(config):
 
 
 @both
-@pytest.mark.parametrize("kept", ["dots", "full"])
-def test_remat_changes_no_value_and_recomputes(config, kept):
-    plain, remat = make_policy(config), make_policy(replace(config, remat=kept))
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_value_and_recomputes(config, remat):
+    policies = make_policy(config), make_policy(replace(config, remat=remat))
     params = random_params(config)
     tokens, positions = random_tokens(config, 2, 6)
 
     def loss(policy):
         return lambda params: jnp.sin(policy.forward(params, tokens, positions, tokens >= 0)[0]).sum()
 
-    values = [jax.jit(jax.value_and_grad(loss(policy)))(params) for policy in (plain, remat)]
+    values = [jax.jit(jax.value_and_grad(loss(policy)))(params) for policy in policies]
     np.testing.assert_allclose(values[0][0], values[1][0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5), values[0][1], values[1][1])
     name = {"silu": "logistic", "gelu_tanh": "tanh"}[config.activation]
-    programs = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)) for policy in (plain, remat)]
+    programs = [str(jax.make_jaxpr(jax.grad(loss(policy)))(params)) for policy in policies]
     activations, products = ([program.count(x) for program in programs] for x in (name, "dot_general"))
     assert activations[1] > activations[0], "the backward pass of remat must compute the activation again"
     scores_and_values = 2
     again = products[1] - products[0]
-    assert again == scores_and_values if kept == "dots" else again > scores_and_values
+    assert again == scores_and_values if remat == "dots" else again > scores_and_values
 
 
 def test_bfloat16_stays_near_float32_and_keeps_float32_logits():
@@ -423,8 +423,8 @@ def test_prepared_parameters_give_the_same(config):
     np.testing.assert_allclose(prepared, whole[:, 4:], atol=3e-5)
     half = make_policy(replace(config, dtype="bfloat16")).prepare(params, 40)
     rest = {name: x for name, x in half.items() if name != "rotations"}
-    wide = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(rest) if x.dtype == jnp.float32}
-    assert wide and all(name.endswith(("norm", "bias")) for name in wide)
+    float32 = {path[-1].key for path, x in jax.tree_util.tree_leaves_with_path(rest) if x.dtype == jnp.float32}
+    assert float32 and all(name.endswith(("norm", "bias")) for name in float32)
 
 
 @both
@@ -539,9 +539,9 @@ def test_bfloat16_is_what_is_multiplied_for_gradients_too(config):
         hidden, _ = policy.forward(params, tokens, positions + 6, mask, prefix=prefix)
         return jnp.square(policy.unembed(params, hidden)).sum()
 
-    kept = {name: prefix[name] for name in ("k", "v")}
-    gradient = jax.grad(lambda params, kept: loss(params, prefix | kept), (0, 1))
-    dots = list(products_of(jax.make_jaxpr(gradient)(params, kept).jaxpr))
+    keys_values = {name: prefix[name] for name in ("k", "v")}
+    gradient = jax.grad(lambda params, keys_values: loss(params, prefix | keys_values), (0, 1))
+    dots = list(products_of(jax.make_jaxpr(gradient)(params, keys_values).jaxpr))
     assert len(dots) > 3 * 8
     for dot in dots:
         assert {x.aval.dtype.name for x in dot.invars} == {"bfloat16"}, dot

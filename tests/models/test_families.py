@@ -16,7 +16,7 @@ from grpo_jax.models import init_params, load_pretrained, make_policy, read_conf
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.decoder import param_shapes
 from grpo_jax.models.families import FAMILIES, config_entries
-from grpo_jax.models.weight_names import tensor_targets
+from grpo_jax.models.weight_names import expected_tensors
 from grpo_jax.rollout import PromptBatch, sample_groups, score_groups
 from tests.models import make_golden_families
 from tests.models.make_golden_families import GOLDEN, make_weight
@@ -39,14 +39,14 @@ def write_config(folder, entries):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """{case: (config, policy, params)}, read from folders with the weights that transformers had."""
-    found = {}
+    loaded = {}
     for name, case in CASES.items():
         folder = write_config(tmp_path_factory.mktemp("model"), case["config"])
         config = read_config(folder)
-        tensors = {t.name: make_weight(t.name, t.shape, config.offset_norm) for t in tensor_targets(config)}
+        tensors = {t.name: make_weight(t.name, t.shape, config.offset_norm) for t in expected_tensors(config)}
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-        found[name] = config, *load_pretrained(folder)
-    return found
+        loaded[name] = config, *load_pretrained(folder)
+    return loaded
 
 
 def padded(x, left, right, fill):
@@ -184,18 +184,18 @@ def test_sampled_log_probabilities_are_those_of_the_trainer(case, models):
     mask = np.arange(12)[None] >= np.array([[0], [5]])
     prompts = PromptBatch(TOKENS[:, :12], jnp.asarray(mask), jnp.arange(2, dtype=jnp.int32))
     options = {"group_size": 3, "max_completion": 11, "stop_ids": (2,)}
-    drawn = jax.jit(lambda key: sample_groups(policy, params, prompts, key, **options))(jax.random.key(0))
-    assert int(drawn.mask.sum(-1).max()) == 11
-    logps, _ = jax.jit(lambda: score_groups(policy, params, prompts, drawn.completions, drawn.mask))()
-    difference = jnp.where(drawn.mask, drawn.logps - logps.reshape(drawn.logps.shape), 0.0)
+    rollout = jax.jit(lambda key: sample_groups(policy, params, prompts, key, **options))(jax.random.key(0))
+    assert int(rollout.mask.sum(-1).max()) == 11
+    logps, _ = jax.jit(lambda: score_groups(policy, params, prompts, rollout.completions, rollout.mask))()
+    difference = jnp.where(rollout.mask, rollout.logps - logps.reshape(rollout.logps.shape), 0.0)
     assert float(jnp.abs(difference).max()) < 1e-5
-    joined = np.concatenate([TOKENS[1, 5:12], drawn.completions[1, 0]])[None]  # and of one forward without a cache
+    joined = np.concatenate([TOKENS[1, 5:12], rollout.completions[1, 0]])[None]  # and of one forward without a cache
     at = jnp.arange(joined.shape[1], dtype=jnp.int32)[None]
     hidden, _ = policy.forward(params, jnp.asarray(joined), at, jnp.ones_like(at, bool))
     plain = jax.nn.log_softmax(policy.unembed(params, hidden))[0, 6:-1]
     plain = np.take_along_axis(np.asarray(plain), joined[0, 7:, None], 1)[:, 0]
-    length = int(drawn.mask[1, 0].sum())
-    np.testing.assert_allclose(drawn.logps[1, 0, :length], plain[:length], atol=1e-5)
+    length = int(rollout.mask[1, 0].sum())
+    np.testing.assert_allclose(rollout.logps[1, 0, :length], plain[:length], atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- config.json
@@ -422,7 +422,7 @@ def test_published_configs_have_the_published_number_of_parameters(name, tmp_pat
     entries, count = REAL[name]
     config = read_config(write_config(tmp_path, entries))
     assert sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config))) == count
-    assert sum(int(np.prod(target.shape)) for target in tensor_targets(config)) == count
+    assert sum(int(np.prod(target.shape)) for target in expected_tensors(config)) == count
     assert read_config(write_config(tmp_path, config_entries(config))) == config
     assert len(config.local_layers) == {"Mistral-7B-v0.1": 32, "gemma-2-2b-it": 13, "gemma-3-1b-it": 22}.get(name, 0)
     hash(config)
@@ -445,8 +445,8 @@ def test_transformers_loads_what_is_saved(models, tmp_path):
     script = Path(make_golden_families.__file__)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     subprocess.run([python, script, tmp_path / "task.json"], check=True, env=environment, timeout=1800)
-    with np.load(tmp_path / "logits.npz") as found:
-        assert set(found) == set(CASES)
-        for case, logits in found.items():
+    with np.load(tmp_path / "logits.npz") as theirs:
+        assert set(theirs) == set(CASES)
+        for case, logits in theirs.items():
             np.testing.assert_allclose(expected[case], logits, atol=2e-4, rtol=0, err_msg=case)
             assert read_config(Path(folders[case], "again")) == models[case][0]

@@ -18,7 +18,7 @@ import safetensors.numpy
 from experiments.benchmarks import loading
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, pretrained, read_config, save_pretrained
 from grpo_jax.models.pretrained import _empty
-from grpo_jax.models.safetensors import Stored
+from grpo_jax.models.safetensors import StoredTensor
 from grpo_jax.train.sharding import make_mesh, parameter_shardings
 
 CONFIG = DecoderConfig(48, 3, 16, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=24, max_length=32, tied=False)
@@ -150,15 +150,15 @@ def test_loading_needs_little_memory_beside_the_arrays(tmp_path):
 def test_the_benchmark_takes_a_step_that_fits_and_no_other(tmp_path, monkeypatch):
     config = replace(CONFIG, tied=True, max_length=64)
     assert loading.write_checkpoint(tmp_path, config) == 2 * sum(x.size for x in jax.tree.leaves(params_of(0, config)))
-    found = loading.measure_step(tmp_path, "adafactor")
-    assert found["needed"] > found["parameters"] and "seconds" in found and "refused" not in found
-    row = {"what": "step", "devices": 1, **found}
+    measured = loading.measure_step(tmp_path, "adafactor")
+    assert measured["needed"] > measured["parameters"] and "seconds" in measured and "refused" not in measured
+    row = {"what": "step", "devices": 1, **measured}
     assert "| step, adafactor | " in loading.table([row])
     monkeypatch.setattr(loading, "SPARE", 1e6)
-    found = loading.measure_step(tmp_path, "sgd")
-    if "refused" in found:  # on Linux
-        assert found["refused"].startswith("not run: needs 1073741.8 GB more")
-        assert "| step, sgd | not run" in loading.table([row | found])
+    measured = loading.measure_step(tmp_path, "sgd")
+    if "refused" in measured:  # on Linux
+        assert measured["refused"].startswith("not run: needs 1073741.8 GB more")
+        assert "| step, sgd | not run" in loading.table([row | measured])
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 1, "fsdp": 8}], ids=str)
@@ -178,13 +178,13 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(tmp_path, mesh):
 
 def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
     save_pretrained(tmp_path, CONFIG, params_of(0))
-    read = Stored.read
+    read = StoredTensor.read
 
     def cut(self, into, start):
         os.truncate(tmp_path / "model.safetensors", 5000)
         return read(self, into, start)
 
-    monkeypatch.setattr(Stored, "read", cut)
+    monkeypatch.setattr(StoredTensor, "read", cut)
     with pytest.raises(ValueError, match=r"model\.safetensors: cut short while .* was read"):
         load_pretrained(tmp_path)
 
@@ -193,7 +193,7 @@ def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, monkeypatch):
 @pytest.mark.parametrize("second", [5 << 30, SHARDED], ids=["then one file", "then shards"])
 def test_a_folder_saved_to_while_it_is_read_is_read_as_it_was(tmp_path, monkeypatch, first, second):
     save_pretrained(tmp_path, CONFIG, params_of(0), max_shard_bytes=first)
-    read, reads = Stored.read, []
+    read, reads = StoredTensor.read, []
 
     def overtaken(self, into, start):
         reads.append(self.name)
@@ -201,7 +201,7 @@ def test_a_folder_saved_to_while_it_is_read_is_read_as_it_was(tmp_path, monkeypa
             save_pretrained(tmp_path, CONFIG, params_of(1), max_shard_bytes=second)
         return read(self, into, start)
 
-    monkeypatch.setattr(Stored, "read", overtaken)
+    monkeypatch.setattr(StoredTensor, "read", overtaken)
     same(params_of(0), load_pretrained(tmp_path)[1])
     same(params_of(1), load_pretrained(tmp_path)[1])
 
@@ -209,7 +209,7 @@ def test_a_folder_saved_to_while_it_is_read_is_read_as_it_was(tmp_path, monkeypa
 def test_a_config_that_changes_before_the_weights_are_open_is_an_error(tmp_path, monkeypatch):
     save_pretrained(tmp_path, CONFIG, params_of(0))
     monkeypatch.setattr(
-        "grpo_jax.models.pretrained.stored_tensors", lambda *_: save_pretrained(tmp_path, OTHER, params_of(1))
+        "grpo_jax.models.pretrained.open_tensors", lambda *_: save_pretrained(tmp_path, OTHER, params_of(1))
     )
     with pytest.raises(ValueError, match="another model was saved here just now"):
         load_pretrained(tmp_path)
@@ -224,18 +224,18 @@ def test_shards_are_what_the_index_says(tmp_path):
     names = sorted(set(index["weight_map"].values()))
     assert names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
     assert len(names) > 3 and weights(tmp_path) == sorted([*names, "model.safetensors.index.json"])
-    found = {}
+    in_shards = {}
     for name in names:
         tensors = safetensors.numpy.load_file(tmp_path / name)
         assert sum(t.nbytes for t in tensors.values()) <= SHARDED
         assert {index["weight_map"][key] for key in tensors} == {name}
-        found |= tensors
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+        in_shards |= tensors
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in in_shards.values())
     save_pretrained(tmp_path / "one", CONFIG, params_of(0))
     single = safetensors.numpy.load_file(tmp_path / "one" / "model.safetensors")
-    assert found.keys() == single.keys() == index["weight_map"].keys()
+    assert in_shards.keys() == single.keys() == index["weight_map"].keys()
     for name, values in single.items():
-        np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(in_shards[name], values)
     assert read_config(tmp_path) == read_config(tmp_path / "one")
 
 
@@ -298,13 +298,13 @@ def test_a_save_killed_at_any_step_leaves_the_old_model_or_the_new_one(tmp_path,
         save = partial(save_pretrained, folder, config, params_of(1), max_shard_bytes=FORMS[new])
         killed = killed_after(monkeypatch, steps, save)
         try:
-            found = load_pretrained(folder)[1]
+            params = load_pretrained(folder)[1]
         except ValueError as error:
             assert config == OTHER and str(error).endswith("config.json: no such file")
             seen.append("refused")
         else:
-            is_old = equal(found, params_of(0)) and read_config(folder) == CONFIG
-            assert is_old or (equal(found, params_of(1)) and read_config(folder) == config)
+            is_old = equal(params, params_of(0)) and read_config(folder) == CONFIG
+            assert is_old or (equal(params, params_of(1)) and read_config(folder) == config)
             seen.append("old" if is_old else "new")
         save()  # the next save is whole, and leaves nothing else behind
         same(params_of(1), load_pretrained(folder)[1])

@@ -470,12 +470,12 @@ def refusals(tmp_path_factory):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_folders_are_refused(name, refusals):
     """Each is one ValueError that names the file, within a second of work, and nothing in the folder was executed."""
-    found, (_, message) = refusals[name], HOSTILE[name]
-    assert re.search(message, found["error"]), found["error"]
-    assert found["error"].startswith("ValueError: ") and str(found["folder"]) in found["error"]
-    assert len(found["error"]) < 3000
-    assert found["seconds"] < 1.0
-    assert not (found["folder"].parent.parent / "exploded").exists()
+    refusal, (_, message) = refusals[name], HOSTILE[name]
+    assert re.search(message, refusal["error"]), refusal["error"]
+    assert refusal["error"].startswith("ValueError: ") and str(refusal["folder"]) in refusal["error"]
+    assert len(refusal["error"]) < 3000
+    assert refusal["seconds"] < 1.0
+    assert not (refusal["folder"].parent.parent / "exploded").exists()
 
 
 def test_hostile_folders_take_no_memory(refusals):
