@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.files import read_bounded_json
 from grpo_jax.models.attention import RopeScaling
 from grpo_jax.models.config import DecoderConfig
-from grpo_jax.models.safetensors import plain_file, read_json_object
+from grpo_jax.models.safetensors import JSON_LIMIT, plain_file
 
 Entries = dict[str, Any]
 
@@ -146,7 +147,7 @@ MOST_LAYERS = 10_000  # of a config whose layers are looked at one by one
 def read_config(folder: str | os.PathLike[str]) -> DecoderConfig:
     """The config of a Hugging Face folder; ValueError naming what the decoder cannot do. Example: see ``load_pretrained``."""
     path = plain_file(Path(folder), "config.json")
-    entries = read_json_object(path)
+    entries = read_bounded_json(path, JSON_LIMIT)
     try:
         return _decoder_config(entries)
     except (ValueError, TypeError, ArithmeticError) as error:

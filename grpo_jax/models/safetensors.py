@@ -4,18 +4,18 @@ The header is parsed here rather than by the safetensors package because that ac
 cost; every size is compared with the file's before it is believed.
 """
 
-import json
 import math
 import os
 import re
 import reprlib
-from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from grpo_jax.files import parse_object, read_bounded_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TENSOR_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(jnp.bfloat16)}
@@ -100,7 +100,7 @@ def open_tensors(folder: Path, files: ExitStack) -> dict[str, StoredTensor]:
         hint = f"; {printable(sorted(foreign))} can run code when opened. {CONVERT}" if foreign else ""
         raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there{hint}")
     index = plain_file(folder, INDEX)
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_bounded_json(index, JSON_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index}: weight_map is not a map of tensor names to file names")
     shards = sorted(set(weight_map.values()))
@@ -143,18 +143,6 @@ def plain_file(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file that is too large, not JSON, or repeats a name.
-
-    Example: see ``grpo_jax.models.load_pretrained``.
-    """
-    with path.open("rb") as file:
-        text = file.read(JSON_LIMIT + 1)
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path}: more than {JSON_LIMIT} bytes of JSON")
-    return _parse_json(path, text)
-
-
 def printable(names: list[str], shown: int = 5) -> str:
     """The first names, safe to print, and how many more there are.
 
@@ -184,7 +172,7 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, StoredTensor]:
     if length > JSON_LIMIT:
         fault = f"a header of {length} bytes is more than {JSON_LIMIT}"
         raise ValueError(f"{path}: {fault}; not a model's safetensors file")
-    header = _parse_json(path, os.pread(file.fileno(), length, 8))
+    header = parse_object(os.pread(file.fileno(), length, 8), path)
     header.pop("__metadata__", None)
 
     # In the order of the data, each tensor must begin where the one before it ends, and the last end where the file does.
@@ -210,20 +198,3 @@ def _read_header(path: Path, files: ExitStack) -> dict[str, StoredTensor]:
     if end != size:
         raise ValueError(f"{path}: {size} bytes where its header describes {end}; the file is damaged or cut short")
     return stored
-
-
-def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            raise ValueError(f"duplicate {printable([name for name, count in counts.items() if count > 1])}")
-        return entries
-
-    try:
-        entries = json.loads(text, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: JSON that cannot be read: {error}") from None
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path}: its JSON is not an object")
-    return entries
