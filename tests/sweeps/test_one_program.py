@@ -159,7 +159,8 @@ def test_each_device_holds_its_points_and_runs_them_alone():
         assert len({shard.device for shard in shards}) == 8
         assert all(shard.data.shape == (2, 1, *leaf.shape[2:]) for shard in shards)
     keys, index = jax.random.split(jax.random.key(0), 2), np.zeros((2, 2, 8), np.int32)
-    numbers = put_table(setup), jnp.int32(2), jnp.int32(1), betas, betas
+    table = jax.device_put(put_table(setup), NamedSharding(mesh, WHOLE))
+    numbers = table, jnp.int32(2), jnp.int32(1), betas, betas
     text = functions.iterate.lower(states, refs, keys, index, *numbers).compile().as_text()
     for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {name}(" not in text
