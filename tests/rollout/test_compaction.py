@@ -150,8 +150,8 @@ def test_members_of_a_vmap_run_in_step():
     """Three keys at once give what each gives alone, and no step copies a cache."""
     keys = jax.random.split(KEY, 3)
 
-    def members(in_step, keys):
-        draw = partial(sample_groups, POLICY, PARAMS, batch(), **OPTIONS, stages=MANY, in_step=in_step)
+    def members(vmap_axis, keys):
+        draw = partial(sample_groups, POLICY, PARAMS, batch(), **OPTIONS, stages=MANY, vmap_axis=vmap_axis)
         return jax.vmap(draw, axis_name="seed")(keys)
 
     together = jax.jit(partial(members, "seed"))(keys)
