@@ -13,7 +13,7 @@ from experiments.objectives import OLD, POLICY, REFERENCE, UNCLIPPED, claimed_gr
 from experiments.tiny_language import MASK, NUM, PREFIX, PREFIXES, TOKENS, logps, probabilities
 from grpo_jax import theory
 from grpo_jax.objective import GRPO, MAXRL, NAMED, Objective, group_advantages, grpo_loss_terms
-from grpo_jax.objective.objective import KLS, RATIOS
+from grpo_jax.objective.objective import CHOICES
 
 SUCCESS = jnp.asarray(np.random.default_rng(3).random(NUM) < 0.4)
 LENGTHS = MASK.sum(-1)
@@ -37,7 +37,7 @@ def test_probabilities_sum_to_one():
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
-@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+@pytest.mark.parametrize("kl", [kl for kl in CHOICES["kl"] if kl != "none"])
 def test_a_kl_term_descends_what_its_name_says(kl, old):
     """With whole groups, their baseline and the one division; k2 and k3 claim it on-policy only."""
     found, claim = kl_gradient(kl, old), claimed_gradient(kl, old)
@@ -55,8 +55,8 @@ def test_the_kls_are_different_things():
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+@pytest.mark.parametrize("ratio", CHOICES["ratio"])
+@pytest.mark.parametrize("kl", [kl for kl in CHOICES["kl"] if kl != "none"])
 def test_every_estimator_under_every_ratio_and_reduction(kl, ratio, old):
     """E ∇ of the KL term is Σ_o π_old(o) w(o) Σ_t c_t ∇log π(o_t), w(o) the reduction's weight and c_t the estimator's."""
     sampler = POLICY if old is None else old
@@ -184,7 +184,7 @@ def few_steps():
     return {"beta": 0.5, "steps": 1_500}
 
 
-@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+@pytest.mark.parametrize("kl", [kl for kl in CHOICES["kl"] if kl != "none"])
 def test_small_steps_end_on_the_predicted_point(kl, few_steps):
     end = objectives.end_of(Objective(kl=kl, ratio="token"), **few_steps)
     predicted = objectives.prediction(Objective(kl=kl), 0.5)
