@@ -14,8 +14,8 @@ Dimension key of all files; shapes are written [P, G, T], and [X · P, ...] wher
 
     Q  prompts that a probe measures        X  shards, the parts of a batch on different devices
     O  outcomes of a tabular policy         M  groups of a micro-batch
-    n  anything a function is given,        R  packed rows of a micro-batch
-       and the rows of a stage              C  slots of a packed row
+    n  any number that has no letter        R  packed rows of a micro-batch
+                                            C  slots of a packed row
 """
 
 from importlib import import_module

@@ -28,7 +28,7 @@ def group_advantages(
       rewards: [..., G], real and finite; one group along the last axis.
       baseline: what is subtracted. "mean": the group's mean; "leave_one_out": the mean of the other G − 1 (RLOO);
         "none": nothing (the reward itself weighs).
-      scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards given, which couples the
+      scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards, which couples the
         prompts; "mean": the group's mean reward, for rewards ≥ 0 (MaxRL), zero where it is zero; "none": one (Dr. GRPO).
       epsilon: smoothing of the std; may be traced.
       ddof: 0 divides the variance by the number of rewards (the paper), 1 by one less (TRL, verl).

@@ -17,7 +17,7 @@ def sequence_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, group_size: i
     ∇Σπ = 0; and E_old[∇ρ b] = 0 because b is independent of the row's own completion.
 
     Args:
-      log_ratio: [B] log π/π_old of completions drawn from π_old, differentiated.
+      log_ratio: [B] log π/π_old of completions sampled from π_old, differentiated.
       anchor_log_ratio: [B] log π/anchor; its gradient is not used.
       group_size: G of contiguous groups, or None.
 

@@ -56,7 +56,7 @@ def completion_logps(
     reference_hidden: jax.Array | None = None,
     reference_unembedding: Unembedding | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Log-probability of each target token and entropy of the distribution it was drawn from.
+    """Log-probability of each target token, and entropy of the distribution from which it was sampled.
 
     log π(o_t | q, o_<t) = z_t − log Σ_v exp z_v and H = −Σ_v π_v log π_v, with z = hidden · unembedding / temperature.
     Logits exist for ``chunk_size`` positions of every row at a time. Only log Σ_v exp z_v is kept for the backward pass, which

@@ -46,7 +46,7 @@ def test_frequencies_are_the_probabilities():
 
 @pytest.mark.parametrize("impossible", [-np.inf, -1e30, -200.0])
 def test_probability_zero_is_never_sampled(impossible):
-    """Zeros before, between and behind what can be drawn, in blocks of their own and inside others."""
+    """Zeros before, between and behind what can be sampled, in blocks of their own and inside others."""
     logits = np.full(1000, impossible, np.float32)
     possible = [131, 132, 140, 600, 601, 897]
     logits[possible] = [0.0, -60.0, 2.0, 1.0, 2.0, -80.0]
@@ -69,17 +69,17 @@ def test_greedy_is_the_first_of_the_most_probable():
 
 def by_sorting(logits, top_k, top_p, min_p):
     """What is kept of one row, by sorting and in float64; equals stay together."""
-    kept = np.ones(len(logits), bool)
+    allowed = np.ones(len(logits), bool)
     if top_k is not None:
-        kept &= logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
+        allowed &= logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
     if top_p is not None:
-        probs = softmax(np.where(kept, logits, -np.inf)[None])[0]
+        probs = softmax(np.where(allowed, logits, -np.inf)[None])[0]
         before = np.array([probs[probs > p].sum() for p in probs])  # of all that are more probable
-        kept &= before < top_p
+        allowed &= before < top_p
     if min_p is not None:
-        probs = softmax(np.where(kept, logits, -np.inf)[None])[0]
-        kept &= probs >= min_p * probs.max()
-    return kept
+        probs = softmax(np.where(allowed, logits, -np.inf)[None])[0]
+        allowed &= probs >= min_p * probs.max()
+    return allowed
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_what_is_kept_is_what_sorting_keeps(rules):
     with_equals = rng.integers(-3, 4, (60, 50)) * 0.75
     logits = np.concatenate([with_equals, rng.standard_normal((60, 50)) * 3]).astype(np.float32)
     logits[5, 10:] = -np.inf
-    kept = np.asarray(KEEP(logits, **rules)) > -np.inf
+    allowed = np.asarray(KEEP(logits, **rules)) > -np.inf
     possible = logits > -np.inf
-    for row, mine, could in zip(logits, kept, possible, strict=True):
+    for row, mine, could in zip(logits, allowed, possible, strict=True):
         np.testing.assert_array_equal(
             mine, by_sorting(row, **({"top_k": None, "top_p": None, "min_p": None} | rules)) & could
         )
@@ -105,13 +105,13 @@ def test_what_is_kept_is_what_sorting_keeps(rules):
 
 def test_what_is_kept_is_unchanged_and_drawn_by_its_own_probabilities():
     logits = np.float32(np.random.default_rng(4).standard_normal((1, 40)) * 2)
-    kept = np.asarray(KEEP(logits, top_k=6, min_p=0.05))
-    np.testing.assert_array_equal(kept[kept > -np.inf], logits[kept > -np.inf])
+    truncated = np.asarray(KEEP(logits, top_k=6, min_p=0.05))
+    np.testing.assert_array_equal(truncated[truncated > -np.inf], logits[truncated > -np.inf])
     count = 2000
     uniform = np.float32((np.arange(count) + 0.5) / count)
     tokens, logps = SAMPLE(np.repeat(logits, count, 0), uniform, top_k=6, min_p=0.05)
     counts = np.bincount(np.asarray(tokens), minlength=40)
-    probs = softmax(kept)[0]
+    probs = softmax(truncated)[0]
     assert np.abs(counts - count * probs).max() < 2
     np.testing.assert_allclose(logps, np.log(probs[np.asarray(tokens)]), atol=1e-5)
 
