@@ -92,6 +92,7 @@ def completion_logps(
     (True, True)
     """
     _check(hidden, unembedding, targets, temperature, chunk_size, reference_hidden, reference_unembedding)
+    # Chunks of nearly equal size.
     batch, length = targets.shape
     if chunk_size is None:
         chunk_size = max(1, max(POSITIONS, LOGITS // _vocabulary_size(unembedding, hidden)) // batch)
@@ -200,7 +201,7 @@ def _score_forward(projections: tuple[Projection, Projection], perturbed: Any) -
 def _score_backward(projections: tuple[Projection, Projection], saved: Any, gradients: Any) -> tuple[Inputs]:
     project, _ = projections
     inputs, entropy, normaliser = saved
-    # An output that nobody differentiates has a symbolic zero here. None goes to the reference.
+    # An output that nobody differentiates has a symbolic zero here. The reference gets no gradient.
     to_logps, to_entropy = gradients[:2]  # [n, B, c]
     to_logps = jnp.zeros_like(entropy) if isinstance(to_logps, SymbolicZero) else to_logps
     # The terms of an entropy that is only reported are never formed.
@@ -228,16 +229,14 @@ def _score_backward(projections: tuple[Projection, Projection], saved: Any, grad
         to_summed.append(-(to_z * jnp.where(probs > 0, z, 0.0)).sum() / inputs.temperature.astype(z.dtype))
         return [s if s is None else s + g.astype(s.dtype) for s, g in zip(sums, to_summed, strict=True)], to_states
 
-    summed = (
-        *inputs.constants,
-        inputs.temperature,
-    )  # those that are not real, such as tables of integers, have no gradient
+    # Constants that are not real, such as a table of integers, have no gradient.
+    summed = *inputs.constants, inputs.temperature
     zeros = [jnp.zeros(x.shape, wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in summed]
     sums = jax.tree.map(partial(spread, axes=varying(entropy)), zeros)
     by_chunk = inputs.states, inputs.targets, normaliser, to_logps, through_entropy
     sums, to_states = jax.lax.scan(chunk, sums, by_chunk)
     *to_constants, to_temperature = (s if s is None else s.astype(x.dtype) for s, x in zip(sums, summed, strict=True))
-    # No gradient for the targets and the reference.
+    # None for the targets and the reference.
     return (Inputs(to_states, tuple(to_constants), to_temperature, None, None, None),)  # type: ignore[arg-type]
 
 
