@@ -160,14 +160,14 @@ def grpo_loss_terms(
         """Zero outside the completions, so that a sum over T is the sum over a completion's tokens."""
         return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
+    logps, advantages = masked(logps), advantages.astype(jnp.float32)  # [B, T], [B]
     beta, beta_mirror, entropy_bonus, clip_low, clip_high = (
         None if x is None else jnp.asarray(x, jnp.float32) for x in scalars.values()
     )
     clip_low = objective.clip_low if clip_low is None else clip_low
     clip_high = objective.clip_high if clip_high is None else clip_high
 
-    # log π and log ρ = log π/π_old.
-    logps, advantages = masked(logps), advantages.astype(jnp.float32)  # [B, T], [B]
+    # log ρ = log π/π_old
     old = jax.lax.stop_gradient(logps if old_logps is None else masked(old_logps))  # [B, T]
     lengths = mask.sum(-1).astype(jnp.float32)  # [B]
     num_rows, num_tokens = jnp.float32(mask.shape[0]), lengths.sum()

@@ -59,8 +59,9 @@ def sample_tokens(
     block = first_above(block_ends, block_masses, threshold)  # [B]
     inside = take_at(blocks, block)  # [BLOCK, B]
     masses = jnp.exp(inside - top)
+    ends = jnp.cumsum(masses, axis=0)  # [BLOCK, B]
     before = take_at(block_ends, block) - take_at(block_masses, block)  # [B], the mass of all earlier blocks
-    offset = first_above(jnp.cumsum(masses, axis=0), masses, threshold - before)  # [B]
+    offset = first_above(ends, masses, threshold - before)  # [B]
     return block * BLOCK + offset, take_at(inside, offset) - top[0] - jnp.log(total)
 
 
