@@ -150,6 +150,7 @@ def grpo_loss_terms(
     >>> float(terms.weight), round(float(terms.total / terms.weight), 3), sorted(terms.metrics)[0]
     (2.0, 0.255, 'kl/previous')
     """
+    # Check all arguments, before anything is computed.
     scalars = check_scalars(objective, beta, beta_mirror, entropy_bonus, clip_low, clip_high)
     by_token = {"logps": logps, "old_logps": old_logps, "ref_logps": ref_logps}
     by_token |= {"entropy": entropy, "sampler_logps": sampler_logps}
@@ -160,6 +161,7 @@ def grpo_loss_terms(
         """Zero outside the completions, so that a sum over T is the sum over a completion's tokens."""
         return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
+    # All in float32. Clip widths that the caller names take the place of the objective's.
     logps, advantages = masked(logps), advantages.astype(jnp.float32)  # [B, T], [B]
     beta, beta_mirror, entropy_bonus, clip_low, clip_high = (
         None if x is None else jnp.asarray(x, jnp.float32) for x in scalars.values()
@@ -177,7 +179,8 @@ def grpo_loss_terms(
     surrogate = surrogate_terms(
         logps, log_ratio, lengths, advantages, objective=objective, clip_low=clip_low, clip_high=clip_high
     )
-    correction = jnp.ones((mask.shape[0], 1), jnp.float32)  # [B, 1] or [B, T], a factor of every term
+    # Every term is weighed by the correction of the sampler's arithmetic.
+    correction = jnp.ones((mask.shape[0], 1), jnp.float32)  # [B, 1], or [B, T] per token
     if sampler_logps is not None and objective.correction != "none":
         correction = _correction(objective, old - masked(sampler_logps), lengths)
     if objective.ratio in ("token", "none"):
@@ -190,7 +193,7 @@ def grpo_loss_terms(
         metrics = _surrogate_metrics(surrogate, lambda x: x.astype(jnp.float32), num_rows)
 
     def kl_to(anchor: jax.Array) -> jax.Array:
-        """[B] the objective's estimate of KL(π‖anchor), corrected."""
+        """[B] the objective's estimate of KL(π‖anchor), weighed likewise."""
         if objective.kl == "sequence_reverse":
             return sequence_kl(log_ratio.sum(-1), (logps - anchor).sum(-1), group_size) * correction[:, 0]
         return masked(token_kl(log_ratio, logps - anchor, objective.kl) * correction).sum(-1)
@@ -228,6 +231,7 @@ def grpo_loss_terms(
 
 @partial(jax.jit, static_argnames=("objective", "group_size"))
 def _grpo_loss(*arrays: jax.Array | None, **options: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`grpo_loss_terms`, and the one division of each sum by its weight."""
     terms = grpo_loss_terms(*arrays, **options)  # type: ignore[arg-type]
     metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in terms.metrics.items()}
     return terms.total / jnp.maximum(terms.weight, 1.0), metrics
