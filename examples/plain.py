@@ -3,6 +3,8 @@
 The model is one random causal transformer block. An answer to a digit is right when its digits never fall below the one before
 them, and it stops in time. Each prompt's success is measured before training, the theory says from that alone where β will take
 it, and training goes there. Ten seconds on a CPU. (In the checkout, without installing: `python -m examples.plain`.)
+
+The full form of `train_step` is grpo_jax/train/iteration.py, whose steps have the same numbers. Dimension key: see grpo_jax.
 """
 
 import jax
@@ -12,7 +14,7 @@ import optax
 import grpo_jax as gj
 from grpo_jax.environment import prepare_environment
 
-prepare_environment()  # keeps XLA from wrong sums on a CPU (see README), and compiled programs for the next time
+prepare_environment()  # avoids a fault of XLA on CPUs (see README), and keeps compiled programs for the next time
 
 STOP, PROMPTS = 4, jnp.arange(3)  # tokens 0 … 3 are digits; a prompt is one of the first three
 LENGTH, WIDTH, GROUPS, GROUP_SIZE, BETA = 4, 32, 8, 8, 1.0
@@ -30,7 +32,7 @@ def init_params(key: jax.Array) -> Params:
 def forward(params: Params, tokens: jax.Array) -> jax.Array:
     """[B, L] tokens to [B, L, D] states: causal attention, then an MLP."""
     x = params["embed"][tokens] + params["position"][None, : tokens.shape[1]]
-    q, k, v = jnp.split((x @ params["qkv"])[:, :, None], 3, axis=-1)
+    q, k, v = jnp.split((x @ params["qkv"])[:, :, None], 3, axis=-1)  # [B, L, 1, D] each
     x = x + jax.nn.dot_product_attention(q, k, v, is_causal=True)[:, :, 0]
     return x + jax.nn.gelu(x @ params["up"]) @ params["down"]
 
@@ -39,8 +41,8 @@ def sample(params: Params, prompts: jax.Array, key: jax.Array) -> jax.Array:
     """[B] prompts to [B, 1 + T] tokens; after STOP there is only STOP."""
     tokens = prompts[:, None]
     for step_key in jax.random.split(key, LENGTH):
-        drawn = jax.random.categorical(step_key, forward(params, tokens)[:, -1] @ params["unembed"])
-        tokens = jnp.concatenate([tokens, jnp.where(tokens[:, -1] == STOP, STOP, drawn)[:, None]], axis=1)
+        token = jax.random.categorical(step_key, forward(params, tokens)[:, -1] @ params["unembed"])  # [B]
+        tokens = jnp.concatenate([tokens, jnp.where(tokens[:, -1] == STOP, STOP, token)[:, None]], axis=1)
     return tokens
 
 
@@ -55,23 +57,34 @@ def logps_of(params: Params, tokens: jax.Array) -> jax.Array:
     return gj.completion_logps(forward(params, tokens[:, :-1]), params["unembed"], tokens[:, 1:])[0]
 
 
-optimiser = optax.adam(5e-3)
+optimizer = optax.adam(5e-3)
 
 
 @jax.jit
-def train_step(params, opt_state, reference, key):
-    tokens = sample(params, jnp.repeat(PROMPTS, GROUPS * GROUP_SIZE), key)
-    advantages = gj.group_advantages(verify(tokens).reshape(-1, GROUP_SIZE), **NORMALISER).reshape(-1)
-    ref_logps = logps_of(reference, tokens)
-    mask = tokens[:, :-1] != STOP  # a token counts until STOP, and STOP itself does
+def train_step(params, opt_state, ref_params, key):
+    # 1 Prompts: each of the three, for several groups.
+    prompts = jnp.repeat(PROMPTS, GROUPS * GROUP_SIZE)  # [B]
+    # 2 Sample completions from the policy as it is now, π_old.
+    tokens = sample(params, prompts, key)  # [B, 1 + T]
+    mask = tokens[:, :-1] != STOP  # [B, T]; STOP itself counts, and nothing after it
+    # 3 Verify them.
+    rewards = verify(tokens).reshape(-1, GROUP_SIZE)  # [B / G, G]
+    # 4 Advantages: each reward against the others of its group.
+    advantages = gj.group_advantages(rewards, **NORMALISER).reshape(-1)  # [B]
+    # 5 Log-probabilities under π_ref. Those under π_old are the ones the loss computes: there is one update per rollout.
+    ref_logps = logps_of(ref_params, tokens)  # [B, T]
 
+    # 6 The loss and its gradient.
     def loss(params):
-        logps = logps_of(params, tokens)
+        logps = logps_of(params, tokens)  # [B, T]
         return gj.grpo_loss(logps, None, ref_logps, advantages, mask, beta=BETA, group_size=GROUP_SIZE)
 
     gradients, metrics = jax.grad(loss, has_aux=True)(params)
-    updates, opt_state = optimiser.update(gradients, opt_state)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    # 7 Update.
+    updates, opt_state = optimizer.update(gradients, opt_state)
+    params = optax.apply_updates(params, updates)
+    # 8 Metrics are those of the loss: the KL, the ratio, what the clip decides.
+    return params, opt_state, metrics
 
 
 @jax.jit
@@ -82,12 +95,12 @@ def success(params: Params, key: jax.Array) -> jax.Array:
 
 def main(steps: int = 400, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     key = jax.random.key(seed)
-    params = reference = init_params(jax.random.fold_in(key, 0))
-    opt_state = optimiser.init(params)
+    params = ref_params = init_params(jax.random.fold_in(key, 0))
+    opt_state = optimizer.init(params)
     before = success(params, jax.random.fold_in(key, 1))
     predicted = gj.theory.flow_point(before, beta=BETA, weights=gj.theory.Group(GROUP_SIZE, **NORMALISER))
     for step in range(steps):
-        params, opt_state, _ = train_step(params, opt_state, reference, jax.random.fold_in(key, 2 + step))
+        params, opt_state, _ = train_step(params, opt_state, ref_params, jax.random.fold_in(key, 2 + step))
     after = success(params, jax.random.fold_in(key, 2 + steps))
     for name, p in (("before", before), ("predicted p*", predicted), ("after", after)):
         print(f"{name:12}  {p.mean():.3f}   per prompt", *(f"{x:.3f}" for x in p))

@@ -2,42 +2,33 @@
 
 ``import grpo_jax`` offers the two rooms that need nothing but jax: the objective (losses and advantages, whose names are
 re-exported here) and the theory. They load on first use, so that verifier processes, which use neither, start fast.
+
+Dimension key of all files; shapes are written [P, G, T], and [X · P, ...] where axes are merged:
+
+    P  prompts of an iteration              D  width of the model
+    G  completions of a prompt              F  width of its MLP
+    B  rows, P · G                          N  query heads
+    S  tokens of a prompt                   K  key-value heads
+    T  tokens of a completion               H  size of a head
+    V  tokens of the vocabulary             L  tokens of one call of the model
+
+    Q  prompts that a probe measures        X  shards, the parts of a batch on different devices
+    O  outcomes of a tabular policy         M  groups of a micro-batch
+    n  any number that has no letter        R  packed rows of a micro-batch
+                                            C  slots of a packed row
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from grpo_jax import objective as objective
-    from grpo_jax import theory as theory
-    from grpo_jax.objective import (
-        LossTerms as LossTerms,
-    )
-    from grpo_jax.objective import (
-        Objective as Objective,
-    )
-    from grpo_jax.objective import (
-        beta_effective as beta_effective,
-    )
-    from grpo_jax.objective import (
-        completion_logps as completion_logps,
-    )
-    from grpo_jax.objective import (
-        contrastive_loss as contrastive_loss,
-    )
-    from grpo_jax.objective import (
-        group_advantages as group_advantages,
-    )
-    from grpo_jax.objective import (
-        grpo_loss as grpo_loss,
-    )
-    from grpo_jax.objective import (
-        grpo_loss_terms as grpo_loss_terms,
-    )
+# ruff: noqa: F403, F405
+if TYPE_CHECKING:  # the types of what __getattr__ loads
+    from grpo_jax import objective, theory
+    from grpo_jax.objective import *
 
 __version__ = "0.1.0"
 
-_OBJECTIVE = (
+__all__ = [
     "LossTerms",
     "Objective",
     "beta_effective",
@@ -46,16 +37,17 @@ _OBJECTIVE = (
     "group_advantages",
     "grpo_loss",
     "grpo_loss_terms",
-)
-__all__ = [*_OBJECTIVE, "objective", "theory"]
+    "objective",
+    "theory",
+]
 
 
 def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
     if name in ("objective", "theory"):
         return import_module(f"grpo_jax.{name}")
-    if name in _OBJECTIVE:
-        return getattr(import_module("grpo_jax.objective"), name)
-    raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
+    return getattr(import_module("grpo_jax.objective"), name)
 
 
 def __dir__() -> list[str]:

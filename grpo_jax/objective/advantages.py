@@ -1,11 +1,12 @@
-"""Group advantages: how the verdicts on the G completions of one prompt become weights on their log-probabilities."""
+"""Group advantages: how the verdicts on the G completions of one prompt become weights on their log-probabilities.
+
+Dimension key: see grpo_jax.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-BASELINES = ("mean", "leave_one_out", "none")
-SCALES = ("std", "mean", "batch_std", "none")
-EPSILON_PLACES = ("variance", "std")
 
 
 def group_advantages(
@@ -27,7 +28,7 @@ def group_advantages(
       rewards: [..., G], real and finite; one group along the last axis.
       baseline: what is subtracted. "mean": the group's mean; "leave_one_out": the mean of the other G − 1 (RLOO);
         "none": nothing (the reward itself weighs).
-      scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards given, which couples the
+      scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards, which couples the
         prompts; "mean": the group's mean reward, for rewards ≥ 0 (MaxRL), zero where it is zero; "none": one (Dr. GRPO).
       epsilon: smoothing of the std; may be traced.
       ddof: 0 divides the variance by the number of rewards (the paper), 1 by one less (TRL, verl).
@@ -51,20 +52,23 @@ def group_advantages(
     group_size = rewards.shape[-1] if rewards.ndim else 0
     if group_size < 2:
         raise ValueError(f"rewards need a group of at least 2 along the last axis, got shape {rewards.shape}")
-    mean = rewards.mean(-1, keepdims=True)
+    # The baseline.
+    mean = rewards.mean(-1, keepdims=True)  # [..., 1]
     if baseline == "leave_one_out":
-        centred = (rewards - mean) * (group_size / (group_size - 1))
+        centred = (rewards - mean) * (group_size / (group_size - 1))  # [..., G]
     else:
         centred = rewards - mean if baseline == "mean" else rewards
-    equal = (rewards == rewards[..., :1]).all(-1, keepdims=True)
+    # Groups without a preference, whose advantages are zero.
+    equal = (rewards == rewards[..., :1]).all(-1, keepdims=True)  # [..., 1]
     dead = equal if baseline != "none" or scale == "std" else jnp.zeros_like(equal)
+    # The scale. Dead groups are divided by something that is no zero, which keeps nan out of values and gradients.
     if scale in ("std", "batch_std"):
         if scale == "std":
             variance = jnp.square(rewards - mean).sum(-1, keepdims=True) / (group_size - ddof)
         else:
             dead = dead | (rewards == rewards.reshape(-1)[0]).all()
             variance = jnp.full_like(mean, jnp.square(rewards - rewards.mean()).sum() / (rewards.size - ddof))
-        variance = jnp.where(dead, jnp.ones_like(variance), variance)  # keeps 0/0 and √0 out of values and gradients
+        variance = jnp.where(dead, jnp.ones_like(variance), variance)  # [..., 1]
         epsilon = jnp.asarray(epsilon, jnp.float32)
         divisor = jnp.sqrt(variance + epsilon) if epsilon_in == "variance" else jnp.sqrt(variance) + epsilon
     elif scale == "mean":
@@ -82,13 +86,30 @@ def check_normaliser(*, baseline: str, scale: str, epsilon: float | jax.Array, d
     Traceback (most recent call last):
     ValueError: scale='stdd' is not one of 'std', 'mean', 'batch_std', 'none'
     """
-    for name, value, choices in (
-        ("baseline", baseline, BASELINES),
-        ("scale", scale, SCALES),
-        ("epsilon_in", epsilon_in, EPSILON_PLACES),
-        ("ddof", ddof, (0, 1)),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-    if not isinstance(epsilon, jax.Array) and not 0 <= epsilon < float("inf"):
-        raise ValueError(f"epsilon={epsilon} must be finite and not negative")
+    check_choice("baseline", baseline, ("mean", "leave_one_out", "none"))
+    check_choice("scale", scale, ("std", "mean", "batch_std", "none"))
+    check_choice("epsilon_in", epsilon_in, ("variance", "std"))
+    check_choice("ddof", ddof, (0, 1))
+    check_not_negative("epsilon", epsilon)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError, naming them, unless the value is one of the choices.
+
+    >>> check_choice("ddof", 2, (0, 1))
+    Traceback (most recent call last):
+    ValueError: ddof=2 is not one of 0, 1
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def check_not_negative(name: str, value: float | jax.Array) -> None:
+    """Raises ValueError unless a number is finite and not negative; the values of an array, which may be traced, are not read.
+
+    >>> check_not_negative("beta", -1.0)
+    Traceback (most recent call last):
+    ValueError: beta=-1.0 must be finite and not negative
+    """
+    if not isinstance(value, jax.Array) and not 0 <= value < float("inf"):
+        raise ValueError(f"{name}={value} must be finite and not negative")

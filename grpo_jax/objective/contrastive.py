@@ -1,10 +1,13 @@
-"""The paper's form of the loss: successes against failures, weighed by how often the prompt is solved."""
+"""The paper's form of the loss: successes against failures, weighed by how often the prompt is solved.
+
+Dimension key: see grpo_jax.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.objective.advantages import check_normaliser
-from grpo_jax.objective.checks import check_scalar
+from grpo_jax.objective.checks import check_group_size, check_mask, check_scalar
 from grpo_jax.objective.surrogate import bounded_exp
 
 
@@ -63,51 +66,51 @@ def contrastive_loss(
         raise ValueError(f"logps, old_logps and mask must be [B, T] alike, got {shapes}")
     if rewards.shape != logps.shape[:1]:
         raise ValueError(f"rewards must be [B] = {logps.shape[:1]}, got {rewards.shape}")
-    if not isinstance(group_size, int) or group_size < 2 or logps.shape[0] % group_size:
-        raise ValueError(
-            f"group_size={group_size!r} must be an integer, at least 2 and divide the {logps.shape[0]} rows"
-        )
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"mask must be bool (True counts), got {mask.dtype}")
+    check_group_size(group_size, logps.shape)
+    check_mask(mask)
     if not jnp.issubdtype(logps.dtype, jnp.floating):
         raise TypeError(f"logps must be real, got {logps.dtype}")
     check_scalar("clip_low", clip_low)
     check_scalar("clip_high", clip_high)
 
-    logps = jnp.where(mask, logps.astype(jnp.float32), 0.0)
-    old = logps if old_logps is None else jnp.where(mask, old_logps.astype(jnp.float32), 0.0)
-    ratio = bounded_exp((logps - jax.lax.stop_gradient(old)).sum(-1)).reshape(-1, group_size)
-    success = rewards.astype(jnp.float32).reshape(-1, group_size) == 1
-    plus, minus = _weights(
-        success.sum(-1), group_size, jnp.asarray(epsilon, jnp.float32), baseline, scale, ddof, epsilon_in
-    )
-    up = ratio if clip_high is None else jnp.minimum(ratio, 1.0 + jnp.asarray(clip_high, jnp.float32))
-    down = ratio if clip_low is None else jnp.maximum(ratio, 1.0 - jnp.asarray(clip_low, jnp.float32))
-    live = mask.any(-1).reshape(-1, group_size)
-    pushed = jnp.where(live & success, up, 0.0).sum(-1) * plus - jnp.where(live & ~success, down, 0.0).sum(-1) * minus
-    return -pushed.sum() / logps.shape[0]
+    # ρ of each completion.
+    logps = jnp.where(mask, logps.astype(jnp.float32), 0.0)  # [B, T]
+    old = logps if old_logps is None else jnp.where(mask, old_logps.astype(jnp.float32), 0.0)  # [B, T]
+    ratio = bounded_exp((logps - jax.lax.stop_gradient(old)).sum(-1)).reshape(-1, group_size)  # [P, G]
+    # ω⁺ and ω⁻ of each group, from its number of successes.
+    success = rewards.astype(jnp.float32).reshape(-1, group_size) == 1  # [P, G]
+    epsilon = jnp.asarray(epsilon, jnp.float32)
+    plus, minus = _weights(success.sum(-1), group_size, epsilon, baseline, scale, ddof, epsilon_in)  # [P] each
+    # ω⁺ Σ_successes min(ρ, 1 + clip_high) − ω⁻ Σ_failures max(ρ, 1 − clip_low)
+    raised = ratio if clip_high is None else jnp.minimum(ratio, 1.0 + jnp.asarray(clip_high, jnp.float32))  # [P, G]
+    lowered = ratio if clip_low is None else jnp.maximum(ratio, 1.0 - jnp.asarray(clip_low, jnp.float32))  # [P, G]
+    has_tokens = mask.any(-1).reshape(-1, group_size)  # [P, G]
+    successes = jnp.where(has_tokens & success, raised, 0.0).sum(-1) * plus  # [P]
+    failures = jnp.where(has_tokens & ~success, lowered, 0.0).sum(-1) * minus  # [P]
+    return -(successes - failures).sum() / logps.shape[0]
 
 
 def _weights(
     successes: jax.Array,
     group_size: int,
-    epsilon: float | jax.Array,
+    epsilon: jax.Array,
     baseline: str,
     scale: str,
     ddof: int,
     epsilon_in: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """(ω⁺, ω⁻) of groups with the given number of successes."""
-    p = successes.astype(jnp.float32) / group_size
+    """(ω⁺, ω⁻) [P] of groups with so many successes [P]."""
+    p = successes.astype(jnp.float32) / group_size  # [P]
     dead = (successes == 0) | (successes == group_size)
+    # What divides, as in `group_advantages`; something that is no zero where the weights will be zero.
     variance = jnp.where(dead, 1.0, p * (1 - p) * group_size / (group_size - ddof))
     if scale == "std":
-        size = jnp.sqrt(variance + epsilon) if epsilon_in == "variance" else jnp.sqrt(variance) + epsilon
+        divisor = jnp.sqrt(variance + epsilon) if epsilon_in == "variance" else jnp.sqrt(variance) + epsilon
     else:
-        size = jnp.where(successes == 0, 1.0, p) if scale == "mean" else jnp.ones_like(p)
+        divisor = jnp.where(successes == 0, 1.0, p) if scale == "mean" else jnp.ones_like(p)
     if baseline == "none":
-        silent = dead if scale == "std" else successes == 0
-        return jnp.where(silent, 0.0, 1 / size), jnp.zeros_like(p)
+        no_weight = dead if scale == "std" else successes == 0
+        return jnp.where(no_weight, 0.0, 1 / divisor), jnp.zeros_like(p)
     factor = group_size / (group_size - 1) if baseline == "leave_one_out" else 1.0
-    alive = jnp.where(dead, 0.0, factor / size)
-    return (1 - p) * alive, p * alive
+    weight = jnp.where(dead, 0.0, factor / divisor)
+    return (1 - p) * weight, p * weight

@@ -1,4 +1,7 @@
-"""KL terms, named by what their gradient descends."""
+"""KL terms, named after what their gradient descends.
+
+Dimension key: see grpo_jax.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +10,14 @@ from grpo_jax.objective.surrogate import LARGEST_LOG_RATIO, bounded_exp
 
 
 def sequence_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, group_size: int | None) -> jax.Array:
-    """Rows whose mean is KL(π‖anchor) of whole completions, and whose mean gradient is its gradient.
+    """Terms of rows: their mean is KL(π‖anchor) of whole completions, and their mean gradient is its gradient.
 
     With ρ = π/π_old and ℓ = log π/anchor of the completion: value ρℓ and gradient ∇ρ(ℓ − b), where b is the mean ℓ of the
     group's other rows (zero without a group). E_old[ρℓ] = KL(π‖anchor); ∇E_old[ρℓ] = E_old[∇ρ ℓ], because E_old[ρ∇ℓ] =
     ∇Σπ = 0; and E_old[∇ρ b] = 0 because b is independent of the row's own completion.
 
     Args:
-      log_ratio: [B] log π/π_old of completions drawn from π_old, differentiated.
+      log_ratio: [B] log π/π_old of completions sampled from π_old, differentiated.
       anchor_log_ratio: [B] log π/anchor; its gradient is not used.
       group_size: G of contiguous groups, or None.
 
@@ -26,20 +29,23 @@ def sequence_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, group_size: i
     >>> sequence_kl(jnp.zeros(2), jnp.array([0.25, -0.125]), group_size=2).tolist()
     [0.25, -0.125]
     """
-    ratio, log_ratio = bounded_exp(log_ratio), jax.lax.stop_gradient(anchor_log_ratio)
+    ratio, anchor_log_ratio = bounded_exp(log_ratio), jax.lax.stop_gradient(anchor_log_ratio)  # [B] each
     if group_size is None:
-        return ratio * log_ratio
-    groups = log_ratio.reshape(-1, group_size)
-    baseline = ((groups.sum(-1, keepdims=True) - groups) / (group_size - 1)).reshape(-1)
-    return ratio * (log_ratio - baseline) + jax.lax.stop_gradient(ratio * baseline)
+        return ratio * anchor_log_ratio
+    groups = anchor_log_ratio.reshape(-1, group_size)  # [P, G]
+    baseline = ((groups.sum(-1, keepdims=True) - groups) / (group_size - 1)).reshape(-1)  # [B]
+    return ratio * (anchor_log_ratio - baseline) + jax.lax.stop_gradient(ratio * baseline)
 
 
 def token_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, kl: str) -> jax.Array:
-    """Tokens whose mean gradient, at a prefix and with tokens from π_old = π, is that of a KL of the next token.
+    """Terms of tokens: their mean gradient, at a prefix and with tokens from π_old = π, is that of a KL of the next token.
 
-    With x = log π/anchor: "token_reverse" is k2 = ½x², gradient ∇KL(π‖anchor); "token_forward" is k3 = e^{−x} + x − 1, gradient
-    ∇KL(anchor‖π); "token_reverse_weighted" is r·k3 with r = π/π_old, whose mean *is* KL(π‖anchor) also when tokens come from
-    another π_old, and so its gradient ∇KL(π‖anchor).
+    With x = log π/anchor, ∇x = ∇log π and Σπ∇log π = 0, sums over the next token:
+
+        "token_reverse", k2 = ½x²:             Σπ∇k2 = Σπ x∇log π = ∇Σπ x = ∇KL(π‖anchor)
+        "token_forward", k3 = e^{−x} + x − 1:  Σπ∇k3 = Σπ(1 − e^{−x})∇log π = −Σ anchor ∇log π = ∇KL(anchor‖π)
+        "token_reverse_weighted", r·k3 with r = π/π_old: Σπ_old r·k3 = Σπ(e^{−x} + x − 1) = KL(π‖anchor), whatever π_old is,
+                                               and so is its gradient
 
     Args:
       log_ratio: [B, T] log π/π_old, differentiated.
@@ -58,9 +64,9 @@ def token_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, kl: str) -> jax.
     if kl == "token_reverse":
         return 0.5 * jnp.square(anchor_log_ratio)
     if kl == "token_reverse_weighted":
-        # r·e^{−x} = π_anchor/π_old has no gradient, so that of the whole is r·x without cancellation.
-        fixed = jax.lax.stop_gradient(bounded_exp(log_ratio - anchor_log_ratio))
-        return fixed + bounded_exp(log_ratio) * (anchor_log_ratio - 1.0)
-    # Held where its exponential is: what is left of the slope would push away from the anchor.
+        # r·k3 = r·e^{−x} + r(x − 1). Its first part is π_anchor/π_old, which has no gradient; that of the second is r·x.
+        anchor_over_old = jax.lax.stop_gradient(bounded_exp(log_ratio - anchor_log_ratio))  # [B, T]
+        return anchor_over_old + bounded_exp(log_ratio) * (anchor_log_ratio - 1.0)
+    # Where the exponential is bounded, x is too: the slope of x alone would push away from the anchor.
     x = jnp.maximum(anchor_log_ratio, -LARGEST_LOG_RATIO)
     return bounded_exp(-x) + x - 1.0

@@ -1,12 +1,21 @@
-"""The GRPO loss, from log-probabilities alone: usable inside any JAX trainer."""
+"""The GRPO loss, from log-probabilities alone: usable inside any JAX trainer.
 
+    loss = Σ (−surrogate(ρ, A) + β·KL(π‖π_ref) + β_mirror·KL(π‖π_old) − entropy_bonus·H) / weight
+
+`grpo_loss_terms` computes it from left to right. The surrogates are in surrogate.py, the estimators of the KL in kl.py, and
+which of them an objective takes is in objective.py.
+
+Dimension key: see grpo_jax.
+"""
+
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.objective.checks import check_arrays, check_needs, check_objective, check_scalar, term_weight
+from grpo_jax.objective.checks import check_arrays, check_needs, check_scalars
 from grpo_jax.objective.kl import sequence_kl, token_kl
 from grpo_jax.objective.named import GRPO
 from grpo_jax.objective.objective import Objective
@@ -53,9 +62,8 @@ def grpo_loss(
 
     A completion's terms are sums over its tokens, or one number for ratio="sequence_product"; ``objective.reduce`` says how
     they are weighed. On-policy and for reduce="sequence_sum" the mean gradient is −Ω_G(p)∇p + β∇KL for binary rewards. With
-    ``group_size`` the KL of whole completions has the mean of the group's other rows as its baseline. That matters: at the
-    fixed point β log π/π_ref = A + const, so the gradient of each *row*, and not only of the mean, nearly vanishes, and with
-    it the noise around p*.
+    ``group_size`` the KL of whole completions has the mean of the group's other rows as its baseline. This removes noise around
+    p*: at the fixed point β log π/π_ref = A + const, so the gradient of each *row* nearly vanishes, and not only their mean.
 
     Args:
       logps: [B, T] log π of the completion tokens, differentiated.
@@ -63,7 +71,7 @@ def grpo_loss(
       ref_logps: [B, T] of the reference; None where the objective has no KL to it, or beta is the number 0.
       advantages: [B], flat, of ``group_advantages(rewards, **objective.normaliser())``: the normaliser of the objective is the
         caller's to apply, and its ``overlong`` too (zero for what was cut off); the loss reads neither.
-      mask: [B, T] bool, True on the tokens of the completion (its EOS included). What stands elsewhere changes nothing.
+      mask: [B, T] bool, True on the tokens of the completion (its EOS included). Values elsewhere change nothing.
       beta, beta_mirror: weights of the KL terms to the reference and to the previous policy, in units of advantage per nat;
         scalars, may be traced. beta is *not read* where the objective has no KL to the reference: DAPO, GSPO, CISPO, SAPO, GPG
         and the mirrors.
@@ -94,22 +102,17 @@ def grpo_loss(
     >>> float(loss), float(metrics["kl/sequence"])
     (0.0, 0.0)
     """
-    check_objective(objective)  # jit would only say that it is not hashable
     if beta is None:
         raise TypeError("beta is None: pass 0.0 for a loss without a KL to the reference")
     # Before jit, where a number can still be told from an array: a weight of zero drops its term from the program.
-    weights = {"beta": beta, "beta_mirror": beta_mirror, "entropy_bonus": entropy_bonus}
-    check_scalar("clip_low", clip_low)
-    check_scalar("clip_high", clip_high)
+    scalars = check_scalars(objective, beta, beta_mirror, entropy_bonus, clip_low, clip_high)
     return _grpo_loss(
         logps,
         old_logps,
         ref_logps,
         advantages,
         mask,
-        **{name: term_weight(name, weight) for name, weight in weights.items()},
-        clip_low=clip_low,
-        clip_high=clip_high,
+        **scalars,
         objective=objective,
         group_size=group_size,
         entropy=entropy,
@@ -147,103 +150,105 @@ def grpo_loss_terms(
     >>> float(terms.weight), round(float(terms.total / terms.weight), 3), sorted(terms.metrics)[0]
     (2.0, 0.255, 'kl/previous')
     """
-    check_objective(objective)
-    beta, beta_mirror = term_weight("beta", beta), term_weight("beta_mirror", beta_mirror)
-    entropy_bonus = term_weight("entropy_bonus", entropy_bonus)
-    check_scalar("clip_low", clip_low)
-    check_scalar("clip_high", clip_high)
-    given = {
-        "logps": logps,
-        "old_logps": old_logps,
-        "ref_logps": ref_logps,
-        "entropy": entropy,
-        "sampler_logps": sampler_logps,
-    }
-    check_arrays(given, advantages, mask, group_size)
-    check_needs(objective, given, beta, beta_mirror, entropy_bonus, clip_low, clip_high)
-    clip_low = objective.clip_low if clip_low is None else jnp.asarray(clip_low, jnp.float32)
-    clip_high = objective.clip_high if clip_high is None else jnp.asarray(clip_high, jnp.float32)
+    # Check all arguments, before anything is computed.
+    scalars = check_scalars(objective, beta, beta_mirror, entropy_bonus, clip_low, clip_high)
+    by_token = {"logps": logps, "old_logps": old_logps, "ref_logps": ref_logps}
+    by_token |= {"entropy": entropy, "sampler_logps": sampler_logps}
+    check_arrays(by_token, advantages, mask, group_size)
+    check_needs(objective, by_token, scalars)
 
-    def keep(x: jax.Array) -> jax.Array:
+    def masked(x: jax.Array) -> jax.Array:
+        """Zero outside the completions, so that a sum over T is the sum over a completion's tokens."""
         return jnp.where(mask, x.astype(jnp.float32), 0.0)
 
-    logps, advantages = keep(logps), advantages.astype(jnp.float32)
-    beta, beta_mirror, entropy_bonus = (
-        None if w is None else jnp.asarray(w, jnp.float32) for w in (beta, beta_mirror, entropy_bonus)
+    # All in float32. Clip widths that the caller names take the place of the objective's.
+    logps, advantages = masked(logps), advantages.astype(jnp.float32)  # [B, T], [B]
+    beta, beta_mirror, entropy_bonus, clip_low, clip_high = (
+        None if x is None else jnp.asarray(x, jnp.float32) for x in scalars.values()
     )
-    old = jax.lax.stop_gradient(logps if old_logps is None else keep(old_logps))
-    lengths = mask.sum(-1).astype(jnp.float32)
-    rows, tokens = jnp.float32(mask.shape[0]), lengths.sum()
+    clip_low = objective.clip_low if clip_low is None else clip_low
+    clip_high = objective.clip_high if clip_high is None else clip_high
 
-    log_ratio = logps - old
-    chosen = surrogate_terms(
+    # log ρ = log π/π_old
+    old = jax.lax.stop_gradient(logps if old_logps is None else masked(old_logps))  # [B, T]
+    lengths = mask.sum(-1).astype(jnp.float32)  # [B]
+    num_rows, num_tokens = jnp.float32(mask.shape[0]), lengths.sum()
+    log_ratio = logps - old  # [B, T]
+
+    # −surrogate(ρ, A), of each token or of each completion as a whole.
+    surrogate = surrogate_terms(
         logps, log_ratio, lengths, advantages, objective=objective, clip_low=clip_low, clip_high=clip_high
     )
-    trust = _correction(objective, old, sampler_logps, lengths, keep)
-    by_token = objective.ratio in ("token", "none")
-    per_row = {"sequence": lengths, "sequence_product": jnp.minimum(lengths, 1.0)}  # an empty row has no terms
-    terms = (
-        -keep(chosen.value * trust).sum(-1) if by_token else -(chosen.value * trust)[:, 0] * per_row[objective.ratio]
-    )
-    metrics = _surrogate_metrics(
-        chosen, keep if by_token else (lambda x: x.astype(jnp.float32)), tokens if by_token else rows
-    )
+    # Every term is weighed by the correction of the sampler's arithmetic.
+    correction = jnp.ones((mask.shape[0], 1), jnp.float32)  # [B, 1], or [B, T] per token
+    if sampler_logps is not None and objective.correction != "none":
+        correction = _correction(objective, old - masked(sampler_logps), lengths)
+    if objective.ratio in ("token", "none"):
+        losses = -masked(surrogate.value * correction).sum(-1)  # [B]
+        metrics = _surrogate_metrics(surrogate, masked, num_tokens)
+    else:
+        # GSPO counts the surrogate of a completion once for each of its tokens. Without tokens there is none.
+        times = lengths if objective.ratio == "sequence" else jnp.minimum(lengths, 1.0)  # [B]
+        losses = -(surrogate.value * correction)[:, 0] * times  # [B]
+        metrics = _surrogate_metrics(surrogate, lambda x: x.astype(jnp.float32), num_rows)
 
     def kl_to(anchor: jax.Array) -> jax.Array:
+        """[B] the objective's estimate of KL(π‖anchor), weighed likewise."""
         if objective.kl == "sequence_reverse":
-            return sequence_kl(log_ratio.sum(-1), (logps - anchor).sum(-1), group_size) * trust[:, 0]
-        return keep(token_kl(log_ratio, logps - anchor, objective.kl) * trust).sum(-1)
+            return sequence_kl(log_ratio.sum(-1), (logps - anchor).sum(-1), group_size) * correction[:, 0]
+        return masked(token_kl(log_ratio, logps - anchor, objective.kl) * correction).sum(-1)
 
+    # + β·KL(π‖π_ref)
     if ref_logps is not None:
-        ref = jax.lax.stop_gradient(keep(ref_logps))
-        metrics["kl/sequence"] = (sequence_kl(log_ratio.sum(-1), (logps - ref).sum(-1), None).sum(), rows)
+        ref = jax.lax.stop_gradient(masked(ref_logps))  # [B, T]
+        metrics["kl/sequence"] = (sequence_kl(log_ratio.sum(-1), (logps - ref).sum(-1), None).sum(), num_rows)
         if objective.holds_to_reference and beta is not None:
-            penalty = kl_to(ref)
-            terms = terms + beta * penalty
+            kl = kl_to(ref)  # [B]
+            losses = losses + beta * kl
             if objective.kl != "sequence_reverse":
-                metrics["kl/token"] = (penalty.sum(), tokens)
+                metrics["kl/token"] = (kl.sum(), num_tokens)
+    # + β_mirror·KL(π‖π_old)
     if old_logps is not None:
-        metrics["kl/previous"] = (sequence_kl(log_ratio.sum(-1), log_ratio.sum(-1), None).sum(), rows)
+        metrics["kl/previous"] = (sequence_kl(log_ratio.sum(-1), log_ratio.sum(-1), None).sum(), num_rows)
         if objective.holds_to_previous and beta_mirror is not None:
-            terms = terms + beta_mirror * kl_to(old)
+            losses = losses + beta_mirror * kl_to(old)
+    # − entropy_bonus·H
     if entropy is not None:
-        metrics["policy/entropy"] = (keep(entropy).sum(), tokens)
+        metrics["policy/entropy"] = (masked(entropy).sum(), num_tokens)
         if entropy_bonus is not None:
-            terms = terms - entropy_bonus * keep(entropy * trust).sum(-1)
+            losses = losses - entropy_bonus * masked(entropy * correction).sum(-1)
     if objective.correction != "none":
-        metrics["rollout/correction"] = (keep(jnp.broadcast_to(trust, mask.shape)).sum(), tokens)
+        metrics["rollout/correction"] = (masked(jnp.broadcast_to(correction, mask.shape)).sum(), num_tokens)
 
+    # Σ over completions, and the weight that divides it.
     if objective.reduce == "sequence_mean":
-        terms = terms / jnp.maximum(lengths, 1.0)
-    weight = {"token_mean": tokens, "constant": rows * float(objective.constant_length or 1)}.get(
-        objective.reduce, rows
-    )
-    return LossTerms(terms.sum(), weight, jax.tree.map(jax.lax.stop_gradient, metrics))
+        losses = losses / jnp.maximum(lengths, 1.0)
+    weight = num_tokens if objective.reduce == "token_mean" else num_rows
+    if objective.constant_length is not None:
+        weight = weight * float(objective.constant_length)
+    return LossTerms(losses.sum(), weight, jax.tree.map(jax.lax.stop_gradient, metrics))
 
 
 @partial(jax.jit, static_argnames=("objective", "group_size"))
 def _grpo_loss(*arrays: jax.Array | None, **options: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`grpo_loss_terms`, and the one division of each sum by its weight."""
     terms = grpo_loss_terms(*arrays, **options)  # type: ignore[arg-type]
     metrics = {name: total / jnp.maximum(weight, 1.0) for name, (total, weight) in terms.metrics.items()}
     return terms.total / jnp.maximum(terms.weight, 1.0), metrics
 
 
-def _correction(
-    objective: Objective, old: jax.Array, sampler_logps: jax.Array | None, lengths: jax.Array, keep: Any
-) -> jax.Array:
-    """min(π_old/π_sampler, cap) without gradient: [B, T] per token, or [B, 1]."""
-    if objective.correction == "none":
-        return jnp.ones((old.shape[0], 1), jnp.float32)
-    log_ratio = old - keep(sampler_logps)
+def _correction(objective: Objective, log_ratio: jax.Array, lengths: jax.Array) -> jax.Array:
+    """min(π_old/π_sampler, cap) without gradient, from its logarithm [B, T]: [B, T] of tokens or [B, 1] of completions."""
     if objective.correction == "sequence":
-        log_ratio = log_ratio.sum(-1, keepdims=True) / jnp.maximum(lengths, 1.0)[:, None]
+        log_ratio = log_ratio.sum(-1, keepdims=True) / jnp.maximum(lengths, 1.0)[:, None]  # [B, 1]
     return jax.lax.stop_gradient(jnp.clip(bounded_exp(log_ratio), max=objective.correction_cap))
 
 
-def _surrogate_metrics(chosen: Surrogate, keep: Any, count: jax.Array) -> Metrics:
-    below, above = keep(chosen.below).sum(), keep(chosen.above).sum()
+def _surrogate_metrics(surrogate: Surrogate, counted: Callable[[jax.Array], jax.Array], count: jax.Array) -> Metrics:
+    """Mean ratio and shares that the clip decides. ``counted`` gives the numbers of ``count`` tokens or completions."""
+    below, above = counted(surrogate.below).sum(), counted(surrogate.above).sum()
     return {
-        "policy/ratio": (keep(chosen.ratio).sum(), count),
+        "policy/ratio": (counted(surrogate.ratio).sum(), count),
         "policy/clip_fraction": (below + above, count),
         "policy/clip_low": (below, count),
         "policy/clip_high": (above, count),

@@ -5,7 +5,6 @@ from typing import Any
 
 from grpo_jax.objective.objective import Objective
 
-_LIBRARIES: dict[str, Any] = {"ddof": 1, "epsilon_in": "std"}  # what TRL, verl and their relatives divide by
 _UNCLIPPED: dict[str, Any] = {"clip_low": None, "clip_high": None}
 
 GRPO = Objective()
@@ -14,36 +13,25 @@ GRPO = Objective()
 DR_GRPO = Objective(scale="none")
 """Mean-only advantages (Dr. GRPO) with the paper's KL: one fixed point, no folds, no cycles. Source: arXiv 2503.20783."""
 
-GRPO_TRL = Objective(**_LIBRARIES, ratio="token", reduce="sequence_mean", kl="token_forward")
+GRPO_TRL = Objective(ddof=1, epsilon_in="std", ratio="token", reduce="sequence_mean", kl="token_forward")
 """What TRL and its relatives run: ddof 1, std + 1e-4, token ratios, k3. Its β leads to p* − p_ref = S_G(p*)/β, not to the
 paper's point (at β = 1, p_ref = 0.01, large G: 0.51 where the paper's KL gives 0.15)."""
 
-DAPO = Objective(**_LIBRARIES, ratio="token", clip_high=0.28, reduce="token_mean", kl="none")
+DAPO = replace(GRPO_TRL, clip_high=0.28, reduce="token_mean", kl="none")
 """DAPO's loss: clip-higher, one denominator of all tokens, no KL: nothing holds the policy, and p* = 1. Source: arXiv 2503.14476;
-its other parts are ``overlong="ignore"``, a softer punishment of length, and drawing dead groups again."""
+its other parts are ``overlong="ignore"``, a softer punishment of length, and sampling dead groups again."""
 
 BNPO = replace(GRPO_TRL, reduce="token_mean")
 """What TRL calls bnpo: its GRPO with one denominator of all tokens."""
 
-GSPO = Objective(**_LIBRARIES, ratio="sequence", clip_low=3e-4, clip_high=4e-4, reduce="sequence_mean", kl="none")
+GSPO = replace(GRPO_TRL, ratio="sequence", clip_low=3e-4, clip_high=4e-4, kl="none")
 """GSPO: geometric-mean ratio of the completion, clipped narrowly, no KL: p* = 1. Source: arXiv 2507.18071."""
 
-CISPO = Objective(
-    **_LIBRARIES, **_UNCLIPPED, ratio="token", surrogate="cispo", ratio_cap=5.0, reduce="token_mean", kl="none"
-)
+CISPO = replace(GRPO_TRL, **_UNCLIPPED, surrogate="cispo", ratio_cap=5.0, reduce="token_mean", kl="none")
 """CISPO: every token keeps its gradient, weighed by its ratio up to a cap; no KL: p* = 1. Source: arXiv 2506.13585, with the
 cap of 2510.13786."""
 
-SAPO = Objective(
-    **_LIBRARIES,
-    **_UNCLIPPED,
-    ratio="token",
-    surrogate="sapo",
-    tau_plus=1.0,
-    tau_minus=1.05,
-    reduce="sequence_mean",
-    kl="none",
-)
+SAPO = replace(GRPO_TRL, **_UNCLIPPED, surrogate="sapo", tau_plus=1.0, tau_minus=1.05, kl="none")
 """SAPO: a sigmoid in place of the clip, a little steeper for failures; no KL: p* = 1. Source: arXiv 2511.20347."""
 
 RLOO = Objective(baseline="leave_one_out", scale="none")
@@ -67,22 +55,8 @@ GPG = Objective(scale="none", ratio="none", **_UNCLIPPED, reduce="token_mean", k
 """The plain policy gradient of mean-only advantages, no ratio, no KL: p* = 1. Source: arXiv 2504.02546, without its factor
 for dead groups."""
 
-NAMED: dict[str, Objective] = {
-    "GRPO": GRPO,
-    "DR_GRPO": DR_GRPO,
-    "GRPO_TRL": GRPO_TRL,
-    "DAPO": DAPO,
-    "BNPO": BNPO,
-    "GSPO": GSPO,
-    "CISPO": CISPO,
-    "SAPO": SAPO,
-    "RLOO": RLOO,
-    "MAXRL": MAXRL,
-    "MIRROR_GRPO": MIRROR_GRPO,
-    "MIRROR_DR_GRPO": MIRROR_DR_GRPO,
-    "TWO_KL_GRPO": TWO_KL_GRPO,
-    "GPG": GPG,
-}
+# Every objective above, by its name.
+NAMED: dict[str, Objective] = {name: value for name, value in globals().items() if isinstance(value, Objective)}
 
 
 def named_objective(name: str, **choices: Any) -> Objective:

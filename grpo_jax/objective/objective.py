@@ -1,7 +1,7 @@
 """An objective is one choice per axis.
 
-The description is frozen and hashable: it is a static argument of the jitted loss, and the run's prediction is derived from
-it (`Objective.normaliser`), so what is predicted is what is trained.
+The description is frozen and hashable. It is a static argument of the jitted loss, and a run's prediction is derived from it too
+(`Objective.normaliser`), so what is predicted is what is trained.
 """
 
 import math
@@ -10,15 +10,19 @@ from typing import Any
 
 import jax
 
-from grpo_jax.objective.advantages import check_normaliser
+from grpo_jax.objective.advantages import check_choice, check_normaliser, check_not_negative
 
-RATIOS = ("token", "sequence", "sequence_product", "none")
-SURROGATES = ("clip", "cispo", "sapo")
-REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean", "constant")
-KLS = ("sequence_reverse", "token_reverse", "token_reverse_weighted", "token_forward", "none")
-ANCHORS = ("reference", "previous", "both")
-CORRECTIONS = ("token", "sequence", "none")
-OVERLONG = ("keep", "ignore")
+CHOICES = {
+    "kl": ("sequence_reverse", "token_reverse", "token_reverse_weighted", "token_forward", "none"),
+    "ratio": ("token", "sequence", "sequence_product", "none"),
+    "surrogate": ("clip", "cispo", "sapo"),
+    "reduce": ("sequence_sum", "sequence_mean", "token_mean", "constant"),
+    "anchor": ("reference", "previous", "both"),
+    "correction": ("token", "sequence", "none"),
+    "overlong": ("keep", "ignore"),
+}
+ABOVE_ZERO = ("clip_low", "clip_high", "tau_plus", "tau_minus", "constant_length", "correction_cap")
+ABOVE_ONE = ("ratio_cap", "dual_clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,15 @@ class Objective:
 
     def __post_init__(self) -> None:
         check_normaliser(**self.normaliser())
-        _refuse(_faults(self))
+        if self.kl == "k1":
+            raise ValueError(
+                "kl='k1' in the loss has zero expected gradient: β would do nothing. Use 'sequence_reverse' for KL(π‖π_ref)"
+            )
+        for field, choices in CHOICES.items():
+            check_choice(field, getattr(self, field), choices)
+        for is_wrong, reason in _faults(self):
+            if is_wrong:
+                raise ValueError(reason)
 
     @property
     def holds_to_reference(self) -> bool:
@@ -110,13 +122,19 @@ class Objective:
 
     @property
     def is_predicted(self) -> bool:
-        """Whether the theory knows where β takes this objective: see `fixed_point` for why not."""
-        coupled, cut_off = self.scale == "batch_std", self.overlong == "ignore"
-        return not (coupled or cut_off or self._weighs_uncentred)
+        """Whether the theory knows where β takes this objective; where not, `fixed_point` says why."""
+        return not self._unpredictable
 
     @property
-    def _weighs_uncentred(self) -> bool:
-        return self.baseline == "none" and self.reduce in ("sequence_mean", "token_mean")
+    def _unpredictable(self) -> list[str]:
+        """What moves the end of training in a way that the theory does not cover."""
+        by_length = self.baseline == "none" and self.reduce in ("sequence_mean", "token_mean")
+        reasons = [
+            (by_length, "weighing completions by their length moves it where advantages have no baseline"),
+            (self.overlong == "ignore", "completions that are cut off and have no advantage move it"),
+            (self.scale == "batch_std", "the std of the whole batch couples the prompts"),
+        ]
+        return [reason for holds, reason in reasons if holds]
 
     @property
     def fixed_point(self) -> str:
@@ -131,15 +149,7 @@ class Objective:
         }.get(self.kl, "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL")
         if self.anchor == "both":
             end += "; the KL to the previous policy sets the pace"
-        if self._weighs_uncentred:
-            end += (
-                "; weighing completions by their length moves it where advantages have no baseline: no p* is predicted"
-            )
-        if self.overlong == "ignore":
-            end += "; completions that are cut off and have no advantage move it: no p* is predicted"
-        if self.scale == "batch_std":
-            end += "; the std of the whole batch couples the prompts: no p* is predicted"
-        return end
+        return end + "".join(f"; {reason}: no p* is predicted" for reason in self._unpredictable)
 
     def normaliser(self) -> dict[str, Any]:
         """The keyword arguments of `group_advantages`, and of `theory.Group`, that this objective trains with.
@@ -155,36 +165,17 @@ class Objective:
         }
 
 
-def _refuse(faults: list[tuple[bool, str]]) -> None:
-    for holds, reason in faults:
-        if holds:
-            raise ValueError(reason)
-
-
 def _faults(o: Objective) -> list[tuple[bool, str]]:
-    """(whether it holds, what is wrong and what to do)."""
-    choices = {
-        "ratio": RATIOS,
-        "surrogate": SURROGATES,
-        "reduce": REDUCTIONS,
-        "anchor": ANCHORS,
-        "correction": CORRECTIONS,
-        "overlong": OVERLONG,
-    }
-    k1 = "kl='k1' in the loss has zero expected gradient: β would do nothing. Use 'sequence_reverse' for KL(π‖π_ref)"
-    faults = [(o.kl == "k1", k1), _unknown("kl", o.kl, KLS)]
-    faults += [_unknown(name, getattr(o, name), allowed) for name, allowed in choices.items()]
-    _refuse(faults)
+    """(whether it is so, what is wrong and what to do) of everything that makes no sense together."""
 
-    def only(field: str, used: bool, where: str) -> tuple[bool, str]:
-        return not used and getattr(
-            o, field
-        ) is not None, f"{field}={getattr(o, field)} is not read: it belongs to {where}"
-
-    def above(field: str, least: float) -> tuple[bool, str]:
+    def unread(field: str, is_read: bool, reader: str) -> tuple[bool, str]:
         value = getattr(o, field)
-        number = type(value) in (int, float) and least < value < math.inf
-        return value is not None and not number, f"{field}={value} must be finite and above {least:g}"
+        return value is not None and not is_read, f"{field}={value} is not read: it belongs to {reader}"
+
+    def not_above(bound: int, field: str) -> tuple[bool, str]:
+        value = getattr(o, field)
+        is_above = type(value) in (int, float) and bound < value < math.inf
+        return value is not None and not is_above, f"{field}={value} must be finite and above {bound}"
 
     clips, cispo, sapo = o.surrogate == "clip" and o.ratio != "none", o.surrogate == "cispo", o.surrogate == "sapo"
     sequence_kl, corrected = o.kl == "sequence_reverse", o.correction != "none"
@@ -205,40 +196,30 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
             "mean over tokens, or reduce='constant' with the constant_length it is measured in",
         ),
         (sapo and None in (o.tau_plus, o.tau_minus), "surrogate='sapo' needs tau_plus and tau_minus (1.0 and 1.05)"),
-        only("clip_low", clips or cispo, "surrogate='clip' and 'cispo', with a ratio (GPG and SAPO start without)"),
-        only("clip_high", clips, "surrogate='clip' with a ratio; the upper bound of 'cispo' is ratio_cap"),
-        only("ratio_cap", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
-        only("dual_clip", clips, "surrogate='clip' with a ratio"),
-        only("tau_plus", sapo, "surrogate='sapo'"),
-        only("tau_minus", sapo, "surrogate='sapo'"),
-        only("constant_length", o.reduce == "constant", "reduce='constant'"),
-        only("correction_cap", corrected, "correction='token' and 'sequence'"),
-        above("clip_low", 0.0),
+        unread("clip_low", clips or cispo, "surrogate='clip' and 'cispo', with a ratio (GPG and SAPO start without)"),
+        unread("clip_high", clips, "surrogate='clip' with a ratio; the upper bound of 'cispo' is ratio_cap"),
+        unread("ratio_cap", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
+        unread("dual_clip", clips, "surrogate='clip' with a ratio"),
+        unread("tau_plus", sapo, "surrogate='sapo'"),
+        unread("tau_minus", sapo, "surrogate='sapo'"),
+        unread("constant_length", o.reduce == "constant", "reduce='constant'"),
+        unread("correction_cap", corrected, "correction='token' and 'sequence'"),
+        *(not_above(0, field) for field in ABOVE_ZERO),
+        *(not_above(1, field) for field in ABOVE_ONE),
         (o.clip_low is not None and o.clip_low > 1, f"clip_low={o.clip_low} must be at most 1, which never clips"),
-        above("clip_high", 0.0),
-        above("ratio_cap", 1.0),
         (
             clips and (o.ratio_cap or math.inf) <= 1 + high,
             f"ratio_cap={o.ratio_cap} must lie above 1 + clip_high={high}",
         ),
-        above("dual_clip", 1.0),
-        above("tau_plus", 0.0),
-        above("tau_minus", 0.0),
         (o.reduce == "constant" and o.constant_length is None, "reduce='constant' needs constant_length, in tokens"),
-        above("constant_length", 0),
         (type(o.constant_length) is float, f"constant_length={o.constant_length} must be a whole number of tokens"),
         (corrected and o.correction_cap is None, f"correction={o.correction!r} needs correction_cap (2.0, say)"),
-        above("correction_cap", 0.0),
         (
             o.correction == "token" and (o.ratio in ("sequence", "sequence_product") or sequence_kl),
             f"correction='token' cannot weigh ratio={o.ratio!r} with kl={o.kl!r}, which are of whole completions: use 'sequence'",
         ),
         (o.kl == "none" and o.anchor != "reference", f"anchor={o.anchor!r} needs a KL, and kl='none' has none"),
     ]
-
-
-def _unknown(name: str, value: Any, allowed: tuple[str, ...]) -> tuple[bool, str]:
-    return value not in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
 
 
 def beta_effective(beta: float | jax.Array, *, objective: Objective, group_size: int) -> float | jax.Array:
@@ -266,8 +247,7 @@ def beta_effective(beta: float | jax.Array, *, objective: Objective, group_size:
     """
     if group_size < 2:
         raise ValueError(f"group_size={group_size} must be at least 2")
-    if not isinstance(beta, jax.Array) and not 0 <= beta < math.inf:
-        raise ValueError(f"beta={beta} must be finite and not negative")
+    check_not_negative("beta", beta)
     factor = (group_size - 1) / group_size
     if objective.scale == "std" and objective.ddof == 1:
         beta = beta / math.sqrt(factor)

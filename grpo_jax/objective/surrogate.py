@@ -1,4 +1,7 @@
-"""How a ratio π/π_old meets an advantage: clipping, its soft and its stop-gradient forms."""
+"""The surrogate that is maximised: a ratio ρ = π/π_old times an advantage A, bounded in one of several ways.
+
+Dimension key: see grpo_jax.
+"""
 
 from typing import NamedTuple
 
@@ -7,7 +10,7 @@ import jax.numpy as jnp
 
 from grpo_jax.objective.objective import Objective
 
-LARGEST_LOG_RATIO = 20.0  # e²⁰: a ratio beyond it has left the trust region for good, and must not become infinite
+LARGEST_LOG_RATIO = 20.0  # a ratio beyond e²⁰ is far outside of any trust region, and must not become infinite
 
 
 class Surrogate(NamedTuple):
@@ -55,10 +58,12 @@ def surrogate_terms(
     >>> [round(float(x), 3) for x in terms.value[:, 0]]
     [1.2, -0.8]
     """
-    advantages = advantages[:, None]
+    advantages = advantages[:, None]  # [B, 1]
     if objective.ratio == "none":
         nowhere = jnp.zeros(logps.shape, bool)
         return Surrogate(logps * advantages, jnp.ones_like(logps), nowhere, nowhere)
+
+    # ρ of tokens [B, T], or of completions [B, 1]: the product over their tokens, or its geometric mean.
     if objective.ratio != "token":
         log_ratio = log_ratio.sum(-1, keepdims=True)
         if objective.ratio == "sequence":
@@ -66,13 +71,16 @@ def surrogate_terms(
     ratio = bounded_exp(log_ratio)
     low = None if clip_low is None else 1.0 - clip_low
     high = None if clip_high is None else 1.0 + clip_high
+
     if objective.surrogate == "sapo":
-        tau = jnp.where(advantages > 0, objective.tau_plus or 1.0, objective.tau_minus or 1.0)
+        tau = jnp.where(advantages > 0, objective.tau_plus or 1.0, objective.tau_minus or 1.0)  # [B, 1]
         nowhere = jnp.zeros(ratio.shape, bool)
         return Surrogate(4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0)) * advantages, ratio, nowhere, nowhere)
     if objective.surrogate == "cispo":
         weight = jax.lax.stop_gradient(jnp.clip(ratio, low, objective.ratio_cap))
         return Surrogate(weight * advantages * logps, ratio, weight > ratio, weight < ratio)
+
+    # min(ρA, clip(ρ)A): a success is not raised above the upper bound, a failure not pushed below the lower one.
     value = jnp.minimum(jnp.clip(ratio, max=objective.ratio_cap) * advantages, jnp.clip(ratio, low, high) * advantages)
     if objective.dual_clip is not None:
         value = jnp.where(advantages < 0, jnp.maximum(value, objective.dual_clip * advantages), value)
@@ -82,7 +90,7 @@ def surrogate_terms(
 
 
 def bounded_exp(log_ratio: jax.Array) -> jax.Array:
-    """exp, with its argument held within ±20 so that no ratio is infinite; beyond, the gradient is zero.
+    """exp of the argument clipped to ±20, so that no ratio is infinite; beyond ±20 the gradient is zero.
 
     >>> float(bounded_exp(jnp.array(1e4))) == float(jnp.exp(20.0))
     True

@@ -1,4 +1,7 @@
-"""Group sampling: each prompt is prefilled once, and its G completions are decoded together in one program."""
+"""Group sampling: each prompt is run once, and its G completions are decoded together in one program.
+
+Dimension key: see grpo_jax.
+"""
 
 import itertools
 from functools import partial
@@ -10,7 +13,7 @@ from jax import lax
 
 from grpo_jax.rollout.compaction import Decoding, Stage, choose_stages, run_stages
 from grpo_jax.rollout.policy import Policy
-from grpo_jax.rollout.token_sampling import draw_tokens
+from grpo_jax.rollout.token_sampling import sample_tokens
 
 
 class PromptBatch(NamedTuple):
@@ -19,12 +22,12 @@ class PromptBatch(NamedTuple):
     Attributes:
       tokens: [P, S] int32, padded on either side.
       mask: [P, S] bool, True on tokens; at least one per row.
-      index: [P] int32, row of the dataset; addresses the randomness of the prompt's completions.
+      index: [P] int32, row of the dataset; the random numbers of the prompt's completions depend on it.
     """
 
     tokens: jax.Array
     mask: jax.Array
-    index: jax.Array  # type: ignore[assignment] # a field, and not the method of tuples
+    index: jax.Array  # type: ignore[assignment]  # tuples have a method of this name
 
 
 class Rollout(NamedTuple):
@@ -35,7 +38,7 @@ class Rollout(NamedTuple):
       mask: [P, G, T] bool, True on the completion's tokens; the stop token is one of them, since stopping is an action.
       logps: [P, G, T] float32, log-probability of each token under the sampler; 0 where the mask is False.
       truncated: [P, G] bool, True where the completion ran into T without a stop.
-      useful: [] float32, share of the row-steps computed that made a token of a completion.
+      useful: [] float32, tokens of the completions per step of a row: the share of the decoding that was not in vain.
     """
 
     completions: jax.Array
@@ -51,9 +54,9 @@ class Rows(NamedTuple):
     Attributes:
       origin: [B] int32, p · G + g.
       prompt_length: [B] int32.
-      uniform: [B, T] float32, the number that draws each token.
+      uniform: [B, T] float32, the random number of each token.
       token: [B] int32, the last one.
-      live: [B] bool, False once it has ended.
+      live: [B] bool, False once the completion has ended.
       stop_state: [B] int32, of the stop table.
       length: [B] int32, tokens of the completion so far.
       completions, logps: [B, T].
@@ -92,10 +95,10 @@ def sample_groups(
 ) -> Rollout:
     """Samples ``group_size`` completions of every prompt.
 
-    The prompt's keys and values are computed once and shared by its group; the completions are decoded in step, without the
-    rows that have ended (`run_stages`). A token is drawn by inverting the cumulative distribution at one uniform number whose
-    key is a function of (key, prompt index, sample index, position) alone, so neither the batch split, nor the padding, nor
-    the stages, nor the number of devices changes the random numbers that a completion sees.
+    The prompt's keys and values are computed once and shared by its group. The completions are decoded together, without the
+    rows that have ended (see compaction.py). A token is sampled by inverting the cumulative distribution at one uniform number,
+    which is a function of (key, prompt index, sample index, position) alone. So neither the batch split, nor the padding, nor
+    the stages, nor the number of devices changes the random numbers of a completion.
 
     Args:
       policy, params: the model.
@@ -104,23 +107,23 @@ def sample_groups(
       group_size: G, samples ``first_sample … first_sample + G − 1`` of each prompt.
       max_completion: T.
       stop_ids: tokens that end a completion.
-      pad_id: what stands after the end; may equal a stop id, the mask tells them apart.
+      pad_id: fills completions after their end; may equal a stop id, the mask tells them apart.
       temperature: of the sampling distribution.
-      top_k, top_p, min_p: draw from the most probable tokens alone, see `keep_likely`; ``logps`` are those of the distribution
-        that is left, which is not the one that `score_groups` scores.
+      top_k, top_p, min_p: sample the most probable tokens alone, see `keep_likely`; ``logps`` are then those of the truncated
+        distribution, while `score_groups` scores the whole one.
       greedy: take the most probable token instead (``logps`` are then still those of the distribution).
-      first_sample: sample index of the group's first member, to draw further samples of the same prompts.
+      first_sample: sample index of the group's first member, to sample more completions of the same prompts.
       stop_table: [states, V] integers; a row starts in state 0, a token takes it from state s to ``stop_table[s, token]``, and
         the last state ends the completion.
       vmap_axis: name of an axis of `jax.vmap` around this call, or several. Its members then make their steps together, until
         the last of them is done; without it, vmap would turn every step into a choice between the old and the new cache.
-      stages: how the rows are decoded, the results being the same; None chooses, see `choose_stages`.
+      stages: how the rows are decoded, which changes time and not the result; None chooses, see `choose_stages`.
 
     Returns:
       `Rollout`.
 
     Raises:
-      ValueError: where a truncation is out of range, or the stages do not begin with all rows and reach T.
+      ValueError: a top_k, top_p or min_p that is out of range, or stages that do not begin with all rows and reach T.
 
     >>> eye = lambda params, tokens, *_, cache, **__: (jax.nn.one_hot(tokens, 5), cache)
     >>> policy = Policy(eye, lambda params, hidden: hidden @ params, lambda batch, length: jnp.zeros((batch, length)))
@@ -132,114 +135,126 @@ def sample_groups(
     ([[2, 3, 4], [4, 0, 0]], [False, False])
     """
     num_prompts = prompts.tokens.shape[0]
-    rows = num_prompts * group_size
-    stages = choose_stages(rows, max_completion) if stages is None else stages
-    _check_stages(stages, rows, max_completion)
+    num_rows = num_prompts * group_size
+    stages = choose_stages(num_rows, max_completion) if stages is None else stages
+    _check_stages(stages, num_rows, max_completion)
     params = policy.prepare(params, prompts.tokens.shape[1] + max_completion)
     stops = jnp.array(stop_ids, jnp.int32)
     table = None if stop_table is None else jnp.asarray(stop_table)
-    draw = partial(draw_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy)
+    sample = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy)
 
-    def extend(row: Rows, hidden: jax.Array, position: jax.Array) -> Rows:
-        """Each live row by the token that its hidden state [n, D] gives."""
-        token, logp = draw(
-            policy.unembed(params, hidden), lax.dynamic_index_in_dim(row.uniform, position, 1, keepdims=False)
-        )
-        token = jnp.where(row.live, token, jnp.int32(pad_id))
-        ended, state = (token[:, None] == stops[None, :]).any(-1), row.stop_state
+    def append_token(rows: Rows, hidden: jax.Array, position: jax.Array) -> Rows:
+        """Each live row with the token that its hidden state [n, D] predicts."""
+        logits = policy.unembed(params, hidden)  # [n, V]
+        uniform = lax.dynamic_index_in_dim(rows.uniform, position, 1, keepdims=False)  # [n]
+        token, logp = sample(logits, uniform)  # [n] each
+        token = jnp.where(rows.live, token, jnp.int32(pad_id))
+        # A completion ends with a stop token, or where the stop table says so.
+        ended, stop_state = (token[:, None] == stops[None, :]).any(-1), rows.stop_state  # [n] each
         if table is not None:
-            state = table[state, token].astype(jnp.int32)
-            ended |= state == len(table) - 1
-        logp = jnp.where(row.live, logp, 0.0)
-        return row._replace(
+            stop_state = table[stop_state, token].astype(jnp.int32)
+            ended |= stop_state == len(table) - 1
+        logp = jnp.where(rows.live, logp, 0.0)
+        return rows._replace(
             token=token,
-            live=row.live & ~ended,
-            stop_state=state,
-            length=row.length + row.live.astype(jnp.int32),
-            completions=lax.dynamic_update_slice_in_dim(row.completions, token[:, None], position, 1),
-            logps=lax.dynamic_update_slice_in_dim(row.logps, logp[:, None], position, 1),
+            live=rows.live & ~ended,
+            stop_state=stop_state,
+            length=rows.length + rows.live.astype(jnp.int32),
+            completions=lax.dynamic_update_slice_in_dim(rows.completions, token[:, None], position, 1),
+            logps=lax.dynamic_update_slice_in_dim(rows.logps, logp[:, None], position, 1),
         )
 
-    def step(position: jax.Array, row: Rows, cache: Any, prefix: Any, slots: int) -> tuple[Rows, Any]:
+    def decode_step(position: jax.Array, rows: Rows, cache: Any, prefix: Any, slots: int) -> tuple[Rows, Any]:
+        """Runs the model on the last token of each row, and appends the next one."""
         slot = position - 1
+        tokens = rows.token[:, None]  # [n, 1]
+        positions = (rows.prompt_length + slot)[:, None]  # [n, 1]
+        mask = rows.live[:, None]  # [n, 1]
         hidden, cache = policy.forward(
-            params,
-            row.token[:, None],
-            (row.prompt_length + slot)[:, None],
-            row.live[:, None],
-            cache=cache,
-            start=slot,
-            prefix=prefix,
-            slots=slots,
-        )
-        return extend(row, hidden[:, 0], position), cache
+            params, tokens, positions, mask, cache=cache, start=slot, prefix=prefix, slots=slots
+        )  # [n, 1, D]
+        return append_token(rows, hidden[:, 0], position), cache
 
-    def most(count: jax.Array) -> jax.Array:
+    def max_over_members(count: jax.Array) -> jax.Array:
+        """All members of a vmap make as many steps as the one that needs most."""
         return count if vmap_axis is None else lax.pmax(count, vmap_axis)
 
-    hidden, prefix = prefill(policy, params, prompts)
-    row = Rows(
-        origin=jnp.arange(rows, dtype=jnp.int32),
+    # Run the prompts once, and let their last states predict the first token of each completion.
+    hidden, prefix = prefill(policy, params, prompts)  # [P, D]
+    rows = Rows(
+        origin=jnp.arange(num_rows, dtype=jnp.int32),
         prompt_length=jnp.repeat(prompts.mask.sum(-1).astype(jnp.int32), group_size),
         uniform=uniform_numbers(key, prompts.index, first_sample, group_size, max_completion),
-        token=jnp.zeros(rows, jnp.int32),
-        live=jnp.ones(rows, bool),
-        stop_state=jnp.zeros(rows, jnp.int32),
-        length=jnp.zeros(rows, jnp.int32),
-        completions=jnp.full((rows, max_completion), pad_id, jnp.int32),
-        logps=jnp.zeros((rows, max_completion), jnp.float32),
+        token=jnp.zeros(num_rows, jnp.int32),
+        live=jnp.ones(num_rows, bool),
+        stop_state=jnp.zeros(num_rows, jnp.int32),
+        length=jnp.zeros(num_rows, jnp.int32),
+        completions=jnp.full((num_rows, max_completion), pad_id, jnp.int32),
+        logps=jnp.zeros((num_rows, max_completion), jnp.float32),
     )
-    row = extend(row, jnp.repeat(hidden, group_size, axis=0), jnp.int32(0))
-    live, cache = most(row.live.sum(dtype=jnp.int32)), policy.init_cache(rows, max_completion)
-    state = Decoding(jnp.int32(1), live, jnp.int32(rows), row, cache)
-    state = run_stages(state, stages, step, prefix, length=max_completion, group_size=group_size, most=most)
+    rows = append_token(rows, jnp.repeat(hidden, group_size, axis=0), jnp.int32(0))
 
-    order = jnp.argsort(state.rows.origin)
-    row = jax.tree.map(lambda x: x[order].reshape(num_prompts, group_size, *x.shape[1:]), state.rows)
-    mask = jnp.arange(max_completion, dtype=jnp.int32)[None, None] < row.length[..., None]
-    useful = row.length.sum(dtype=jnp.float32) / state.work.astype(jnp.float32)
-    return Rollout(row.completions, mask, row.logps, row.live, useful)
+    # Decode until every completion has ended.
+    live = max_over_members(rows.live.sum(dtype=jnp.int32))
+    cache = policy.init_cache(num_rows, max_completion)
+    state = Decoding(jnp.int32(1), live, jnp.int32(num_rows), rows, cache)
+    state = run_stages(
+        state,
+        stages,
+        decode_step,
+        prefix,
+        length=max_completion,
+        group_size=group_size,
+        max_over_members=max_over_members,
+    )
+
+    # Bring the rows back into the order of prompts and groups.
+    order = jnp.argsort(state.rows.origin)  # [B]
+    rows = jax.tree.map(lambda x: x[order].reshape(num_prompts, group_size, *x.shape[1:]), state.rows)  # [P, G, ...]
+    mask = jnp.arange(max_completion, dtype=jnp.int32)[None, None] < rows.length[..., None]  # [P, G, T]
+    useful = rows.length.sum(dtype=jnp.float32) / state.work.astype(jnp.float32)
+    # A row that is still live has run into T.
+    return Rollout(rows.completions, mask, rows.logps, truncated=rows.live, useful=useful)
 
 
 def uniform_numbers(
     key: jax.Array, index: jax.Array, first_sample: int | jax.Array, group_size: int, length: int
 ) -> jax.Array:
-    """[P·G, T] float32 in [0, 1): of prompt index, sample and position, and of nothing else.
+    """[B, T] float32 in [0, 1), each a function of the key, its prompt's index, sample and position, and of nothing else.
 
-    All at once, because a key of each row's own costs more at every step than the number itself.
+    All are made at once: making a key for each row at every step would cost more than the number itself.
     """
     samples = jnp.arange(group_size, dtype=jnp.int32) + jnp.asarray(first_sample, jnp.int32)
 
-    def number(i: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
-        prompt_key = jax.random.fold_in(key, i)
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(prompt_key, sample), position))
+    def number(prompt: jax.Array, sample: jax.Array, position: jax.Array) -> jax.Array:
+        sample_key = jax.random.fold_in(jax.random.fold_in(key, prompt), sample)
+        return jax.random.uniform(jax.random.fold_in(sample_key, position))
 
     by_position = jax.vmap(number, (None, None, 0))
     by_sample = jax.vmap(by_position, (None, 0, None))
-    numbers = jax.vmap(by_sample, (0, None, None))(index, samples, jnp.arange(length, dtype=jnp.int32))
+    numbers = jax.vmap(by_sample, (0, None, None))(index, samples, jnp.arange(length, dtype=jnp.int32))  # [P, G, T]
     return numbers.reshape(-1, length)
 
 
 def prefill(policy: Policy, params: Any, prompts: PromptBatch) -> tuple[jax.Array, Any]:
     """Runs the prompts once: the state that predicts the first completion token [P, D], and the cache that the group shares."""
     cache = policy.init_cache(*prompts.tokens.shape)
-    hidden, cache = policy.forward(
-        params, prompts.tokens, prompt_positions(prompts.mask), prompts.mask, cache=cache, start=0
-    )
+    positions = prompt_positions(prompts.mask)  # [P, S]
+    hidden, cache = policy.forward(params, prompts.tokens, positions, prompts.mask, cache=cache, start=0)  # [P, S, D]
     width = prompts.mask.shape[1]
-    last = width - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1)
+    last = width - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1)  # [P]
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
 
 
 def prompt_positions(mask: jax.Array) -> jax.Array:
-    """[P, S] int32: 0 at each row's first token, counting tokens only, whatever side is padded."""
+    """[P, S] int32: each token's number in its prompt, from 0 on, whatever side is padded."""
     return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=1) - 1, 0)
 
 
 def _check_stages(stages: tuple[Stage, ...], rows: int, length: int) -> None:
     sizes = [stage.rows for stage in stages]
-    falling = all(more > fewer > 0 for more, fewer in itertools.pairwise(sizes))
-    if sizes[0] != rows or not falling or any(stage.slots[-1] < length - 1 for stage in stages):
+    shrinking = all(more > fewer > 0 for more, fewer in itertools.pairwise(sizes))
+    if sizes[0] != rows or not shrinking or any(stage.slots[-1] < length - 1 for stage in stages):
         raise ValueError(
             f"stages {stages} must begin with all {rows} rows, have fewer each, and reach {length - 1} slots"
         )

@@ -27,8 +27,8 @@ REWARDS = jnp.array([[1.0, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     ],
 )
 def test_values(choices, first, second):
-    found = group_advantages(REWARDS, **choices)
-    np.testing.assert_allclose(found[:2], np.array([first, second]), rtol=1e-6)
+    advantages = group_advantages(REWARDS, **choices)
+    np.testing.assert_allclose(advantages[:2], np.array([first, second]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8, 64])
@@ -53,12 +53,12 @@ def test_equal_rewards_give_exact_zeros(group_size, choices):
 @pytest.mark.parametrize("choices", [{"ddof": 1}, {"baseline": "leave_one_out"}, {"epsilon_in": "std", "ddof": 1}])
 def test_batch_std_is_of_all_rewards(choices):
     """By numpy; a group without a preference stays silent in a batch that has one, and a batch of equal rewards is silent."""
-    found = group_advantages(REWARDS, scale="batch_std", epsilon=0.0, **choices)
+    advantages = group_advantages(REWARDS, scale="batch_std", epsilon=0.0, **choices)
     rewards = np.asarray(REWARDS, np.float64)
     centred = rewards - rewards.mean(-1, keepdims=True)
     factor = 4 / 3 if "baseline" in choices else 1.0
-    np.testing.assert_allclose(found, factor * centred / rewards.std(ddof=choices.get("ddof", 0)), rtol=1e-6)
-    assert (found[2:] == 0).all()
+    np.testing.assert_allclose(advantages, factor * centred / rewards.std(ddof=choices.get("ddof", 0)), rtol=1e-6)
+    assert (advantages[2:] == 0).all()
     assert (group_advantages(jnp.full((3, 7), 0.1), scale="batch_std", epsilon=0.0, **choices) == 0).all()
 
 

@@ -47,24 +47,24 @@ def test_contrastive_is_grpo_without_kl(clip, old):
 
     @jax.jit
     def both(logps):
-        found = []
+        results = []
         for normaliser in NORMALISERS:
             objective = Objective(**normaliser, epsilon=0.01, kl="none", clip_low=low, clip_high=high)
 
             def grpo(logps, objective=objective):
                 advantages = group_advantages(REWARDS.reshape(-1, G), **objective.normaliser()).reshape(-1)
-                given_old = None if old is None else JUNK(old)
-                return grpo_loss(logps, given_old, None, advantages, MASK, beta=0.0, objective=objective)[0]
+                old_logps = None if old is None else JUNK(old)
+                return grpo_loss(logps, old_logps, None, advantages, MASK, beta=0.0, objective=objective)[0]
 
             def contrast(logps, objective=objective):
                 clips = {"clip_low": low, "clip_high": high}
-                given_old = None if old is None else JUNK(old)
+                old_logps = None if old is None else JUNK(old)
                 return contrastive_loss(
-                    logps, given_old, REWARDS, MASK, group_size=G, **objective.normaliser(), **clips
+                    logps, old_logps, REWARDS, MASK, group_size=G, **objective.normaliser(), **clips
                 )
 
-            found.append((jax.value_and_grad(grpo)(logps), jax.value_and_grad(contrast)(logps)))
-        return found
+            results.append((jax.value_and_grad(grpo)(logps), jax.value_and_grad(contrast)(logps)))
+        return results
 
     values = set()
     for normaliser, ((value, gradient), (other, other_gradient)) in zip(NORMALISERS, both(JUNK(LOGPS)), strict=True):
@@ -90,7 +90,7 @@ def test_rows_are_the_terms_of_the_theory(weights, clip):
     p = jnp.repeat(jnp.array([1 / G, (G - 1) / G]), G)
     term = theory.contrastive_term(ratios()[rows], REWARDS[rows], p, weights=weights, clip=clip)
     wanted = -jnp.where(MASK[rows].any(-1), term, 0.0).mean()
-    found = contrastive_loss(
+    loss = contrastive_loss(
         LOGPS[rows],
         OLD[rows],
         REWARDS[rows],
@@ -101,7 +101,7 @@ def test_rows_are_the_terms_of_the_theory(weights, clip):
         clip_high=clip,
         **choices,
     )
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
 
 
 def test_weights_by_hand():

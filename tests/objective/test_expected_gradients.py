@@ -13,7 +13,7 @@ from experiments.objectives import OLD, POLICY, REFERENCE, UNCLIPPED, claimed_gr
 from experiments.tiny_language import MASK, NUM, PREFIX, PREFIXES, TOKENS, logps, probabilities
 from grpo_jax import theory
 from grpo_jax.objective import GRPO, MAXRL, NAMED, Objective, group_advantages, grpo_loss_terms
-from grpo_jax.objective.objective import KLS, RATIOS
+from grpo_jax.objective.objective import CHOICES
 
 SUCCESS = jnp.asarray(np.random.default_rng(3).random(NUM) < 0.4)
 LENGTHS = MASK.sum(-1)
@@ -37,14 +37,14 @@ def test_probabilities_sum_to_one():
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
-@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+@pytest.mark.parametrize("kl", [kl for kl in CHOICES["kl"] if kl != "none"])
 def test_a_kl_term_descends_what_its_name_says(kl, old):
     """With whole groups, their baseline and the one division; k2 and k3 claim it on-policy only."""
-    found, claim = kl_gradient(kl, old), claimed_gradient(kl, old)
+    gradient, claim = kl_gradient(kl, old), claimed_gradient(kl, old)
     if old is None or kl in ("sequence_reverse", "token_reverse_weighted"):
-        close(found, claim)
+        close(gradient, claim)
     else:
-        assert jnp.linalg.norm(found - claim) > 0.5 * jnp.linalg.norm(claim)
+        assert jnp.linalg.norm(gradient - claim) > 0.5 * jnp.linalg.norm(claim)
 
 
 def test_the_kls_are_different_things():
@@ -55,8 +55,8 @@ def test_the_kls_are_different_things():
 
 
 @pytest.mark.parametrize("old", [None, OLD], ids=["on-policy", "off-policy"])
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+@pytest.mark.parametrize("ratio", CHOICES["ratio"])
+@pytest.mark.parametrize("kl", [kl for kl in CHOICES["kl"] if kl != "none"])
 def test_every_estimator_under_every_ratio_and_reduction(kl, ratio, old):
     """E ∇ of the KL term is Σ_o π_old(o) w(o) Σ_t c_t ∇log π(o_t), w(o) the reduction's weight and c_t the estimator's."""
     sampler = POLICY if old is None else old
@@ -105,14 +105,16 @@ def test_the_mirror_term_is_the_kl_to_the_old_policy(kl):
         arrays = (logps(table)[rows], logps(OLD)[rows], None, jnp.zeros(1), jnp.asarray(MASK)[rows])
         return grpo_loss_terms(*arrays, beta=0.0, beta_mirror=1.0, objective=objective).total
 
-    found = jax.grad(lambda t: (probabilities(OLD) * jax.vmap(lambda i: mirror(t, i))(jnp.arange(NUM))).sum())(POLICY)
+    gradient = jax.grad(lambda t: (probabilities(OLD) * jax.vmap(lambda i: mirror(t, i))(jnp.arange(NUM))).sum())(
+        POLICY
+    )
     if kl == "sequence_reverse":
-        close(found, jax.grad(lambda t: sequence_kl(t, OLD))(POLICY))
+        close(gradient, jax.grad(lambda t: sequence_kl(t, OLD))(POLICY))
         return
     log_p, log_q = jax.nn.log_softmax(POLICY), jax.nn.log_softmax(OLD)
     visits = jnp.zeros(len(PREFIXES)).at[PREFIX].add(jnp.where(MASK, probabilities(OLD)[:, None], 0.0))
     per_prefix = lambda t: (jax.nn.softmax(t) * (jax.nn.log_softmax(t) - log_q)).sum(-1)  # noqa: E731
-    close(found, jax.grad(lambda t: (visits * per_prefix(t)).sum())(POLICY))
+    close(gradient, jax.grad(lambda t: (visits * per_prefix(t)).sum())(POLICY))
     assert jnp.abs(log_p - log_q).max() > 0.1
 
 
@@ -144,14 +146,14 @@ def test_group_gradient_is_omega_of_the_theory(group_size, normaliser):
         return jax.grad(total)(POLICY, rows, advantages, beta=beta, group_size=group_size, **normaliser) / group_size
 
     weights = probabilities(POLICY)[groups].prod(-1)
-    found = sum(
+    gradient = sum(
         jnp.tensordot(w, jax.vmap(gradient)(g), 1)
         for w, g in zip(jnp.array_split(weights, 8), jnp.array_split(groups, 8), strict=True)
     )
     success = lambda table: jnp.where(SUCCESS, probabilities(table), 0.0).sum()  # noqa: E731
     p, slope = jax.value_and_grad(success)(POLICY)
     omega = theory.omega(p, theory.Group(group_size, **objective.normaliser()))
-    close(found, -omega * slope + beta * jax.grad(sequence_kl)(POLICY))
+    close(gradient, -omega * slope + beta * jax.grad(sequence_kl)(POLICY))
 
 
 def test_group_baseline_silences_the_gradient_at_the_optimum():
@@ -184,7 +186,7 @@ def few_steps():
     return {"beta": 0.5, "steps": 1_500}
 
 
-@pytest.mark.parametrize("kl", [kl for kl in KLS if kl != "none"])
+@pytest.mark.parametrize("kl", [kl for kl in CHOICES["kl"] if kl != "none"])
 def test_small_steps_end_on_the_predicted_point(kl, few_steps):
     end = objectives.end_of(Objective(kl=kl, ratio="token"), **few_steps)
     predicted = objectives.prediction(Objective(kl=kl), 0.5)
@@ -212,10 +214,10 @@ def test_weighing_by_length_leaves_the_papers_point_in_place(few_steps):
 @pytest.mark.parametrize("name", ["MAXRL", "TWO_KL_GRPO", "MIRROR_DR_GRPO"])
 def test_solved_iterations_are_the_recursion(name):
     objective = replace(NAMED[name], **UNCLIPPED)
-    held, followed = 0.5 * objective.holds_to_reference, 1.0 * objective.holds_to_previous
-    path = objectives.solved_iterates(objective, 2, beta=held, beta_mirror=followed)
+    beta, beta_mirror = 0.5 * objective.holds_to_reference, 1.0 * objective.holds_to_previous
+    path = objectives.solved_iterates(objective, 2, beta=beta, beta_mirror=beta_mirror)
     weights = theory.Group(objectives.GROUP, **objective.normaliser())
-    total = held + followed
-    wanted = theory.iterate(path[0], 2, beta=total, weights=weights, alpha=held / total)
+    total = beta + beta_mirror
+    wanted = theory.iterate(path[0], 2, beta=total, weights=weights, alpha=beta / total)
     np.testing.assert_allclose(path, wanted, atol=1e-3)
     assert abs(path[2] - path[1]) > 0.05

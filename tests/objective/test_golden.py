@@ -132,9 +132,9 @@ def golden(shared):
 
 @pytest.fixture(scope="module")
 def arrays(golden):
-    found = {name: jnp.asarray(value, jnp.float32) for name, value in golden["trl"]["inputs"].items()}
+    inputs = {name: jnp.asarray(value, jnp.float32) for name, value in golden["trl"]["inputs"].items()}
     # Their correction is given as the ratio of the trainer's to the sampler's probabilities.
-    return found | {"sampler_logps": found["old_logps"] - jnp.log(found["importance_sampling_ratio"])}
+    return inputs | {"sampler_logps": inputs["old_logps"] - jnp.log(inputs["importance_sampling_ratio"])}
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +184,9 @@ def test_losses_gradients_and_metrics(name, theirs, arrays):
     if not isinstance(wanted, dict):
         return np.testing.assert_allclose(value, wanted, atol=1e-5)
     np.testing.assert_allclose(value, wanted.get("loss", wanted.get("sum")), atol=1e-5)
-    for key, found in (("grad", gradient), ("grad_row0", gradient[0])):
+    for key, slope in (("grad", gradient), ("grad_row0", gradient[0])):
         if key in wanted:
-            np.testing.assert_allclose(found, wanted[key], atol=1e-5)
+            np.testing.assert_allclose(slope, wanted[key], atol=1e-5)
     compared = wanted.get("metrics", {}).keys() & METRICS.keys() if ours.metrics else ()
     for metric in compared:
         np.testing.assert_allclose(
@@ -199,8 +199,8 @@ def test_losses_gradients_and_metrics(name, theirs, arrays):
 def test_advantages(name, golden, theirs):
     inputs = golden["verl"]["advantage_inputs"]
     rewards = jnp.array(inputs["rewards"]).reshape(inputs["groups"], inputs["G"])
-    found = group_advantages(rewards, **CASES[name]).reshape(-1)
-    np.testing.assert_allclose(found, theirs[name], atol=1e-5)  # the file prints five decimals
+    advantages = group_advantages(rewards, **CASES[name]).reshape(-1)
+    np.testing.assert_allclose(advantages, theirs[name], atol=1e-5)  # the file prints five decimals
 
 
 def test_differences_are_what_the_table_says(golden):

@@ -104,9 +104,9 @@ def test_never_sampled_tokens_of_probability_zero():
         return mixed(plain)(h, w[:, : V - 2], temperature, targets)
 
     arguments = hidden, MATRIX, jnp.float32(0.7)
-    found = value_and_grads(masked)(*arguments)
-    assert_same(found, value_and_grads(smaller)(*arguments))
-    assert (found[1][1][:, V - 2 :] == 0).all()
+    result = value_and_grads(masked)(*arguments)
+    assert_same(result, value_and_grads(smaller)(*arguments))
+    assert (result[1][1][:, V - 2 :] == 0).all()
     logps, _ = completion_logps(
         hidden, lambda h: jnp.full((*h.shape[:2], 2), -jnp.inf).at[..., 0].set(0.0), TARGETS % 2
     )
@@ -125,11 +125,11 @@ def test_reference_in_the_same_pass_has_no_gradient():
         logps, entropy, ref_logps = score(reference_hidden=reference_hidden, reference_unembedding=reference_matrix)
         return (logps * ref_logps + entropy).sum(), ref_logps
 
-    (_, found), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
+    (_, ref_logps), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
         HIDDEN, MATRIX, REFERENCE, OTHER
     )
     wanted = plain(REFERENCE, OTHER, TARGETS, temperature=0.7)[0]
-    assert_same(found, wanted)
+    assert_same(ref_logps, wanted)
 
     def policy_only(h, w):
         logps, entropy = plain(h, w, TARGETS, temperature=0.7)
@@ -225,9 +225,9 @@ def test_rows_stay_on_their_devices(matrix_spec):
     placed = place(hidden, "data"), place(matrix, *matrix_spec), jnp.float32(0.7), place(targets, "data")
     for head in (lambda w: w, lambda w: lambda h: jnp.dot(h, w)):
         score = lambda h, w, *a, head=head, **k: completion_logps(h, head(w), *a, chunk_size=2, **k)  # noqa: E731
-        found = value_and_grads(mixed(score))(*placed)
-        assert_same(found, value_and_grads(mixed(plain))(hidden, matrix, jnp.float32(0.7), targets))
-        assert found[1][0].sharding.spec[0] == "data"
+        result = value_and_grads(mixed(score))(*placed)
+        assert_same(result, value_and_grads(mixed(plain))(hidden, matrix, jnp.float32(0.7), targets))
+        assert result[1][0].sharding.spec[0] == "data"
         logps, _ = jax.jit(score)(*placed[:2], placed[3])
         assert logps.sharding.spec[0] == "data"
         # No device ever holds another's rows: every array of states or logits in the program has 8 / 4 rows.
@@ -247,10 +247,10 @@ def test_bfloat16_inputs_and_float32_sums():
     wide = hidden.astype(jnp.float32), matrix.astype(jnp.float32)
     assert_same((logps, entropy), plain(*wide, targets))
     gradients = jax.jit(jax.grad(loss(partial(completion_logps, chunk_size=1)), (0, 1)))(hidden, matrix)
-    for found, wanted in zip(gradients, jax.grad(loss(plain), (0, 1))(*wide), strict=True):
-        assert found.dtype == jnp.bfloat16
+    for gradient, wanted in zip(gradients, jax.grad(loss(plain), (0, 1))(*wide), strict=True):
+        assert gradient.dtype == jnp.bfloat16
         # 256 chunks summed in bfloat16 would be wrong by units; the rounding of their 512 terms is not.
-        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=2**-7, atol=0.05)
+        np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=2**-7, atol=0.05)
     mixed_dtypes = completion_logps(hidden, wide[1], targets)
     assert_same(mixed_dtypes, (logps, entropy))
 
@@ -329,10 +329,10 @@ def test_gradients_inside_shard_map(closed):
 
         return jax.shard_map(part, mesh=mesh, in_specs=(rows, whole, rows), out_specs=whole)(h, w, targets)
 
-    for found, wanted in zip(
+    for gradient, wanted in zip(
         *(jax.jit(jax.grad(f, (0, 1)))(HIDDEN, MATRIX, TARGETS) for f in (split, loss)), strict=True
     ):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [1e2, 1e3, -1e3])
@@ -340,8 +340,8 @@ def test_an_offset_common_to_all_logits_takes_no_digits(offset):
     """Logits with few bits, so that the offset itself is exact."""
     logits = jnp.round(HIDDEN @ MATRIX * 64) / 64
     score = lambda z: completion_logps(z, jnp.eye(z.shape[-1]), TARGETS)  # noqa: E731
-    for found, wanted in zip(score(logits + offset), score(logits), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-6)
+    for shifted, wanted in zip(score(logits + offset), score(logits), strict=True):
+        np.testing.assert_allclose(shifted, wanted, atol=1e-6)
 
 
 def test_tokens_outside_the_vocabulary_are_nan():

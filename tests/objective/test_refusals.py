@@ -284,9 +284,9 @@ def test_a_reward_that_is_no_number_shows():
     """NaN is not hidden as a failure: its group is NaN (the trainer then skips the step), the others are what they were."""
     rewards = jnp.array([[jnp.nan, 0, 1, 1], [0, 0, 0, 1]])
     for choices in ({}, {"scale": "none"}, {"scale": "mean"}, {"baseline": "leave_one_out"}):
-        found = group_advantages(rewards, **choices)
-        assert jnp.isnan(found[0]).all()
-        np.testing.assert_array_equal(found[1], group_advantages(rewards[1:], **choices)[0])
+        advantages = group_advantages(rewards, **choices)
+        assert jnp.isnan(advantages[0]).all()
+        np.testing.assert_array_equal(advantages[1], group_advantages(rewards[1:], **choices)[0])
     assert jnp.isnan(group_advantages(rewards, scale="batch_std")).all()
     advantages = group_advantages(rewards).reshape(-1)
     assert jnp.isnan(grpo_loss(**ROWS | {"advantages": advantages}, beta=0.1)[0])
@@ -296,9 +296,9 @@ def test_numpy_arrays_are_arrays():
     """Of float64 too."""
     wanted = grpo_loss(**ROWS, beta=0.1, group_size=G)
     for kind in (np.float32, np.float64):
-        given = {k: np.asarray(v, bool if k == "mask" else kind) for k, v in ROWS.items()}
-        jax.tree.map(np.testing.assert_array_equal, grpo_loss(**given, beta=kind(0.1), group_size=G), wanted)
-        terms = grpo_loss_terms(**given, beta=0.1, group_size=G)
+        rows = {k: np.asarray(v, bool if k == "mask" else kind) for k, v in ROWS.items()}
+        jax.tree.map(np.testing.assert_array_equal, grpo_loss(**rows, beta=kind(0.1), group_size=G), wanted)
+        terms = grpo_loss_terms(**rows, beta=0.1, group_size=G)
         np.testing.assert_allclose(terms.total / terms.weight, wanted[0], rtol=1e-5)
         contrast = {k: np.asarray(v) for k, v in CONTRAST.items() if k != "group_size"}
         assert contrastive_loss(**contrast, group_size=G) == contrastive_loss(**CONTRAST)

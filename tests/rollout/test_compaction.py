@@ -84,9 +84,9 @@ def test_compaction_saves_half_of_the_work(rollout):
 
 
 def test_logps_are_the_trainers(rollout):
-    drawn = sample(stages=MANY)
-    logps, _ = score_groups(POLICY, PARAMS, batch(), drawn.completions, drawn.mask)
-    np.testing.assert_allclose(drawn.logps, jnp.where(drawn.mask, logps.reshape(P, G, T), 0.0), atol=1e-5)
+    sampled = sample(stages=MANY)
+    logps, _ = score_groups(POLICY, PARAMS, batch(), sampled.completions, sampled.mask)
+    np.testing.assert_allclose(sampled.logps, jnp.where(sampled.mask, logps.reshape(P, G, T), 0.0), atol=1e-5)
 
 
 def test_order_of_prompts_changes_no_sample(rollout):
@@ -108,7 +108,7 @@ def test_truncated_distributions_draw_from_the_most_probable(rollout):
 
 
 def test_a_completion_ends_where_a_sequence_is_complete():
-    """Of the tokens (10, 8) or (4, 4, 4): an automaton in the sampler against a search in what is drawn without it."""
+    """Of the tokens (10, 8) or (4, 4, 4): an automaton in the sampler against a search in what is sampled without it."""
     sequences = [(10, 8), (4, 4, 4)]
     prefixes = [(), (10,), (4,), (4, 4)]  # state s: the longest of them that is the end of the text
     table = np.zeros((5, 13), np.uint8)
@@ -141,18 +141,18 @@ def test_devices_change_no_sample(rollout):
         return rollout._replace(useful=rollout.useful[None])
 
     spread = jax.shard_map(of_device, mesh=mesh, in_specs=(whole, rows, whole), out_specs=rows, check_vma=False)
-    drawn = jax.jit(spread)(PARAMS, batch(), KEY)
-    same(drawn, rollout)
-    assert len(set(np.asarray(drawn.useful).tolist())) > 1
+    sampled = jax.jit(spread)(PARAMS, batch(), KEY)
+    same(sampled, rollout)
+    assert len(set(np.asarray(sampled.useful).tolist())) > 1
 
 
 def test_members_of_a_vmap_run_in_step():
     """Three keys at once give what each gives alone, and no step copies a cache."""
     keys = jax.random.split(KEY, 3)
 
-    def members(in_step, keys):
-        draw = partial(sample_groups, POLICY, PARAMS, batch(), **OPTIONS, stages=MANY, in_step=in_step)
-        return jax.vmap(draw, axis_name="seed")(keys)
+    def members(vmap_axis, keys):
+        sample_member = partial(sample_groups, POLICY, PARAMS, batch(), **OPTIONS, stages=MANY, vmap_axis=vmap_axis)
+        return jax.vmap(sample_member, axis_name="seed")(keys)
 
     together = jax.jit(partial(members, "seed"))(keys)
     for i, key in enumerate(keys):

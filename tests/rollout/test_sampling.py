@@ -1,4 +1,4 @@
-"""Group sampling: what is drawn, how its randomness is addressed, and that sampler and trainer see one distribution."""
+"""Group sampling: what is sampled, how its randomness is addressed, and that sampler and trainer see one distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +69,13 @@ def test_pad_may_be_the_stop_token(rollout):
 
 def test_sampler_logps_are_trainer_logps(rollout):
     for temperature in (1.0, 0.6):
-        drawn = rollout if temperature == 1.0 else sample(batch(), temperature=temperature)
+        sampled = rollout if temperature == 1.0 else sample(batch(), temperature=temperature)
         logps, _ = score_groups(
-            POLICY, PARAMS, batch(), drawn.completions, drawn.mask, temperature=temperature, chunk_size=3
+            POLICY, PARAMS, batch(), sampled.completions, sampled.mask, temperature=temperature, chunk_size=3
         )
-        difference = np.where(drawn.mask, drawn.logps - logps.reshape(drawn.logps.shape), 0.0)
+        difference = np.where(sampled.mask, sampled.logps - logps.reshape(sampled.logps.shape), 0.0)
         assert np.abs(difference).max() < 1e-5
-        assert (np.asarray(drawn.logps)[~np.asarray(drawn.mask)] == 0).all()
+        assert (np.asarray(sampled.logps)[~np.asarray(sampled.mask)] == 0).all()
 
 
 def test_logps_of_the_full_forward(rollout):
@@ -125,9 +125,9 @@ def test_every_address_has_its_own_randomness(rollout):
 def test_frequencies_are_the_probabilities():
     """First tokens of 20,000 samples against the softmax: a χ² test at 1e-6."""
     prompts = batch(rows=1)
-    drawn = sample(prompts, group_size=20_000, max_completion=1)
-    assert (drawn.truncated == (drawn.completions[..., 0] != STOP)).all()
-    counts = np.bincount(np.asarray(drawn.completions).ravel(), minlength=13)
+    sampled = sample(prompts, group_size=20_000, max_completion=1)
+    assert (sampled.truncated == (sampled.completions[..., 0] != STOP)).all()
+    counts = np.bincount(np.asarray(sampled.completions).ravel(), minlength=13)
     positions = jnp.maximum(jnp.cumsum(prompts.mask.astype(jnp.int32), 1) - 1, 0)
     hidden, _ = POLICY.forward(PARAMS, prompts.tokens, positions, prompts.mask)
     probs = np.asarray(jax.nn.softmax(POLICY.unembed(PARAMS, hidden[:, -1])))[0]

@@ -1,14 +1,14 @@
-"""Choosing a token: against cumulative sums in float64, against sorting, and where float32 could go wrong."""
+"""Sampling a token: against cumulative sums in float64, against sorting, and where float32 could go wrong."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rollout.token_sampling import draw_tokens, keep_likely
+from grpo_jax.rollout.token_sampling import keep_likely, sample_tokens
 
 LAST = np.nextafter(np.float32(1), np.float32(0))
-DRAW = jax.jit(draw_tokens, static_argnames=("top_k", "greedy"))
+SAMPLE = jax.jit(sample_tokens, static_argnames=("top_k", "greedy"))
 KEEP = jax.jit(lambda logits, **rules: keep_likely(logits.T, **rules).T, static_argnames="top_k")
 
 
@@ -19,12 +19,12 @@ def softmax(x):
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 128, 300, 4096])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 8.0])
-def test_draws_invert_the_cumulative_distribution(vocabulary, scale):
+def test_samples_invert_the_cumulative_distribution(vocabulary, scale):
     rng = np.random.default_rng(vocabulary)
     logits = (scale * rng.standard_normal((500, vocabulary)) + 50 * rng.standard_normal((500, 1))).astype(np.float32)
     uniform = rng.uniform(size=500).astype(np.float32)
     uniform[:3] = 0.0, 1e-30, LAST
-    token, logp = (np.asarray(x) for x in DRAW(logits, uniform, temperature=0.7))
+    token, logp = (np.asarray(x) for x in SAMPLE(logits, uniform, temperature=0.7))
     probs = softmax(logits / np.float32(0.7))
     ends = probs.cumsum(-1)
     rows = np.arange(500)
@@ -39,19 +39,19 @@ def test_frequencies_are_the_probabilities():
     """200,000 even numbers: every token as often as its probability says, to one draw or two."""
     count, logits = 200_000, np.float32(np.random.default_rng(1).standard_normal(300) * 2)
     uniform = np.float32((np.arange(count) + 0.5) / count)
-    tokens, _ = DRAW(np.broadcast_to(logits, (count, 300)), uniform)
+    tokens, _ = SAMPLE(np.broadcast_to(logits, (count, 300)), uniform)
     counts = np.bincount(np.asarray(tokens), minlength=300)
     assert np.abs(counts - count * softmax(logits[None])[0]).max() < 2
 
 
 @pytest.mark.parametrize("impossible", [-np.inf, -1e30, -200.0])
-def test_probability_zero_is_never_drawn(impossible):
-    """Zeros before, between and behind what can be drawn, in blocks of their own and inside others."""
+def test_probability_zero_is_never_sampled(impossible):
+    """Zeros before, between and behind what can be sampled, in blocks of their own and inside others."""
     logits = np.full(1000, impossible, np.float32)
     possible = [131, 132, 140, 600, 601, 897]
     logits[possible] = [0.0, -60.0, 2.0, 1.0, 2.0, -80.0]
     uniform = np.concatenate([np.float32([0.0, 1e-38, 1e-20, LAST]), np.linspace(0, LAST, 4000, dtype=np.float32)])
-    tokens, logps = DRAW(np.broadcast_to(logits, (len(uniform), 1000)), uniform)
+    tokens, logps = SAMPLE(np.broadcast_to(logits, (len(uniform), 1000)), uniform)
     assert set(np.asarray(tokens).tolist()) <= set(possible)
     assert int(tokens[0]) == 131
     assert int(tokens[3]) in (601, 897)
@@ -62,24 +62,24 @@ def test_greedy_is_the_first_of_the_most_probable():
     rng = np.random.default_rng(2)
     for vocabulary in (7, 256, 1000):
         logits = rng.integers(0, 30, (200, vocabulary)).astype(np.float32)  # with many equals
-        token, logp = DRAW(logits, np.zeros(200, np.float32), greedy=True)
+        token, logp = SAMPLE(logits, np.zeros(200, np.float32), greedy=True)
         np.testing.assert_array_equal(token, logits.argmax(-1))
         np.testing.assert_allclose(logp, np.log(softmax(logits).max(-1)), atol=1e-5)
 
 
 def by_sorting(logits, top_k, top_p, min_p):
     """What is kept of one row, by sorting and in float64; equals stay together."""
-    kept = np.ones(len(logits), bool)
+    allowed = np.ones(len(logits), bool)
     if top_k is not None:
-        kept &= logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
+        allowed &= logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
     if top_p is not None:
-        probs = softmax(np.where(kept, logits, -np.inf)[None])[0]
+        probs = softmax(np.where(allowed, logits, -np.inf)[None])[0]
         before = np.array([probs[probs > p].sum() for p in probs])  # of all that are more probable
-        kept &= before < top_p
+        allowed &= before < top_p
     if min_p is not None:
-        probs = softmax(np.where(kept, logits, -np.inf)[None])[0]
-        kept &= probs >= min_p * probs.max()
-    return kept
+        probs = softmax(np.where(allowed, logits, -np.inf)[None])[0]
+        allowed &= probs >= min_p * probs.max()
+    return allowed
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_what_is_kept_is_what_sorting_keeps(rules):
     with_equals = rng.integers(-3, 4, (60, 50)) * 0.75
     logits = np.concatenate([with_equals, rng.standard_normal((60, 50)) * 3]).astype(np.float32)
     logits[5, 10:] = -np.inf
-    kept = np.asarray(KEEP(logits, **rules)) > -np.inf
+    allowed = np.asarray(KEEP(logits, **rules)) > -np.inf
     possible = logits > -np.inf
-    for row, mine, could in zip(logits, kept, possible, strict=True):
+    for row, mine, could in zip(logits, allowed, possible, strict=True):
         np.testing.assert_array_equal(
             mine, by_sorting(row, **({"top_k": None, "top_p": None, "min_p": None} | rules)) & could
         )
@@ -105,13 +105,13 @@ def test_what_is_kept_is_what_sorting_keeps(rules):
 
 def test_what_is_kept_is_unchanged_and_drawn_by_its_own_probabilities():
     logits = np.float32(np.random.default_rng(4).standard_normal((1, 40)) * 2)
-    kept = np.asarray(KEEP(logits, top_k=6, min_p=0.05))
-    np.testing.assert_array_equal(kept[kept > -np.inf], logits[kept > -np.inf])
+    truncated = np.asarray(KEEP(logits, top_k=6, min_p=0.05))
+    np.testing.assert_array_equal(truncated[truncated > -np.inf], logits[truncated > -np.inf])
     count = 2000
     uniform = np.float32((np.arange(count) + 0.5) / count)
-    tokens, logps = DRAW(np.repeat(logits, count, 0), uniform, top_k=6, min_p=0.05)
+    tokens, logps = SAMPLE(np.repeat(logits, count, 0), uniform, top_k=6, min_p=0.05)
     counts = np.bincount(np.asarray(tokens), minlength=40)
-    probs = softmax(kept)[0]
+    probs = softmax(truncated)[0]
     assert np.abs(counts - count * probs).max() < 2
     np.testing.assert_allclose(logps, np.log(probs[np.asarray(tokens)]), atol=1e-5)
 
