@@ -47,13 +47,13 @@ def dead_fraction_of_counts(successes: ArrayLike, trials: ArrayLike, group_size:
     """
     successes, trials = jnp.broadcast_arrays(as_float(successes), as_float(trials))
 
-    def draw(i: jax.Array, chances: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def with_one_more(i: jax.Array, chances: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         left = jnp.maximum(trials - i, 1)
         right, wrong = (jnp.maximum(count - i, 0) / left for count in (successes, trials - successes))
         return chances[0] * right, chances[1] * wrong
 
     start = jnp.ones_like(trials), jnp.ones_like(trials)
-    right, wrong = jax.lax.fori_loop(0, group_size, draw, start)
+    right, wrong = jax.lax.fori_loop(0, group_size, with_one_more, start)
     return jnp.where(trials >= group_size, right + wrong, dead_fraction(successes / trials, group_size))
 
 

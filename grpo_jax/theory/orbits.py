@@ -1,6 +1,6 @@
 """Where exact iterations end, for whole arrays of prompts at once: a fixed point, a cycle, or chaos.
 
-The orbit itself decides. It is iterated, then watched until it returns; nothing of it is stored.
+It is read off the orbit itself, which is iterated and then watched until it returns; no path is stored.
 """
 
 from collections.abc import Callable
@@ -137,7 +137,7 @@ def last_cycle(step: Callable[[jax.Array], jax.Array], start: jax.Array) -> tupl
     def watch(k: jax.Array, state: _Watch) -> _Watch:
         logit, log_slope = _with_log_slope(step, state.logit)
         total = state.total + log_slope
-        # Chaos, too, comes close to where it was, but does not stay.
+        # A chaotic orbit also comes close to where it was, but nearby orbits flee each other: its total is positive.
         returned = (logit == start) | ((jnp.abs(logit - start) <= tolerance) & (total <= 0))
         on = state.period == 0
         return _Watch(

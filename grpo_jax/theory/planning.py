@@ -312,6 +312,7 @@ def _sums(
     p_ref, p_star = jax.nn.sigmoid(inside), jnp.where(at_end, 0.5, jax.nn.sigmoid(star))
     arrived = p_ref + GAIN * (p_star - p_ref)
 
+    # Exactly solved iterations, as the sum of p over the prompts after each of them.
     def exact_step(logit: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         if kl == "none":
             logit = jnp.where(at_end, reference, jnp.inf)
