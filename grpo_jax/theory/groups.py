@@ -96,7 +96,8 @@ def groups_per_live_group(p: ArrayLike, group_size: int, *, logits: bool = False
     >>> round(float(groups_per_live_group(0.01, 8)), 1)
     12.9
     """
-    # 1 − p^G − (1−p)^G as (1 − (1−p)^G) − p^G loses digits only where p^G is near 1, so the smaller of p, 1 − p leads.
+    # 1 − p^G − (1−p)^G is computed as (1 − (1−p)^G) − p^G, which loses digits only where p^G is near 1. It is symmetric, so the
+    # smaller of p and 1 − p takes the place of p.
     small = -jnp.abs(log_odds(p, logits=logits))
     live = -jnp.expm1(group_size * jax.nn.log_sigmoid(-small)) - jnp.exp(group_size * jax.nn.log_sigmoid(small))
     return 1 / live

@@ -110,6 +110,7 @@ def _solve_flow(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.
     g = grid.reshape(column) - reference[None] - pull / beta[None]  # below L_ref it is negative
     rising = (bend < beta[None]) & (grid.reshape(column) > reference[None])
 
+    # The first grid point at which g is no longer negative; POINTS where there is none.
     first = jnp.where((g >= 0).any(0), jnp.argmax(g >= 0, axis=0), POINTS)
     # Just above the fold, g rises above 0 and falls back between two neighbouring grid points; the top of that hill tells.
     hill = rising[:-1] & ~rising[1:] & (jnp.arange(1, POINTS).reshape(column) < first[None])
@@ -118,6 +119,7 @@ def _solve_flow(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.
     top = bisect(lambda x: log_odds_slope(x, weights) - beta, grid[cell], grid[cell + 1])
     pokes = hill.any(0) & (_reverse_residual(top, reference, beta, weights) >= 0)
 
+    # The bracket: up to the top of that hill, else up to that grid point, else up to where L − L_ref exceeds the largest Ω/β.
     padded = jnp.concatenate([grid[:1], grid])
     furthest = jnp.asarray(jnp.inf, reference.dtype)
     most = jnp.maximum(weights.omega(furthest), weights.omega(grid[-1]))
