@@ -64,8 +64,8 @@ def experiment(out: Path, *, quick: bool = False) -> None:
         for weights in (Whitened(EPSILON), Whitened(1e-2), Group(16), Group(64)):
             window = flip_window(p_ref, weights=weights)
             if window is not None:
-                found = two_cycles(p_ref, window, weights)
-                cycles.append({"p_ref": p_ref, "weights": repr(weights), "flip_window": window, **found})
+                cycle_range = two_cycles(p_ref, window, weights)
+                cycles.append({"p_ref": p_ref, "weights": repr(weights), "flip_window": window, **cycle_range})
     numbers = {
         "p_ref": P_REF,
         "epsilon": EPSILON,

@@ -37,9 +37,9 @@ def experiment(out: Path, *, quick: bool = False) -> None:
     """Writes clipping.png and clipping.json into ``out``."""
     numbers = compute(100 if quick else 1000)
     figure, axes = figures.new_figure(2, 2, size=(10.5, 8.4))
-    _draw_map(axes[0, 0], numbers["map"])
+    _plot_map(axes[0, 0], numbers["map"])
     for axis, name in zip(axes.flat[1:], ("jump", "chaos", "cycle"), strict=True):
-        _draw_orbits(axis, numbers[name])
+        _plot_orbits(axis, numbers[name])
     figures.title(axes[0, 0], "the clipped map beside h (p_ref = 0.01, β = 0.45)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     figures.save(figure, "clipping", numbers, out=out, caption=CAPTION)
@@ -90,7 +90,7 @@ def _orbits(p_ref: float, beta: float, p_0: float) -> dict[str, Any]:
     }
 
 
-def _draw_map(axis: Axes, numbers: dict[str, Any]) -> None:
+def _plot_map(axis: Axes, numbers: dict[str, Any]) -> None:
     axis.plot([0, 1], [0, 1], color=figures.PALE, linewidth=1)
     axis.plot(numbers["p"], numbers["h"], label="not clipped: h", **figures.line(1))
     axis.plot(numbers["p"], numbers["clipped"], label="clipped, c = 0.2", **figures.line(0))
@@ -100,7 +100,7 @@ def _draw_map(axis: Axes, numbers: dict[str, Any]) -> None:
     axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="p, this iteration", ylabel="the next iteration")
 
 
-def _draw_orbits(axis: Axes, numbers: dict[str, Any]) -> None:
+def _plot_orbits(axis: Axes, numbers: dict[str, Any]) -> None:
     n = np.arange(ITERATIONS + 1)
     axis.plot(n, numbers["plain"], **figures.marker(1, markersize=3))
     axis.plot(n, numbers["clipped"], **figures.marker(0, markersize=3))

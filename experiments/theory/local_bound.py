@@ -30,8 +30,8 @@ def experiment(out: Path, *, quick: bool = False) -> None:
     """Writes local_bound.png and local_bound.json into ``out``."""
     numbers = compute(12 if quick else 100)
     figure, ((left, right),) = figures.new_figure(1, 2, size=(11, 5.6))
-    _draw_bound(left, numbers)
-    _draw_thresholds(right, numbers)
+    _plot_bound(left, numbers)
+    _plot_thresholds(right, numbers)
     figures.save(figure, "local_bound", numbers, out=out, caption=CAPTION)
 
 
@@ -63,7 +63,7 @@ def _between(low: float, high: float, points: int) -> np.ndarray:
     return 1 / (1 + np.exp(-np.linspace(ends[0], ends[1] - 1e-6, points)))
 
 
-def _draw_bound(axis: Axes, numbers: dict[str, Any]) -> None:
+def _plot_bound(axis: Axes, numbers: dict[str, Any]) -> None:
     axis.plot(numbers["p"], numbers["bound"], **figures.line(0))
     axis.axhline(numbers["largest_bound"], color=figures.INK, linewidth=0.8, linestyle="--")
     text = f"largest: {numbers['largest_bound']:.1f}, at p* ≈ 2ε and 1 − 2ε"
@@ -72,7 +72,7 @@ def _draw_bound(axis: Axes, numbers: dict[str, Any]) -> None:
     figures.title(axis, "the paper's local condition: β > B(p*)")
 
 
-def _draw_thresholds(axis: Axes, numbers: dict[str, Any]) -> None:
+def _plot_thresholds(axis: Axes, numbers: dict[str, Any]) -> None:
     folds, flips = numbers["folds"], numbers["flips"]
     fold, flip = np.array(folds["beta"]), np.array(flips["beta"])
     axis.fill_between(folds["p_ref"], fold[:, 0], fold[:, 1], color=figures.SHADE, linewidth=0)

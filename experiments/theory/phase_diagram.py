@@ -74,7 +74,7 @@ def experiment(out: Path, *, quick: bool = False) -> None:
         start = time.perf_counter()
         kinds = np.asarray(classify(reference, beta, fast(weights), iterations))
         seconds = time.perf_counter() - start
-        _draw(axis, kinds, weights)
+        _plot(axis, kinds, weights)
         figures.title(axis, name)
         shares = {label: float((kinds == k).mean()) for k, label in enumerate(CLASSES)}
         tip = cusp(weights)
@@ -215,7 +215,7 @@ def bifurcations(weights: Weights, sign: int) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray((at - weights.omega(at) / slope)[on]), np.asarray(slope[on])
 
 
-def _draw(axis: Axes, kinds: np.ndarray, weights: Weights) -> None:
+def _plot(axis: Axes, kinds: np.ndarray, weights: Weights) -> None:
     left, right = log_odds(jnp.asarray(P_REF)).tolist()
     low, high = np.log10(BETA)
     axis.imshow(

@@ -30,7 +30,7 @@ def experiment(out: Path, *, quick: bool = False) -> None:
     numbers = compute(200 if quick else 1000)
     figure, axes = figures.new_figure(len(EPSILONS), len(P_REFS), size=(11, 8), sharex=True, sharey=True)
     for axis, panel in zip(axes.flat, numbers["panels"], strict=True):
-        _draw(axis, numbers["p"], panel)
+        _plot(axis, numbers["p"], panel)
     axes[0, 2].legend(frameon=False, loc="center left", fontsize=8.5, bbox_to_anchor=(0.02, 0.6))
     for axis in axes[-1]:
         axis.set_xlabel("p, this iteration")
@@ -62,7 +62,7 @@ def _curve(p: np.ndarray, p_ref: float, beta: float, epsilon: float) -> dict[str
     }
 
 
-def _draw(axis: Axes, p: np.ndarray, panel: dict[str, Any]) -> None:
+def _plot(axis: Axes, p: np.ndarray, panel: dict[str, Any]) -> None:
     axis.plot([0, 1], [0, 1], color=figures.PALE, linewidth=1, zorder=1)
     for k, curve in enumerate(panel["curves"]):
         style = figures.line(k)

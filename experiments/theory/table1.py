@@ -131,11 +131,11 @@ def _ends(variant: Variant, p_ref: float, beta: float) -> list[dict[str, Any]]:
         # 1 − p shrinks by exp(−Ω(1)/β) per iteration.
         rate = float(jnp.exp(-variant.weights.omega(jnp.asarray(jnp.inf)) / beta))
         return [{"p": 1.0, "multiplier": rate, "stable": True}]
-    found = fixed_points(p_ref, beta=variant.alpha * beta, weights=variant.weights)
-    multipliers = [1 - variant.alpha + variant.alpha * point.multiplier for point in found]
+    solutions = fixed_points(p_ref, beta=variant.alpha * beta, weights=variant.weights)
+    multipliers = [1 - variant.alpha + variant.alpha * point.multiplier for point in solutions]
     return [
         {"p": point.p, "logit": point.logit, "multiplier": m, "stable": abs(m) < 1}
-        for point, m in zip(found, multipliers, strict=True)
+        for point, m in zip(solutions, multipliers, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from grpo_jax.theory.dynamics import finite_or_held
+from grpo_jax.theory.dynamics import finite_if_unused
 from grpo_jax.theory.policies import is_correct
 from grpo_jax.theory.weights import NoisyVerifier, Weights, log_odds, omega_minus, omega_plus
 
@@ -53,7 +53,7 @@ def contrastive_term(
     up = down = ratio
     if clip is not None:
         low, high = _widths(weights, clip, clip_high, old.dtype)
-        # Not minimum and maximum, whose gradient at the kink is neither side's.
+        # Not jnp.minimum and jnp.maximum: at the kink their gradient is the mean of both sides.
         up, down = jnp.where(ratio < 1 + high, ratio, 1 + high), jnp.where(ratio > 1 - low, ratio, 1 - low)
     right = is_correct(rewards)
     return jnp.where(right, omega_plus(old, weights, logits=True) * up, -omega_minus(old, weights, logits=True) * down)
@@ -107,7 +107,7 @@ def clipped_success_map(
     beta, alpha = jnp.asarray(beta, dtype), jnp.asarray(alpha, dtype)
     at_end = jnp.isinf(reference)
     old = jnp.where(at_end, 0.0, old)
-    anchor = alpha * jnp.where(at_end, 0.0, reference) + (1 - alpha) * finite_or_held(old, alpha)
+    anchor = alpha * jnp.where(at_end, 0.0, reference) + (1 - alpha) * finite_if_unused(old, alpha)
     plus, minus = omega_plus(old, weights, logits=True), omega_minus(old, weights, logits=True)
 
     right, wrong = jax.nn.sigmoid(old), jax.nn.sigmoid(-old)

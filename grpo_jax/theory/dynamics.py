@@ -156,7 +156,7 @@ def bernoulli_kl(p: ArrayLike, q: ArrayLike, *, logits: bool = False) -> jax.Arr
         gap = jax.nn.log_sigmoid(a) - jax.nn.log_sigmoid(b)
         return jnp.where(mass == 0, 0.0, mass * jnp.where(mass == 0, 0.0, gap))
 
-    # The two terms cancel where the coins are close; there, the cumulants of a coin in d = b − a.
+    # Where the coins are close the two terms cancel; there a series in d = b − a, from the cumulants of a coin, replaces them.
     d = jnp.where(jnp.isinf(a) & (a == b), 0.0, b - a)
     near = jnp.abs(d) < (2520 * jnp.finfo(d.dtype).eps) ** (1 / 6)
     d = jnp.where(near, d, 0.0)
@@ -195,10 +195,11 @@ def log_odds_slope(logit: jax.Array, weights: Weights) -> jax.Array:
     return jnp.where(v == 0, 0.0, v * jnp.where(v == 0, 0.0, weights.slope(logit)))
 
 
-def finite_or_held(previous: jax.Array, alpha: jax.Array) -> jax.Array:
-    """Log-odds of which a share 1 − α is held on to: infinite ones times a share of zero must count as zero.
+def finite_if_unused(previous: jax.Array, alpha: jax.Array) -> jax.Array:
+    """Log-odds that are about to be multiplied by 1 − α: zero where they are infinite and α = 1, because 0·∞ is nan.
 
-    >>> float(finite_or_held(jnp.asarray(jnp.inf), jnp.asarray(1.0))), float(finite_or_held(jnp.ones(()), jnp.asarray(1.0)))
+    >>> one = jnp.ones(())
+    >>> float(finite_if_unused(jnp.asarray(jnp.inf), one)), float(finite_if_unused(one, one))
     (0.0, 1.0)
     """
     return jnp.where(jnp.isinf(previous) & (alpha == 1), 0.0, previous)
@@ -211,5 +212,5 @@ def _log_odds_map(
     alpha = jnp.asarray(alpha, logit.dtype)
     at_end = jnp.isinf(reference)
     logit, reference_inside, previous = (jnp.where(at_end, 0.0, x) for x in (logit, reference, previous))
-    held = alpha * reference_inside + (1 - alpha) * finite_or_held(previous, alpha)
-    return jnp.where(at_end, reference, held + weights.omega(logit) / jnp.asarray(beta, logit.dtype))
+    anchor = alpha * reference_inside + (1 - alpha) * finite_if_unused(previous, alpha)
+    return jnp.where(at_end, reference, anchor + weights.omega(logit) / jnp.asarray(beta, logit.dtype))

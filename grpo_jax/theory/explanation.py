@@ -1,4 +1,4 @@
-"""In words: what training at one β will do to one prompt, and why. Every number is computed when it is said."""
+"""In words: what training at one β will do to one prompt, and why, with numbers computed for that prompt."""
 
 import math
 

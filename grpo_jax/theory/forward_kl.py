@@ -45,7 +45,7 @@ def forward_kl_success_map(
     at_end = jnp.isinf(reference)
     inside = jnp.where(at_end, 0.0, reference)
     right, wrong = jax.nn.sigmoid(inside), jax.nn.sigmoid(-inside)
-    # wrong · odds² − b · odds − right = 0, by whichever form does not cancel
+    # wrong · odds² − b · odds − right = 0, by the form of its solution in which nothing cancels.
     b = weights.omega(old) / jnp.asarray(beta, old.dtype) - (wrong - right)
     root = jnp.sqrt(jnp.square(b) + 4 * right * wrong)
     mapped = jnp.where(b > 0, jnp.log((b + root) / (2 * wrong)), jnp.log(2 * right / (root - jnp.minimum(b, 0.0))))
@@ -136,7 +136,7 @@ def forward_kl_flip_limit(weights: Weights) -> float | None:
     """
     with jax.enable_x64(True):
         limit = float(_largest_flip(weights))
-        return limit if limit > 1e-15 else None  # further left it is rounding
+        return limit if limit > 1e-15 else None  # anything smaller is rounding error
 
 
 @jax.jit

@@ -47,13 +47,13 @@ def dead_fraction_of_counts(successes: ArrayLike, trials: ArrayLike, group_size:
     """
     successes, trials = jnp.broadcast_arrays(as_float(successes), as_float(trials))
 
-    def draw(i: jax.Array, chances: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def with_one_more(i: jax.Array, chances: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         left = jnp.maximum(trials - i, 1)
         right, wrong = (jnp.maximum(count - i, 0) / left for count in (successes, trials - successes))
         return chances[0] * right, chances[1] * wrong
 
     start = jnp.ones_like(trials), jnp.ones_like(trials)
-    right, wrong = jax.lax.fori_loop(0, group_size, draw, start)
+    right, wrong = jax.lax.fori_loop(0, group_size, with_one_more, start)
     return jnp.where(trials >= group_size, right + wrong, dead_fraction(successes / trials, group_size))
 
 
@@ -96,7 +96,8 @@ def groups_per_live_group(p: ArrayLike, group_size: int, *, logits: bool = False
     >>> round(float(groups_per_live_group(0.01, 8)), 1)
     12.9
     """
-    # 1 − p^G − (1−p)^G as (1 − (1−p)^G) − p^G loses digits only where p^G is near 1, so the smaller of p, 1 − p leads.
+    # 1 − p^G − (1−p)^G is computed as (1 − (1−p)^G) − p^G, which loses digits only where p^G is near 1. It is symmetric, so the
+    # smaller of p and 1 − p takes the place of p.
     small = -jnp.abs(log_odds(p, logits=logits))
     live = -jnp.expm1(group_size * jax.nn.log_sigmoid(-small)) - jnp.exp(group_size * jax.nn.log_sigmoid(small))
     return 1 / live

@@ -209,11 +209,11 @@ def limit_point(
         path = iterate(reference, 1024, p_0=start, **options)
         if end.period == 0 and end.lyapunov > 0:
             return LimitPoint("chaos", (show(path.min()), show(path.max())), 0)
-        # What has not settled after all these iterations is next to a bifurcation; its nearest return counts.
+        # An orbit that has still not settled is next to a bifurcation: its closest return gives the period.
         period = int(end.period) or 1 + int(jnp.abs(path[-2 : -2 - LONGEST_CYCLE : -1] - path[-1]).argmin())
         if period > 1:
             return LimitPoint("cycle", tuple(show(point) for point in sorted(path[-period:].tolist())), period)
-        # One Newton step takes away what slow convergence has left; two-KL has the fixed points of beta·alpha.
+        # One Newton step removes the error that slow convergence leaves. Two-KL has the fixed points of αβ.
         point, pull = path[-1], alpha * scale
         left = point - reference - weights.omega(point) / pull
         return LimitPoint("fixed", show(point - left / (1 - log_odds_slope(point, weights) / pull)), 1)

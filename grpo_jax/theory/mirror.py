@@ -76,6 +76,7 @@ def mirror_steps(
     weights = Whitened(0.0) if weights is None else weights
     low, high = jnp.broadcast_arrays(log_odds(p_0, logits=logits), log_odds(p_1, logits=logits))
     endless = jnp.isneginf(low) | (jnp.isposinf(high) & jnp.isfinite(weights.omega(jnp.asarray(jnp.inf, low.dtype))))
+    # Infinite ends are replaced by log-odds beyond which nothing is left to integrate.
     start, stop = (jnp.clip(x, -_FAR, jnp.maximum(_FAR, jnp.where(jnp.isinf(low), 0.0, low))) for x in (low, high))
     start = jnp.where(jnp.isinf(low), start, low)
     stop = jnp.where(jnp.isinf(high), stop, high)

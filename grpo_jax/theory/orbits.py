@@ -1,6 +1,6 @@
 """Where exact iterations end, for whole arrays of prompts at once: a fixed point, a cycle, or chaos.
 
-The orbit itself decides. It is iterated, then watched until it returns; nothing of it is stored.
+It is read off the orbit itself, which is iterated and then watched until it returns; no path is stored.
 """
 
 from collections.abc import Callable
@@ -79,11 +79,12 @@ def orbit_end(
         return success_map(logit, reference, beta=beta, weights=weights, alpha=alpha, logits=True)
 
     logit, lyapunov = follow(step, start, num_iterations)
-    pull = weights.omega(start)  # which has one sign everywhere: the mirror's end is infinitely far that way
+    # Ω has one sign everywhere. Without a pull to the reference (α = 0) the orbit never stops: it ends infinitely far that way.
+    pull = weights.omega(start)
     far = jnp.where(jnp.isinf(start) | (pull == 0), start, jnp.copysign(jnp.inf, pull))
     logit = jnp.where(alpha == 0, far, logit)
     logit = jnp.where(jnp.isinf(reference), reference, logit)
-    # On the way to infinite log-odds slopes overflow; there Ω is flat.
+    # Slopes overflow on the way to infinite log-odds, where Ω is flat and the slope is 1 − α.
     lyapunov = jnp.where(jnp.isinf(logit), jnp.log(1 - alpha), lyapunov)
     lyapunov = jnp.where(jnp.isinf(reference), -jnp.inf, lyapunov)
     low, high, period = last_cycle(step, logit)
@@ -137,7 +138,7 @@ def last_cycle(step: Callable[[jax.Array], jax.Array], start: jax.Array) -> tupl
     def watch(k: jax.Array, state: _Watch) -> _Watch:
         logit, log_slope = _with_log_slope(step, state.logit)
         total = state.total + log_slope
-        # Chaos, too, comes close to where it was, but does not stay.
+        # A chaotic orbit also comes close to where it was, but nearby orbits flee each other: its total is positive.
         returned = (logit == start) | ((jnp.abs(logit - start) <= tolerance) & (total <= 0))
         on = state.period == 0
         return _Watch(
@@ -164,5 +165,5 @@ class _Watch(NamedTuple):
 
 
 def _with_log_slope(step: Callable[[jax.Array], jax.Array], logit: jax.Array) -> tuple[jax.Array, jax.Array]:
-    mapped, slope = jax.jvp(step, (logit,), (jnp.ones_like(logit),))  # shares its work, unlike `log_odds_slope`
+    mapped, slope = jax.jvp(step, (logit,), (jnp.ones_like(logit),))  # value and slope in one pass
     return mapped, jnp.log(jnp.abs(slope))

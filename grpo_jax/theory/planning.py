@@ -29,14 +29,14 @@ from grpo_jax.theory.weights import Group, MeanOnly, Weights, log_odds
 Counts: TypeAlias = ArrayLike | Sequence[float]
 
 KLS = ("reverse", "forward", "none")
-DEAD = 0.99  # a prompt whose groups fail in full more often than this hardly ever teaches
+DEAD = 0.99  # a prompt hardly ever teaches if a larger share than this of its groups has no success
 GAIN = 0.95  # share of the gain that counts as arrived
 ITERATIONS, TAIL = 256, 64  # exact iterations followed, and how many of the last ones their end is averaged over
 SWEEP = (0.9, 0.1)  # shares of the reachable gain at the ends of the recommended range
 LARGEST_BLOCK = 256
-SWING = 1e-4  # of p, the least that counts as an oscillation
-CLOSE = 1e-10  # of a mean p*, near enough to its target
-JUMP = 1e-6  # a mean p* that moves more between neighbouring βs has passed a fold
+SWING = 1e-4  # the least difference in p that counts as an oscillation
+CLOSE = 1e-10  # a mean p* this near to its target has reached it
+JUMP = 1e-6  # if a mean p* moves more than this between neighbouring βs, there is a fold between them
 
 
 class PlanRow(NamedTuple):
@@ -312,6 +312,7 @@ def _sums(
     p_ref, p_star = jax.nn.sigmoid(inside), jnp.where(at_end, 0.5, jax.nn.sigmoid(star))
     arrived = p_ref + GAIN * (p_star - p_ref)
 
+    # Exactly solved iterations, as the sum of p over the prompts after each of them.
     def exact_step(logit: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         if kl == "none":
             logit = jnp.where(at_end, reference, jnp.inf)
@@ -385,7 +386,6 @@ def _beta_for_mean(target: float, blocks: list[_Block], weights: Weights, kl: st
         ends = [end_point(block.logit, jnp.asarray(math.exp(x)), weights, kl) for block in blocks]
         return _mean(blocks, ends)[0] - target
 
-    low = high = 0.0  # ln β
     # A bracket in ln β: the mean is above the target at its lower end, and not at its upper end.
     low = high = 0.0
     while (above := excess(low)) <= 0:

@@ -47,21 +47,22 @@ def optimal_log_policy(
     [0.1459, 0.1459, 0.7081]
     """
     log_ref, right = jnp.asarray(log_ref), is_correct(rewards)
-    given = log_ref if log_old is None else jnp.asarray(log_old, log_ref.dtype)
-    outcomes = jnp.broadcast_shapes(log_ref.shape, right.shape, given.shape)
+    previous = log_ref if log_old is None else jnp.asarray(log_old, log_ref.dtype)
+    outcomes = jnp.broadcast_shapes(log_ref.shape, right.shape, previous.shape)
     (p_old, beta, alpha), batch = _columns(log_ref.dtype, p_old, beta, alpha, shape=outcomes[:-1])
-    log_ref, given, right = (jnp.broadcast_to(x, (*batch, outcomes[-1])) for x in (log_ref, given, right))
+    log_ref, previous, right = (jnp.broadcast_to(x, (*batch, outcomes[-1])) for x in (log_ref, previous, right))
+    # The masses of correct and of wrong outcomes under π_ref.
     of_right, of_wrong = (
         jax.nn.logsumexp(jnp.where(kind, log_ref, -jnp.inf), axis=-1, keepdims=True) for kind in (right, ~right)
     )
     one_kind = jnp.isneginf(of_right) | jnp.isneginf(of_wrong)  # nothing to contrast: π_ref stays
     almost = p_old <= 1 + 8 * jnp.finfo(p_old.dtype).eps  # a sum of probabilities rounds to a little more than 1
     p_old = jnp.where(one_kind, 0.5, jnp.where(almost, jnp.minimum(p_old, 1.0), p_old))
-    if log_old is None:
+    if log_old is None:  # π_old is π_ref with its two masses changed to those of p_old
         reference = jnp.where(one_kind, 0.0, of_right - of_wrong)
-        given = log_ref + jnp.where(one_kind, 0.0, log_policy_ratio(right, log_odds(p_old), reference, logits=True))
+        previous = log_ref + jnp.where(one_kind, 0.0, log_policy_ratio(right, log_odds(p_old), reference, logits=True))
     tilt = jnp.where(right, omega_plus(p_old, weights), -omega_minus(p_old, weights)) / beta
-    mixed = _share(alpha, log_ref) + _share(1 - alpha, given)
+    mixed = _share(alpha, log_ref) + _share(1 - alpha, previous)
     return jax.nn.log_softmax(mixed + jnp.where(one_kind, 0.0, tilt), axis=-1)
 
 

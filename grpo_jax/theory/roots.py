@@ -1,6 +1,6 @@
 """Solving the two fixed-point equations in log-odds, array-wise, to the last bit and with derivatives.
 
-Bisection rather than Newton: next to a fold the derivative vanishes, and a bracket cannot leave its root.
+By bisection and not by Newton's method: next to a fold the derivative vanishes, and a bracket still holds its root.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ def sign_changes(f: Callable[[jax.Array], jax.Array], nodes: jax.Array) -> jax.A
     changes = above[:-1] != above[1:]
     (cell,) = jnp.nonzero(changes, size=MOST_ROOTS, fill_value=-1)
     sign = jnp.where(above[cell], -1.0, 1.0).astype(nodes.dtype)
-    found = bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
-    return jnp.where(cell < 0, jnp.nan, found)
+    roots = bisect(lambda x: sign * f(x), nodes[cell], nodes[cell + 1])
+    return jnp.where(cell < 0, jnp.nan, roots)
 
 
 def fold_between(low: jax.Array, high: jax.Array, beta: jax.Array, weights: Weights) -> jax.Array:
@@ -110,14 +110,16 @@ def _solve_flow(reference: jax.Array, beta: jax.Array, weights: Weights) -> jax.
     g = grid.reshape(column) - reference[None] - pull / beta[None]  # below L_ref it is negative
     rising = (bend < beta[None]) & (grid.reshape(column) > reference[None])
 
+    # The first grid point at which g is no longer negative; POINTS where there is none.
     first = jnp.where((g >= 0).any(0), jnp.argmax(g >= 0, axis=0), POINTS)
-    # A hill of g whose top pokes above 0 between two grid points: just above the fold.
+    # Just above the fold, g rises above 0 and falls back between two neighbouring grid points; the top of that hill tells.
     hill = rising[:-1] & ~rising[1:] & (jnp.arange(1, POINTS).reshape(column) < first[None])
     height = jnp.where(hill, jnp.maximum(g[:-1], g[1:]), -jnp.inf)
     cell = jnp.argmax(height, axis=0)
     top = bisect(lambda x: log_odds_slope(x, weights) - beta, grid[cell], grid[cell + 1])
     pokes = hill.any(0) & (_reverse_residual(top, reference, beta, weights) >= 0)
 
+    # The bracket: up to the top of that hill, else up to that grid point, else up to where L − L_ref exceeds the largest Ω/β.
     padded = jnp.concatenate([grid[:1], grid])
     furthest = jnp.asarray(jnp.inf, reference.dtype)
     most = jnp.maximum(weights.omega(furthest), weights.omega(grid[-1]))

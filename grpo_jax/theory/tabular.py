@@ -208,10 +208,10 @@ def exact_iterates(
 
     def step(log_policy: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         # A share of zero of an impossible outcome is zero, not 0·∞.
-        held = alpha * jnp.where(alpha == 0, 0.0, log_ref) + (1 - alpha) * jnp.where(alpha == 1, 0.0, log_policy)
+        log_anchor = alpha * jnp.where(alpha == 0, 0.0, log_ref) + (1 - alpha) * jnp.where(alpha == 1, 0.0, log_policy)
         praise, blame = _praise_and_blame(log_policy, rewards, weights)
         log_policy = maximise(
-            praise - blame, held, beta=beta, log_old=log_policy, clip=clip, clip_high=clip_high, blame=blame
+            praise - blame, log_anchor, beta=beta, log_old=log_policy, clip=clip, clip_high=clip_high, blame=blame
         )
         return log_policy, log_policy
 

@@ -122,10 +122,10 @@ def cusp(weights: Weights) -> Cusp | None:
     """
     with jax.enable_x64(True):
         sign, weights = upward(weights)
-        found = [x for x in _inflexions(weights).tolist() if not math.isnan(x)]
-        if not found:
+        inflexions = _inflexions(weights)
+        points = inflexions[~jnp.isnan(inflexions)]
+        if not points.size:
             return None
-        points = jnp.asarray(found)
         betas = log_odds_slope(points, weights)
         references = points - weights.omega(points) / betas
         last = int(references.argmax())
@@ -232,19 +232,19 @@ def _points_with_multiplier(reference: jax.Array, multiplier: jax.Array, weights
 @jax.jit
 def _inflexions(weights: Weights) -> jax.Array:
     """Where dΩ/dL is positive and largest, padded with nan."""
-    found = sign_changes(_derivative(partial(log_odds_slope, weights=weights)), _grid(jnp.zeros(()).dtype))
-    steepness = log_odds_slope(found, weights)
-    return jnp.where(steepness > 1e-9 * weights.omega(found), found, jnp.nan)
+    points = sign_changes(_derivative(partial(log_odds_slope, weights=weights)), _grid(jnp.zeros(()).dtype))
+    steepness = log_odds_slope(points, weights)
+    return jnp.where(steepness > 1e-9 * weights.omega(points), points, jnp.nan)
 
 
 @partial(jax.jit, static_argnames="multiplier")
 def _flip_references(weights: Weights, multiplier: float) -> jax.Array:
-    """Among these L_ref = L − m/(ln Ω)'(L), whose fixed point at L has multiplier m < 0, is the largest; padded with nan."""
+    """Candidates for the largest L_ref: L − m/(ln Ω)'(L), whose fixed point at L has multiplier m < 0; padded with nan."""
     bend, grid = _log_slope(weights), _grid(jnp.zeros(()).dtype)
-    found = sign_changes(lambda x: jnp.square(bend(x)) + multiplier * _derivative(bend)(x), grid)
-    found = jnp.append(found, grid)
-    slope = bend(found)
-    return jnp.where(slope < -1e-9, found - multiplier / jnp.where(slope < 0, slope, 1.0), jnp.nan)
+    extrema = sign_changes(lambda x: jnp.square(bend(x)) + multiplier * _derivative(bend)(x), grid)
+    points = jnp.append(extrema, grid)
+    slope = bend(points)
+    return jnp.where(slope < -1e-9, points - multiplier / jnp.where(slope < 0, slope, 1.0), jnp.nan)
 
 
 def _log_slope(weights: Weights) -> Callable[[jax.Array], jax.Array]:

@@ -65,10 +65,10 @@ def test_the_clipped_map_is_the_maximum_of_the_clipped_objective(weights, double
         a, b = left + (right - left) / 3, right - (right - left) / 3
         rising = objective(a) < objective(b)
         left, right = jnp.where(rising, a, left), jnp.where(rising, right, b)
-    found = clipped_success_map(p, p_ref, beta=beta, weights=weights, clip=low, clip_high=high, alpha=alpha)
+    mapped = clipped_success_map(p, p_ref, beta=beta, weights=weights, clip=low, clip_high=high, alpha=alpha)
     # A search by values resolves a smooth maximum to the root of the precision.
-    np.testing.assert_allclose(found, jax.nn.sigmoid((left + right) / 2), atol=3e-7)
-    best = objective(jnp.log(found) - jnp.log1p(-found))
+    np.testing.assert_allclose(mapped, jax.nn.sigmoid((left + right) / 2), atol=3e-7)
+    best = objective(jnp.log(mapped) - jnp.log1p(-mapped))
     assert bool((best >= jnp.maximum(objective(left), objective(right)) - 1e-12 * (1 + jnp.abs(best))).all())
 
 

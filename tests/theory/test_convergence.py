@@ -33,8 +33,8 @@ def test_local_bound_in_its_closed_form():
     rng = np.random.default_rng(0)
     p, epsilon = rng.uniform(0, 1, 50), np.exp(rng.uniform(-12, 0, 50))
     v = p * (1 - p)
-    found = jax.vmap(lambda p, e: local_beta_bound(p, weights=Whitened(e)))(jnp.asarray(p), jnp.asarray(epsilon))
-    np.testing.assert_allclose(found, v * np.abs(2 * p - 1) / (2 * (v + epsilon) ** 1.5), rtol=1e-12, atol=1e-14)
+    bounds = jax.vmap(lambda p, e: local_beta_bound(p, weights=Whitened(e)))(jnp.asarray(p), jnp.asarray(epsilon))
+    np.testing.assert_allclose(bounds, v * np.abs(2 * p - 1) / (2 * (v + epsilon) ** 1.5), rtol=1e-12, atol=1e-14)
     assert float(local_beta_bound(0.5, weights=Whitened(1e-5))) == 0.0
     assert local_beta_bound(jnp.asarray([0.0, 1.0]), weights=Whitened(1e-5)).tolist() == [0.0, 0.0]
 

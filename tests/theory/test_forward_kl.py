@@ -38,8 +38,8 @@ def searched(p: float, p_ref: float, beta: float) -> float:
 
 def test_one_exact_iteration_maximises_its_objective(double):
     for p, p_ref, beta in ((0.3, 0.2, 1.0), (0.01, 0.2, 3.0), (0.9, 1e-3, 0.5), (0.5, 0.97, 20.0)):
-        found = float(forward_kl_success_map(p, p_ref, beta=beta, weights=Whitened(0.0)))
-        assert found == pytest.approx(searched(p, p_ref, beta), abs=1e-7)
+        mapped = float(forward_kl_success_map(p, p_ref, beta=beta, weights=Whitened(0.0)))
+        assert mapped == pytest.approx(searched(p, p_ref, beta), abs=1e-7)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=repr)

@@ -30,12 +30,12 @@ def test_dead_groups_by_enumeration(size):
 def test_dead_groups_of_counts_by_enumeration():
     """All groups that can be drawn from the trials; and on average over measurements, exactly p^G + (1 − p)^G."""
     trials, size, p = 6, 3, 0.3
-    found = [float(dead_fraction_of_counts(c, trials, size)) for c in range(trials + 1)]
-    for successes, share in enumerate(found):
+    shares = [float(dead_fraction_of_counts(c, trials, size)) for c in range(trials + 1)]
+    for successes, share in enumerate(shares):
         drawn = [*itertools.combinations([1] * successes + [0] * (trials - successes), size)]
         assert share == pytest.approx(sum(len(set(group)) == 1 for group in drawn) / len(drawn), rel=1e-14)
     chances = [math.comb(trials, c) * p**c * (1 - p) ** (trials - c) for c in range(trials + 1)]
-    assert sum(map(math.prod, zip(chances, found, strict=True))) == pytest.approx(p**size + (1 - p) ** size, rel=1e-14)
+    assert sum(map(math.prod, zip(chances, shares, strict=True))) == pytest.approx(p**size + (1 - p) ** size, rel=1e-14)
     mixed = dead_fraction_of_counts([1, 1], [4, 2], 3)  # three of two trials cannot be drawn
     np.testing.assert_allclose(mixed, [0.25, 0.25], rtol=1e-14)
 
@@ -43,8 +43,8 @@ def test_dead_groups_of_counts_by_enumeration():
 def test_live_groups_where_nearly_all_are_dead():
     """1/(G p) for small p, on both sides, without a difference of ones."""
     logits = jnp.asarray([-230.0, -50.0, 50.0, 230.0])
-    found = groups_per_live_group(logits, 8, logits=True)
-    np.testing.assert_allclose(found, jnp.exp(jnp.abs(logits)) / 8, rtol=1e-13)
+    draws = groups_per_live_group(logits, 8, logits=True)
+    np.testing.assert_allclose(draws, jnp.exp(jnp.abs(logits)) / 8, rtol=1e-13)
 
 
 def test_drawing_until_the_group_lives_takes_that_many_draws():

@@ -124,8 +124,8 @@ def test_the_flow_ends_at_the_flow_point():
                 return logit + 0.05 / (1 + 5 / beta) * drift, None
 
             end, _ = jax.lax.scan(step, reference, None, length=20_000)
-            found = flow_point(reference, beta=beta, weights=weights, logits=True)
-            assert jnp.allclose(end, found, rtol=1e-6, atol=1e-6), (weights, beta)
+            predicted = flow_point(reference, beta=beta, weights=weights, logits=True)
+            assert jnp.allclose(end, predicted, rtol=1e-6, atol=1e-6), (weights, beta)
 
 
 @pytest.mark.parametrize(("p_ref", "fold"), [(0.5, 1.50887956154), (0.2, 0.895700990223), (0.01, 0.400742153350)])

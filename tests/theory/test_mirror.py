@@ -33,8 +33,8 @@ def test_the_flow_is_the_sine_law():
     rng = np.random.default_rng(0)
     p_0, beta = rng.uniform(0.001, 0.999, 60), np.exp(rng.uniform(0, 6, 60))
     steps = rng.uniform(0, 1, 60) * beta * (math.pi - 2 * np.arcsin(np.sqrt(p_0))) * 0.999
-    found = mirror_flow(jnp.asarray(p_0), jnp.asarray(steps), beta=jnp.asarray(beta))
-    for p, start, n, b in zip(found.tolist(), p_0.tolist(), steps.tolist(), beta.tolist(), strict=True):
+    climbed = mirror_flow(jnp.asarray(p_0), jnp.asarray(steps), beta=jnp.asarray(beta))
+    for p, start, n, b in zip(climbed.tolist(), p_0.tolist(), steps.tolist(), beta.tolist(), strict=True):
         angle = mp.asin(mp.sqrt(mp.mpf(start))) + mp.mpf(n) / (2 * mp.mpf(b))
         assert p == pytest.approx(float(mp.sin(angle) ** 2), rel=1e-12)
 
@@ -49,9 +49,9 @@ def test_the_flow_keeps_log_odds_on_both_sides(dtype, bound):
 def test_the_flow_next_to_its_end_in_log_odds():
     for left in (1e-3, 1e-6, 1e-9):  # of the angle
         angle = mp.pi / 2 - mp.mpf(left)
-        found = mirror_flow(0.0, 2 * float(angle - mp.pi / 4), beta=1.0, logits=True)
+        climbed = mirror_flow(0.0, 2 * float(angle - mp.pi / 4), beta=1.0, logits=True)
         exactly = float(2 * mp.log(mp.tan(mp.pi / 4 + mp.mpf(2 * float(angle - mp.pi / 4)) / 2)))
-        assert float(found) == pytest.approx(exactly, rel=1e-7)
+        assert float(climbed) == pytest.approx(exactly, rel=1e-7)
 
 
 def test_many_small_mirror_steps_follow_the_flow():
@@ -96,9 +96,9 @@ def test_gradient_of_the_flow_inside():
 def test_steps_are_the_integral_of_one_over_omega(weights):
     spans = [(-5.0, 3.0), (-60.0, 9.0), (-0.1, 0.2)]
     starts, stops = (jnp.asarray(x) for x in zip(*spans, strict=True))
-    found = mirror_steps(starts, stops, beta=1.7, weights=weights, logits=True).tolist()
+    counts = mirror_steps(starts, stops, beta=1.7, weights=weights, logits=True).tolist()
     with mp.workdps(20):
-        for (start, stop), steps in zip(spans, found, strict=True):
+        for (start, stop), steps in zip(spans, counts, strict=True):
             nodes = [start, *(x for x in (-40, -20, -10, -5, 0, 5) if start < x < stop), stop]
             exactly = mp.mpf(1.7) * mp.quad(lambda L: 1 / exact.omega(L, weights), nodes)
             assert steps == pytest.approx(float(exactly), rel=1e-12), (start, stop)
@@ -157,8 +157,8 @@ def test_steps_have_the_slopes_of_their_bounds():
 def test_step_kl_in_mpmath(weights):
     logits = jnp.asarray([-30.0, -4.0, 0.0, 1.5, 9.0])
     for beta in (0.05, 1.0, 30.0):
-        found = mirror_step_kl(logits, beta=beta, weights=weights, logits=True).tolist()
-        for L, spent in zip(logits.tolist(), found, strict=True):
+        costs = mirror_step_kl(logits, beta=beta, weights=weights, logits=True).tolist()
+        for L, spent in zip(logits.tolist(), costs, strict=True):
             exactly = exact.kl(exact.step(L, 0, beta, weights, alpha=0), L)
             assert spent == pytest.approx(float(exactly), rel=1e-9), (L, beta)
 

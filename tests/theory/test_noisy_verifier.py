@@ -75,10 +75,10 @@ def test_group_weights_equal_the_sum_over_labels_and_flips(weights):
     p = jnp.asarray([0.07, 0.6])
     for tpr, fpr in RATES:
         noisy = NoisyVerifier(weights, tpr, fpr)
-        found = [f(p, noisy) for f in (omega, omega_plus, omega_minus)]
+        computed = [f(p, noisy) for f in (omega, omega_plus, omega_minus)]
         for i, x in enumerate(p.tolist()):
             expected = by_flips(x, weights, tpr, fpr)
-            assert [float(f[i]) for f in found] == pytest.approx(expected, rel=1e-12, abs=1e-13), (tpr, fpr)
+            assert [float(f[i]) for f in computed] == pytest.approx(expected, rel=1e-12, abs=1e-13), (tpr, fpr)
 
 
 @pytest.mark.parametrize("weights", [Whitened(1e-3), WhitenedStd(1e-2), MeanOnly()], ids=repr)
@@ -109,8 +109,8 @@ def test_random_rates_in_mpmath_also_far_out():
     for inner in (Whitened(1e-4), Group(8)):
         for tpr, fpr in [*rng.uniform(0, 1, (4, 2)).tolist(), (1.0, 0.0), (0.95, 0.0), (1.0, 0.03)]:
             noisy = NoisyVerifier(inner, tpr, fpr)
-            found = omega(jnp.asarray(logits), noisy, logits=True).tolist()
-            for L, value in zip(logits.tolist(), found, strict=True):
+            values = omega(jnp.asarray(logits), noisy, logits=True).tolist()
+            for L, value in zip(logits.tolist(), values, strict=True):
                 assert value == pytest.approx(float(exact.omega(L, noisy)), rel=1e-12), (L, tpr, fpr)
 
 
@@ -213,8 +213,8 @@ def test_thresholds_of_the_mirrored_problem(threshold):
         noisy = NoisyVerifier(Whitened(1e-4), *rates)
         for p_ref in (0.8, 0.999):
             expected = threshold(1 - p_ref, weights=mirrored(noisy))
-            found = threshold(p_ref, weights=noisy)
-            assert found == (None if expected is None else pytest.approx(expected, rel=1e-7)), (rates, p_ref)
+            limits = threshold(p_ref, weights=noisy)
+            assert limits == (None if expected is None else pytest.approx(expected, rel=1e-7)), (rates, p_ref)
 
 
 @pytest.mark.parametrize("inner", [MeanOnly(), Whitened(1e-3)], ids=repr)

@@ -41,7 +41,7 @@ def test_ends_periods_and_exponents_are_those_of_stored_orbits():
     alpha = np.where(random.random(n) < 0.5, 1.0, random.uniform(0.3, 1, n))
     end = orbit_end(p_ref, beta=beta, weights=Whitened(1e-3), alpha=alpha, p_0=p_0, num_iterations=length)
     path, slopes = plain_orbits(p_ref, beta, 1e-3, alpha, p_0, length + 64)
-    found = set()
+    periods = set()
     for i in range(n):
         tail = path[length:, i]
         near = np.abs(tail[1:] - tail[0]) < 3e-11 * (1 + abs(tail[0]))
@@ -51,12 +51,12 @@ def test_ends_periods_and_exponents_are_those_of_stored_orbits():
         if exponent > 0:  # chaos: other roundings, another orbit
             assert float(end.lyapunov[i]) > 0.01
             continue
-        found.add(period)
+        periods.add(period)
         cycle = 1 / (1 + np.exp(-tail[: period or 65]))
         assert float(end.low[i]) == pytest.approx(cycle.min(), rel=1e-8)
         assert float(end.high[i]) == pytest.approx(cycle.max(), rel=1e-8)
         assert float(end.lyapunov[i]) == pytest.approx(exponent, rel=1e-6, abs=1e-6)
-    assert {1, 2, 4} <= found
+    assert {1, 2, 4} <= periods
 
 
 @pytest.mark.parametrize(
@@ -192,10 +192,10 @@ def test_the_schwarzian_is_negative_so_flips_are_supercritical(epsilon):
     second, third = jax.grad(first), jax.grad(jax.grad(first))
     grid = jnp.concatenate([jnp.linspace(-14.0, -0.1, 400), jnp.linspace(0.1, 14.0, 400)])
     one, two, three = (jax.vmap(f)(grid) for f in (first, second, third))
-    found = three / one - 1.5 * (two / one) ** 2
+    schwarzian = three / one - 1.5 * (two / one) ** 2
     x, v = jnp.tanh(grid / 2), 0.25 / jnp.cosh(grid / 2) ** 2
     closed = 0.375 * (x * v / (v + epsilon)) ** 2 + 1 - 12 * v - 1.5 * (1 - 6 * v) ** 2 / x**2
-    assert jnp.allclose(found, closed, rtol=1e-6, atol=1e-6)
+    assert jnp.allclose(schwarzian, closed, rtol=1e-6, atol=1e-6)
     assert bool((closed <= 0.25 - 0.375 / x**2 + 1e-9).all())
 
 
@@ -203,11 +203,11 @@ def test_the_schwarzian_is_negative_so_flips_are_supercritical(epsilon):
 @pytest.mark.parametrize("p_ref", [1e-5, 1e-3, 3e-3])
 def test_two_cycles_exist_exactly_inside_the_flip_window(p_ref, weights):
     window = flip_window(p_ref, weights=weights)
-    found = two_cycles(p_ref, window, weights)
-    assert (float(found["lowest"]), float(found["highest"])) == pytest.approx(window, rel=2e-5)
-    assert window[0] < float(found["lowest"])
-    assert float(found["highest"]) < window[1]
-    assert float(found["rise"]) < 0  # one for each β
+    cycles = two_cycles(p_ref, window, weights)
+    assert (float(cycles["lowest"]), float(cycles["highest"])) == pytest.approx(window, rel=2e-5)
+    assert window[0] < float(cycles["lowest"])
+    assert float(cycles["highest"]) < window[1]
+    assert float(cycles["rise"]) < 0  # one for each β
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8, 16, 64])

@@ -152,15 +152,15 @@ def test_mirror_steps_follow_the_arc_sine():
 
 def test_the_beta_of_a_single_prompt_is_the_closed_form():
     for p_ref, target in ((0.2, 0.5), (0.05, 0.3), (0.6, 0.8)):
-        found = beta_for_mean(target, [p_ref], None, weights=MeanOnly())
-        assert found.beta == pytest.approx(1 / (logit(target) - logit(p_ref)), rel=1e-7)
-        found = beta_for_mean(target, [p_ref], None, weights=Whitened(0.0))
-        assert found.beta == pytest.approx(
+        aim = beta_for_mean(target, [p_ref], None, weights=MeanOnly())
+        assert aim.beta == pytest.approx(1 / (logit(target) - logit(p_ref)), rel=1e-7)
+        aim = beta_for_mean(target, [p_ref], None, weights=Whitened(0.0))
+        assert aim.beta == pytest.approx(
             1 / math.sqrt(target * (1 - target)) / (logit(target) - logit(p_ref)), rel=1e-7
         )
-        found = beta_for_mean(target, [p_ref], None, weights=Whitened(0.0), kl="forward")
-        assert found.beta == pytest.approx(math.sqrt(target * (1 - target)) / (target - p_ref), rel=1e-7)
-        assert (found.p_star, found.jumps_to) == (pytest.approx(target, abs=1e-9), None)
+        aim = beta_for_mean(target, [p_ref], None, weights=Whitened(0.0), kl="forward")
+        assert aim.beta == pytest.approx(math.sqrt(target * (1 - target)) / (target - p_ref), rel=1e-7)
+        assert (aim.p_star, aim.jumps_to) == (pytest.approx(target, abs=1e-9), None)
 
 
 @given(
@@ -174,33 +174,33 @@ def test_the_beta_of_a_mean_is_verified_by_the_plan(counts, share, kl):
     if most - start < 1e-6:
         return
     target = start + share * (most - start)
-    found = beta_for_mean(target, counts, 20, weights=Group(32), kl=kl)
-    (at,) = plan(counts, 20, [found.beta], weights=Group(32), kl=kl)
-    assert at.p_star == pytest.approx(found.p_star, abs=1e-9)
-    if found.jumps_to is None:
+    aim = beta_for_mean(target, counts, 20, weights=Group(32), kl=kl)
+    (at,) = plan(counts, 20, [aim.beta], weights=Group(32), kl=kl)
+    assert at.p_star == pytest.approx(aim.p_star, abs=1e-9)
+    if aim.jumps_to is None:
         assert at.p_star == pytest.approx(target, abs=1e-9)
     else:
-        assert found.p_star < target < found.jumps_to
-        assert curve(counts, 20, [found.beta * (1 - 1e-9)], weights=Group(32), quantiles=[])[0].p_star > target
+        assert aim.p_star < target < aim.jumps_to
+        assert curve(counts, 20, [aim.beta * (1 - 1e-9)], weights=Group(32), quantiles=[])[0].p_star > target
 
 
 def test_a_target_that_the_fold_jumps_over_is_said_to_be_jumped_over():
     """ε = 0: Δ = ln((Δ+2)/(Δ−2)) − L_ref, β_c = 2/√(Δ²−4), p_c = ½ + 1/Δ; below β_c, p* = 1."""
     delta = root(lambda d: d - math.log((d + 2) / (d - 2)) + logit(0.2), 2 + 1e-12, 50.0)
-    found = beta_for_mean(0.95, [0.2], None, weights=Whitened(0.0))
-    assert found.beta == pytest.approx(2 / math.sqrt(delta**2 - 4), rel=1e-9)
-    assert found.p_star == pytest.approx(0.5 + 1 / delta, abs=1e-5)
-    assert found.jumps_to == 1.0
+    aim = beta_for_mean(0.95, [0.2], None, weights=Whitened(0.0))
+    assert aim.beta == pytest.approx(2 / math.sqrt(delta**2 - 4), rel=1e-9)
+    assert aim.p_star == pytest.approx(0.5 + 1 / delta, abs=1e-5)
+    assert aim.jumps_to == 1.0
 
 
 def test_the_recommended_range_spans_ten_to_ninety_per_cent_of_the_reachable_gain():
-    found = recommended_range([0.2], None, weights=MeanOnly())
-    assert found.low.beta == pytest.approx(1 / (logit(0.92) - logit(0.2)), rel=1e-7)
-    assert found.high.beta == pytest.approx(1 / (logit(0.28) - logit(0.2)), rel=1e-7)
+    sweep = recommended_range([0.2], None, weights=MeanOnly())
+    assert sweep.low.beta == pytest.approx(1 / (logit(0.92) - logit(0.2)), rel=1e-7)
+    assert sweep.high.beta == pytest.approx(1 / (logit(0.28) - logit(0.2)), rel=1e-7)
     for counts in ([0, 0], [10, 10], [0, 10]):
         assert recommended_range(counts, 10, weights=Group(8)) is None
-    found = recommended_range([0, 5], 10, weights=Group(8))  # a prompt without success halves what can be reached
-    assert (found.low.p_star, found.high.p_star) == pytest.approx((0.25 + 0.9 * 0.25, 0.25 + 0.1 * 0.25), abs=1e-9)
+    sweep = recommended_range([0, 5], 10, weights=Group(8))  # a prompt without success halves what can be reached
+    assert (sweep.low.p_star, sweep.high.p_star) == pytest.approx((0.25 + 0.9 * 0.25, 0.25 + 0.1 * 0.25), abs=1e-9)
 
 
 def test_the_mean_falls_with_beta_and_the_kl_never_exceeds_its_budget():

@@ -96,7 +96,7 @@ def test_random_policies_in_mpmath(weights):
     plus, minus = exact.omega_pair(exact.logit(p_old), weights)
     for beta in (0.02, 1.3, 1e4):
         for alpha in (0.0, 0.2, 1.0):
-            found = optimal_log_policy(
+            policy = optimal_log_policy(
                 log_ref, REWARDS, p_old=p_old, beta=beta, weights=weights, alpha=alpha, log_old=log_old
             )
             scores = [
@@ -105,7 +105,7 @@ def test_random_policies_in_mpmath(weights):
             ]
             top = max(scores)
             total = top + mp.log(mp.fsum(mp.exp(s - top) for s in scores))
-            np.testing.assert_allclose(found, [float(s - total) for s in scores], rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(policy, [float(s - total) for s in scores], rtol=1e-12, atol=1e-12)
 
 
 def test_without_the_old_policy_it_is_the_iterate_of_the_reference():
@@ -115,8 +115,8 @@ def test_without_the_old_policy_it_is_the_iterate_of_the_reference():
     log_old = log_ref + jnp.where(REWARDS > 0, math.log(p_old / p_ref), math.log((1 - p_old) / (1 - p_ref)))
     for alpha in (0.0, 0.35, 1.0):
         options = {"p_old": p_old, "beta": 1.1, "weights": Whitened(1e-3), "alpha": alpha}
-        given = optimal_log_policy(log_ref, REWARDS, log_old=log_old, **options)
-        np.testing.assert_allclose(optimal_log_policy(log_ref, REWARDS, **options), given, rtol=1e-12)
+        from_old = optimal_log_policy(log_ref, REWARDS, log_old=log_old, **options)
+        np.testing.assert_allclose(optimal_log_policy(log_ref, REWARDS, **options), from_old, rtol=1e-12)
     assert float(optimal_log_policy(log_ref, REWARDS, p_old=p_ref, beta=1e12, weights=MeanOnly()) @ jnp.ones(7)) == (
         pytest.approx(float(log_ref.sum()), rel=1e-9)
     )
@@ -197,11 +197,11 @@ def test_strange_conditionals_are_forgotten_geometrically():
             alpha=alpha,
             log_old=log_pi,
         )
-        kept = (1 - alpha) ** n
+        memory = (1 - alpha) ** n
         for wanted in (REWARDS > 0, REWARDS == 0):
-            expected = jax.nn.log_softmax(jnp.where(wanted, (1 - kept) * log_ref + kept * log_start, -jnp.inf))
-            found = jax.nn.log_softmax(jnp.where(wanted, log_pi, -jnp.inf))
-            np.testing.assert_allclose(found[wanted], expected[wanted], rtol=1e-10)
+            expected = jax.nn.log_softmax(jnp.where(wanted, (1 - memory) * log_ref + memory * log_start, -jnp.inf))
+            conditional = jax.nn.log_softmax(jnp.where(wanted, log_pi, -jnp.inf))
+            np.testing.assert_allclose(conditional[wanted], expected[wanted], rtol=1e-10)
 
 
 def test_partition_at_a_fixed_point_is_minus_the_kl():
@@ -247,8 +247,8 @@ def test_rewards_of_any_type(dtype):
     log_ref = random_policies(7)
     rewards = REWARDS.astype(dtype)
     target = optimal_log_policy(log_ref, REWARDS, p_old=0.3, beta=1.0, weights=MeanOnly(), log_old=log_ref)
-    found = optimal_log_policy(log_ref, rewards, p_old=0.3, beta=1.0, weights=MeanOnly())
-    np.testing.assert_allclose(found, target, rtol=1e-14)
+    policy = optimal_log_policy(log_ref, rewards, p_old=0.3, beta=1.0, weights=MeanOnly())
+    np.testing.assert_allclose(policy, target, rtol=1e-14)
     assert float(log_policy_ratio(rewards[0], 0.5, 0.25)) == pytest.approx(math.log(2), rel=1e-14)
     assert float(renyi_correction(log_ref, log_ref, rewards, alpha=0.5)) == pytest.approx(0, abs=1e-15)
 
@@ -261,8 +261,8 @@ def test_a_reference_that_is_always_right_or_always_wrong_stays(weights, reward,
     log_ref = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(0).normal(size=(40, 50)), dtype))
     for alpha in (0.0, 0.5, 1.0):
         options = {"p_old": float(reward), "beta": 1.0, "weights": weights, "alpha": alpha}
-        found = optimal_log_policy(log_ref, jnp.full((40, 50), reward), **options)
-        np.testing.assert_allclose(found, log_ref, atol=1e-6, err_msg=f"alpha={alpha}")
+        policy = optimal_log_policy(log_ref, jnp.full((40, 50), reward), **options)
+        np.testing.assert_allclose(policy, log_ref, atol=1e-6, err_msg=f"alpha={alpha}")
 
 
 def test_impossible_outcomes_stay_impossible():
@@ -270,13 +270,13 @@ def test_impossible_outcomes_stay_impossible():
     ref, old = jnp.asarray([0.25, 0.25, 0.5, 0.0, 0.0]), jnp.asarray([0.5, 0.0, 0.25, 0.25, 0.0])
     rewards = jnp.asarray([1, 0, 0, 1, 1])
     for alpha, support in ((1.0, [1, 1, 1, 0, 0]), (0.5, [1, 0, 1, 0, 0]), (0.0, [1, 0, 1, 1, 0])):
-        found = jnp.exp(
+        policy = jnp.exp(
             optimal_log_policy(
                 jnp.log(ref), rewards, p_old=0.75, beta=1.0, weights=MeanOnly(), alpha=alpha, log_old=jnp.log(old)
             )
         )
-        assert (found > 0).astype(int).tolist() == support, alpha
-        assert float(found.sum()) == pytest.approx(1, rel=1e-14)
+        assert (policy > 0).astype(int).tolist() == support, alpha
+        assert float(policy.sum()) == pytest.approx(1, rel=1e-14)
 
 
 def test_gap_with_zeros():
@@ -309,11 +309,11 @@ def test_leading_axes_of_every_argument():
         ("log_old", log_old),
     ):
         try:
-            found = single(**alone | {name: many})
+            batched = single(**alone | {name: many})
         except ValueError:
             wrong.append(name)
         else:
-            assert found.shape == (2, 3, 7), name
+            assert batched.shape == (2, 3, 7), name
     assert wrong == []
     corrections = renyi_correction(log_ref, log_old, rewards, alpha=jnp.full((2, 3), 0.4))
     assert corrections.shape == (2, 3)

@@ -59,8 +59,8 @@ def test_predictions_are_the_end_points_of_the_estimates_and_of_their_intervals(
     k, n, beta, weights = jnp.asarray([0, 3, 20, 64, 64]), jnp.asarray([64, 64, 40, 80, 64]), 1.5, Group(8)
     result = predict(k, n, beta=beta, weights=weights, confidence=0.9, kl=kl)
     low, high = wilson_interval(k, n, 0.9)
-    for found, p in ((result.p_star, k / n), (result.p_star_low, low), (result.p_star_high, high)):
-        assert jnp.allclose(found, solve(p, beta=beta, weights=weights), rtol=1e-12)
+    for predicted, p in ((result.p_star, k / n), (result.p_star_low, low), (result.p_star_high, high)):
+        assert jnp.allclose(predicted, solve(p, beta=beta, weights=weights), rtol=1e-12)
     assert jnp.allclose(result.p_ref, k / n)
     assert (result.p_ref_low.tolist(), result.p_ref_high.tolist()) == (low.tolist(), high.tolist())
     assert bool((result.p_star_low <= result.p_star).all() & (result.p_star <= result.p_star_high).all())

@@ -170,8 +170,8 @@ def crossings(L, beta, weights):
 def test_never_more_than_three_fixed_points(name, L, log_beta, log_epsilon):
     """330 examples of 12, counted without the library's root finder. Where Ω is unbounded, p = 1 stands for the last."""
     with jax.enable_x64(True):
-        found = crossings(*arrays(L, np.exp(log_beta)), ALL[name](math.exp(log_epsilon))).tolist()
-        assert set(found) <= ({0, 2} if name == "dynamic" else {1, 3}), found
+        crossed = crossings(*arrays(L, np.exp(log_beta)), ALL[name](math.exp(log_epsilon))).tolist()
+        assert set(crossed) <= ({0, 2} if name == "dynamic" else {1, 3}), crossed
 
 
 @pytest.mark.parametrize("name", ["whitened", "dynamic", "uncentred", "noisy group"])
@@ -243,8 +243,8 @@ def test_kl_of_explicit_policies_is_that_of_coins_and_within_the_budget(seed, lo
         p_ref = np.where(rewards > 0, np.exp(log_ref), 0.0).sum(-1)
         budget = kl_budget(p_ref)
         for p, kl in explicit_orbit(log_ref, rewards, beta, alpha, Whitened(math.exp(log_epsilon))):
-            kept = p < 1 - 1e-9  # else p has no digits left
-            np.testing.assert_allclose(kl[kept], bernoulli_kl(p, p_ref)[kept], rtol=1e-6, atol=1e-13)
+            below_one = p < 1 - 1e-9  # else p has no digits left
+            np.testing.assert_allclose(kl[below_one], bernoulli_kl(p, p_ref)[below_one], rtol=1e-6, atol=1e-13)
             assert bool((kl <= budget + 1e-12).all())
 
 
@@ -348,9 +348,9 @@ def test_clipping(name, L, shift, log_beta, low, high, log_epsilon):
         facts = clipped_facts(L, L - shift, beta, low, high, ALL[name](math.exp(log_epsilon)))
         star, there, slope, unclipped, moved, free = facts
         # In p the neighbourhood of p* that no clip touches is as small as 1 − p*: leave room for rounding.
-        kept = np.isfinite(star) & (star < 20)
-        np.testing.assert_allclose(there[kept], star[kept], rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(slope[kept], unclipped[kept], rtol=1e-9, atol=1e-9)
+        finite = np.isfinite(star) & (star < 20)
+        np.testing.assert_allclose(there[finite], star[finite], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(slope[finite], unclipped[finite], rtol=1e-9, atol=1e-9)
         p, q = 1 / (1 + np.exp(-L)), 1 / (1 + np.exp(L))
         climb = np.maximum((1 + high) * p, p + low * q)  # the reference is not above p
         assert bool((1 / (1 + np.exp(-moved)) <= climb * (1 + 1e-12)).all())

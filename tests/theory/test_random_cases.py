@@ -179,14 +179,14 @@ def evaluate(arguments, weights, *, names):
 def errors(dtype, far, weights, table):
     """name → relative errors [CASES]."""
     arguments = inputs(dtype, far)
-    found = evaluate(arguments, weights, names=tuple(table))
+    results = evaluate(arguments, weights, names=tuple(table))
     rows = list(zip(*(x.tolist() for x in arguments), strict=True))
     result = {}
     for name, function in table.items():
-        assert found[name].dtype == dtype, name
+        assert results[name].dtype == dtype, name
         targets = [function.exact(*row, weights) for row in rows]
         scales = [max(abs(t), 1) if function.shifted else abs(t) for t in targets]
-        values = found[name].tolist()
+        values = results[name].tolist()
         result[name] = [float(abs(mp.mpf(x) - t) / s) for x, t, s in zip(values, targets, scales, strict=True)]
     return result
 

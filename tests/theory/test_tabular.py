@@ -118,8 +118,8 @@ def test_the_clipped_maximiser_satisfies_the_conditions_of_optimality():
     blamed = [jnp.where(x, blame, 0.0) for x in (ratio > bottom * (1 + slack), ratio >= bottom * (1 - slack))]
     left, right = (a - b - cost for a, b in zip(praised, blamed, strict=True))
     assert float((right.max(-1) - left.min(-1)).max()) < 1e-11
-    held = left - right > 1e-9
-    for those in (held & (ratio > 1), held & (ratio < 1), ~held & (ratio > top), ~held & (ratio < bottom)):
+    at_bend = left - right > 1e-9
+    for those in (at_bend & (ratio > 1), at_bend & (ratio < 1), ~at_bend & (ratio > top), ~at_bend & (ratio < bottom)):
         assert int((those & (praise > 0)).sum()) > 300
         assert int((those & (blame > 0)).sum()) > 300
 
@@ -270,9 +270,9 @@ def test_the_renyi_correction_of_another_start_decays_with_its_square(alpha):
     correction = renyi_correction(log_ref[None], path, alpha)
     assert abs(float(correction[0])) > 1e-2
     logits = success_log_odds(path, REWARDS)
-    held = alpha * math.log(0.25) + (1 - alpha) * logits[:-1]
+    anchor = alpha * math.log(0.25) + (1 - alpha) * logits[:-1]
     assert jnp.allclose(
-        logits[1:], held + correction[:-1] + omega(logits[:-1], weights, logits=True) / beta, rtol=1e-11
+        logits[1:], anchor + correction[:-1] + omega(logits[:-1], weights, logits=True) / beta, rtol=1e-11
     )
     share = (1 - alpha) ** jnp.arange(71.0)[:, None]
     for s in (SUCCESS, ~SUCCESS):
@@ -314,7 +314,7 @@ def test_two_ends_from_two_sides_of_the_middle_fixed_point(clip):
 def test_clipped_iterates_are_those_of_the_clipped_map_on_the_same_line():
     """No policy outside the one-parameter family does better, whatever the conditionals."""
     rng = np.random.default_rng(4)
-    held = 0
+    differing = 0
     for seed in range(300):
         p_ref, p_old = sigmoid(jnp.asarray(rng.normal(-1, 2.5, 2))).tolist()
         weights = (Whitened(1e-5), Whitened(0.05), MeanOnly(), Group(8), WhitenedStd(1e-2))[seed % 5]
@@ -326,8 +326,8 @@ def test_clipped_iterates_are_those_of_the_clipped_map_on_the_same_line():
         p = float(success(new))
         assert float(clipped_success_map(p_old, p_ref, **options)) == pytest.approx(p, rel=1e-10)
         assert jnp.allclose(new, on_the_line(log_ref, p), atol=1e-9)
-        held += abs(float(success_map(p_old, p_ref, beta=beta, weights=weights, alpha=alpha)) - p) > 1e-6
-    assert held > 100
+        differing += abs(float(success_map(p_old, p_ref, beta=beta, weights=weights, alpha=alpha)) - p) > 1e-6
+    assert differing > 100
 
 
 def test_clipped_reference_values():
@@ -468,11 +468,11 @@ def test_flow_steps_are_those_of_the_estimators_in_the_loss(name):
     """Plain gradient ascent whose KL term is k2 or k3, as a mean over what the current policy samples."""
     log_ref, beta, size = policy(0.1), 1.7, 0.2
 
-    def loss(logits, held, advantages):
+    def loss(logits, sampled, advantages):
         log_policy = log_softmax(logits)
         gap = log_ref - log_policy
         estimate = gap**2 / 2 if name == "reverse" else jnp.exp(gap) - 1 - gap
-        return jnp.exp(held) @ (beta * estimate - advantages * log_policy)
+        return jnp.exp(sampled) @ (beta * estimate - advantages * log_policy)
 
     logits = log_ref
     for _ in range(30):
@@ -530,11 +530,11 @@ def test_a_noisy_verifier_in_every_group_of_outcomes_and_verdicts(normaliser):
     p, ascent = jax.value_and_grad(lambda t: success(parametrised(t, 3), rewards))(theta)
     inner = Group(size, **normaliser)
     assert jnp.allclose(mean, omega(p, NoisyVerifier(inner, tpr=tpr, fpr=fpr)) * ascent, rtol=3e-6)
-    found = outcome_advantages(log_policy, accept, weights=inner)
+    expected_advantages = outcome_advantages(log_policy, accept, weights=inner)
     for outcome in range(3):
         first = groups[:, 0] % 3 == outcome
-        given = chance[first] @ advantages[first, 0] / jnp.exp(log_policy[outcome])
-        assert float(found[outcome]) == pytest.approx(float(given), rel=3e-6)
+        conditional = chance[first] @ advantages[first, 0] / jnp.exp(log_policy[outcome])
+        assert float(expected_advantages[outcome]) == pytest.approx(float(conditional), rel=3e-6)
 
 
 def test_a_verifier_that_errs_on_one_wrong_answer_teaches_that_answer():
@@ -562,11 +562,11 @@ def test_float32_keeps_the_conditionals_also_where_the_pull_is_large():
     single = policy(0.2).astype(jnp.float32)
     for beta in (1e-3, 1.0):  # A/β up to 1e5, whose float32 neighbours are 0.008 apart
         for clip in (None, 0.3):
-            found = exact_iterates(single, REWARDS, 5, beta=beta, weights=Whitened(1e-4), clip=clip)
+            path = exact_iterates(single, REWARDS, 5, beta=beta, weights=Whitened(1e-4), clip=clip)
             exact = exact_iterates(policy(0.2), REWARDS, 5, beta=beta, weights=Whitened(1e-4), clip=clip)
-            assert found.dtype == jnp.float32
-            assert jnp.allclose(found.astype(float), exact, rtol=1e-5, atol=2e-5)
-            assert jnp.allclose(log_softmax(found[:, SUCCESS]), log_softmax(single[SUCCESS])[None], atol=3e-6)
+            assert path.dtype == jnp.float32
+            assert jnp.allclose(path.astype(float), exact, rtol=1e-5, atol=2e-5)
+            assert jnp.allclose(log_softmax(path[:, SUCCESS]), log_softmax(single[SUCCESS])[None], atol=3e-6)
 
 
 def test_jit_and_vmap_over_everything_traced():

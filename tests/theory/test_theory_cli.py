@@ -43,16 +43,16 @@ def test_a_directory_of_evaluations_alone_names_them(run_directory, capsys):
     refused(["plan", f"--from={run_directory}", "--beta=1"], f"but evaluations: give --from={place}", capsys)
     refused(["plan", f"--from={place}", "--beta=1"], "config.json: No such file", capsys)
     (place / "config.json").write_text('{"rollout.group_size": 4, "evaluate.confidence": 0.9}')
-    found = numbers(run_directory, "plan", f"--from={place}", "--beta=1")
-    assert (found["prompts"], found["group_size"], found["confidence"]) == (1, 4, 0.9)
-    assert found["rows"][0]["dead_groups_start"] == 0.0  # the one group of four has a success and failures
+    written = numbers(run_directory, "plan", f"--from={place}", "--beta=1")
+    assert (written["prompts"], written["group_size"], written["confidence"]) == (1, 4, 0.9)
+    assert written["rows"][0]["dead_groups_start"] == 0.0  # the one group of four has a success and failures
 
 
 def test_a_plan_of_typed_probabilities(tmp_path, capsys):
     """The trainer's GRPO at β = 1 and 3, G = 8 by default; p_ref taken as exact."""
-    found = numbers(tmp_path, "plan", "--p_ref=0.01,0.2,0.5", "--beta=1,3")
+    written = numbers(tmp_path, "plan", "--p_ref=0.01,0.2,0.5", "--beta=1,3")
     weights = Group(8, epsilon=1e-4)
-    for row, beta in zip(found["rows"], (1.0, 3.0), strict=True):
+    for row, beta in zip(written["rows"], (1.0, 3.0), strict=True):
         ends = [float(flow_point(p, beta=beta, weights=weights)) for p in (0.01, 0.2, 0.5)]
         assert row["p_star"] == row["p_star_low"] == pytest.approx(sum(ends) / 3, rel=1e-5)
     said = capsys.readouterr()
@@ -65,16 +65,21 @@ def test_a_plan_of_typed_probabilities(tmp_path, capsys):
 
 def test_trials_give_intervals_and_rounded_probabilities_their_counts(tmp_path):
     """0.33 is 1 of 3 to its digits; Wilson's interval of 1/3 is [0.0615, 0.7923]."""
-    found = numbers(tmp_path, "plan", "--p_ref=0.33", "--trials=3", "--beta=1e6")["rows"][0]
-    assert (found["p_ref"], found["p_ref_low"], found["p_ref_high"]) == pytest.approx((1 / 3, 0.0615, 0.7923), abs=1e-4)
+    row = numbers(tmp_path, "plan", "--p_ref=0.33", "--trials=3", "--beta=1e6")["rows"][0]
+    assert (row["p_ref"], row["p_ref_low"], row["p_ref_high"]) == pytest.approx((1 / 3, 0.0615, 0.7923), abs=1e-4)
 
 
 def test_a_run_directory_gives_the_counts_the_group_size_the_objective_and_the_confidence(run_directory, tmp_path):
-    found = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1")
-    assert (found["objective"], found["group_size"], found["prompts"], found["confidence"]) == ("GRPO", 4, 4, 0.9)
+    written = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1")
+    assert (written["objective"], written["group_size"], written["prompts"], written["confidence"]) == (
+        "GRPO",
+        4,
+        4,
+        0.9,
+    )
     ends = [0.0] + [float(flow_point(p, beta=1.0, weights=Group(4, epsilon=1e-4))) for p in (0.05, 0.2, 0.5)]
-    assert found["rows"][0]["p_star"] == pytest.approx(sum(ends) / 4, rel=1e-5)
-    assert found["rows"][0]["dead"] == 0.25
+    assert written["rows"][0]["p_star"] == pytest.approx(sum(ends) / 4, rel=1e-5)
+    assert written["rows"][0]["dead"] == 0.25
     other = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1", "--group_size=16", "--objective=DR_GRPO")
     assert (other["objective"], other["group_size"]) == ("DR_GRPO", 16)
 
@@ -84,16 +89,16 @@ def test_keys_of_the_run_change_its_objective(run_directory, tmp_path):
     (run_directory / "config.json").write_text(
         json.dumps(config | {"objective.scale": "none", "objective.baseline": "leave_one_out"}), encoding="utf-8"
     )
-    found = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=2")["rows"][0]
+    row = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=2")["rows"][0]
     ends = [p / (p + (1 - p) * math.exp(-0.5)) for p in (0.05, 0.2, 0.5)]  # Ω = 1
-    assert found["p_star"] == pytest.approx(sum(ends) / 4, rel=1e-9)
+    assert row["p_star"] == pytest.approx(sum(ends) / 4, rel=1e-9)
 
 
 def test_rows_of_a_file(tmp_path):
     path = tmp_path / "counts.jsonl"
     path.write_text('{"successes": 5, "trials": 100, "prompt": "x"}\n\n{"trials": 10.0, "successes": 2}\n', "utf-8")
-    found = numbers(tmp_path, "plan", f"--from={path}", "--beta=1e9")["rows"][0]
-    assert found["p_star"] == pytest.approx((0.05 + 0.2) / 2, rel=1e-6)
+    row = numbers(tmp_path, "plan", f"--from={path}", "--beta=1e9")["rows"][0]
+    assert row["p_star"] == pytest.approx((0.05 + 0.2) / 2, rel=1e-6)
 
 
 def test_the_objectives_lead_where_their_kl_does(tmp_path, capsys):
@@ -108,9 +113,9 @@ def test_the_objectives_lead_where_their_kl_does(tmp_path, capsys):
 
 
 def test_a_target_is_solved_for_and_verified(tmp_path, capsys):
-    found = numbers(tmp_path, "plan", "--p_ref=0.01,0.2,0.5", "--target=0.7")
-    assert found["rows"][0]["beta"] == found["target"]["beta"]
-    assert found["rows"][0]["p_star"] == pytest.approx(0.7, abs=1e-9)
+    written = numbers(tmp_path, "plan", "--p_ref=0.01,0.2,0.5", "--target=0.7")
+    assert written["rows"][0]["beta"] == written["target"]["beta"]
+    assert written["rows"][0]["p_star"] == pytest.approx(0.7, abs=1e-9)
     assert re.search(r"target +β = 0\.\d+ leads to p\* = 0\.7000", capsys.readouterr().out)
     assert main(["plan", "--p_ref=0.5", "--target=0.95", "--group_size=512"]) == 0
     assert "a fold jumps over it" in capsys.readouterr().out

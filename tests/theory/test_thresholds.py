@@ -80,15 +80,15 @@ def test_three_fixed_points_exactly_between_the_folds(p_ref, epsilon, share):
 def test_cusp_has_its_closed_form(epsilon):
     u = math.sqrt((1 + 4 * epsilon) / (1 + 12 * epsilon))
     gain = 3 * math.sqrt((1 + 4 * epsilon) * (1 + 12 * epsilon))
-    found = cusp(Whitened(epsilon))
-    assert found.p == pytest.approx((1 + u) / 2, rel=1e-9)
-    assert found.p_ref == pytest.approx(1 / (1 + math.exp(gain - 2 * math.atanh(u))), rel=1e-9)
-    assert found.beta == pytest.approx(2 / math.sqrt(1 - u**2 + 4 * epsilon) / gain, rel=1e-9)
-    assert bistable_window(found.p_ref * 0.999, weights=Whitened(epsilon))[0] < found.beta
-    just_below = math.log(found.p_ref / (1 - found.p_ref)) - 1e-3
+    meeting = cusp(Whitened(epsilon))
+    assert meeting.p == pytest.approx((1 + u) / 2, rel=1e-9)
+    assert meeting.p_ref == pytest.approx(1 / (1 + math.exp(gain - 2 * math.atanh(u))), rel=1e-9)
+    assert meeting.beta == pytest.approx(2 / math.sqrt(1 - u**2 + 4 * epsilon) / gain, rel=1e-9)
+    assert bistable_window(meeting.p_ref * 0.999, weights=Whitened(epsilon))[0] < meeting.beta
+    just_below = math.log(meeting.p_ref / (1 - meeting.p_ref)) - 1e-3
     low, high = bistable_window(just_below, weights=Whitened(epsilon), logits=True)
-    assert 0.99 * found.beta < low < high < 1.01 * found.beta
-    assert bistable_window(min(found.p_ref * 1.001, 0.99999), weights=Whitened(epsilon)) is None
+    assert 0.99 * meeting.beta < low < high < 1.01 * meeting.beta
+    assert bistable_window(min(meeting.p_ref * 1.001, 0.99999), weights=Whitened(epsilon)) is None
 
 
 def test_what_has_no_cusp():

@@ -237,7 +237,7 @@ def test_dynamic_sampling_is_the_mean_over_live_groups(size, normaliser):
     """The sum over all reward vectors with both rewards in them, over the chance of these."""
     weights = Group(size, **normaliser, dynamic_sampling=True)
     p = jnp.asarray([0.03, 0.37, 0.5, 0.92])
-    found = [f(p, weights) for f in (omega, omega_plus, omega_minus)]
+    computed = [f(p, weights) for f in (omega, omega_plus, omega_minus)]
     for i, x in enumerate(p.tolist()):
         total = plus = minus = live = 0.0
         for rewards in itertools.product((0.0, 1.0), repeat=size):
@@ -250,7 +250,7 @@ def test_dynamic_sampling_is_the_mean_over_live_groups(size, normaliser):
                 plus += chance * a * r / (size * x)
                 minus -= chance * a * (1 - r) / (size * (1 - x))
         expected = [total / live, plus / live, minus / live]
-        assert [float(f[i]) for f in found] == pytest.approx(expected, rel=1e-12, abs=1e-14)
+        assert [float(f[i]) for f in computed] == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
 @pytest.mark.parametrize("normaliser", [{}, {"baseline": "none"}, {"scale": "mean"}, {"ddof": 1, "epsilon": 0.03}])
@@ -266,8 +266,8 @@ def test_dynamic_sampling_far_out(normaliser):
         assert float(slope) == pytest.approx(-float(omega(logit, weights, logits=True)), rel=1e-10)
     lone = advantages((0.0, *[1.0] * 5), **plain)
     if lone[0]:
-        found = float(omega(230.0, weights, logits=True)) * math.exp(-230.0)
-        assert found == pytest.approx(-lone[0] / 6, rel=1e-12)
+        scaled = float(omega(230.0, weights, logits=True)) * math.exp(-230.0)
+        assert scaled == pytest.approx(-lone[0] / 6, rel=1e-12)
     automatic = jax.vmap(jax.grad(weights.omega))(jnp.asarray([-20.0, -2.0, 0.0, 3.0, 20.0]))
     slopes = log_odds_slope(jnp.asarray([-20.0, -2.0, 0.0, 3.0, 20.0]), weights)
     assert jnp.allclose(slopes, automatic, rtol=1e-8, atol=1e-9)
