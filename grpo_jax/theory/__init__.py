@@ -3,7 +3,6 @@
 Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds out, because p rounds to 1.
 """
 
-from grpo_jax.theory import tabular
 from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
 from grpo_jax.theory.convergence import accumulated_error, iterate_bounds, local_beta_bound
 from grpo_jax.theory.dynamics import bernoulli_kl, iterate, kl_budget, success_map, success_map_slope
@@ -109,6 +108,5 @@ __all__ = [
     "renyi_correction",
     "success_map",
     "success_map_slope",
-    "tabular",
     "wilson_interval",
 ]

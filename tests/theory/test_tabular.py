@@ -33,7 +33,7 @@ from grpo_jax.theory import (
     success_map,
 )
 from grpo_jax.theory.clipping import clipped_success_map
-from grpo_jax.theory.tabular import (
+from tests.tabular import (
     enumerated_advantages,
     exact_iterates,
     flow_steps,

@@ -13,7 +13,7 @@ import pytest
 from grpo_jax import group_advantages
 from grpo_jax.theory import Group, MeanOnly, NoisyVerifier, Whitened, WhitenedStd, omega, omega_minus, omega_plus
 from grpo_jax.theory.dynamics import log_odds_slope
-from grpo_jax.theory.tabular import enumerated_advantages
+from tests.tabular import enumerated_advantages
 
 pytestmark = pytest.mark.usefixtures("double")
 

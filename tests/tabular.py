@@ -1,8 +1,8 @@
 """GRPO solved exactly on explicit policies over O outcomes: the whole distribution moves, and nothing is assumed about it.
 
-The recurrences of the other modules follow the success probability alone, and rest on the claim that nothing else moves.
-Here nothing rests on it: what the two agree on is proven, and what a recurrence cannot say can be asked, such as a start
-whose answers differ from the reference's in more than p, or a verifier that errs on some answers more than on others.
+What the theory is tested against. Its recurrences follow the success probability alone, and rest on the claim that nothing else
+moves. Here nothing rests on that claim. Where both can answer, they must agree; and some questions can be asked only here, such
+as a start whose answers differ from the reference's in more than p, or a verifier that errs on some answers more than on others.
 """
 
 import itertools
