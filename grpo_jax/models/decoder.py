@@ -130,24 +130,7 @@ def _forward(
     c = config
     B, L = tokens.shape
 
-    # Refuse what does not fit.
-    if not tokens.shape == positions.shape == mask.shape:
-        raise ValueError(f"tokens {tokens.shape}, positions {positions.shape} and mask {mask.shape} differ in shape")
-    if segments is None and c.max_length < L:
-        raise ValueError(f"{L} tokens are more than the model's max_length={c.max_length}")
-    if cache is not None:
-        # XLA would move a write past the end back over older tokens. A traced start cannot be checked.
-        end, fits = L + (start if isinstance(start, int) else 0), cache["mask"].shape
-        if fits[0] < B or fits[1] < end:
-            raise ValueError(f"{B} rows written up to slot {end} do not fit a cache of {fits} (rows, slots)")
-        if slots is not None and not end <= slots <= fits[1]:
-            raise ValueError(f"slots={slots} must lie between {end}, the end of what is written, and {fits[1]}")
-    if cache is None and slots is not None:
-        raise ValueError(f"slots={slots} are those of a cache, and there is none")
-    if segments is not None and (cache is not None or segments.shape != tokens.shape):
-        raise ValueError(f"segments {segments.shape} must be those of tokens {tokens.shape}, without a cache")
-    if prefix is not None and B % prefix["mask"].shape[0]:
-        raise ValueError(f"{B} rows are not a multiple of the {prefix['mask'].shape[0]} rows of the prefix")
+    _check_call(c, tokens, positions, mask, cache, start, prefix, slots, segments)
 
     # Embed the tokens. Ids at masked places may be anything; "clip" keeps their embeddings finite, not NaN as by default.
     hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip").astype(c.dtype)  # [B, L, D]
@@ -217,6 +200,38 @@ def _forward(
         cache |= {"k": tuple(keys), "v": tuple(values)}
 
     return rms_norm(hidden, params["final_norm"], c), cache
+
+
+def _check_call(
+    c: DecoderConfig,
+    tokens: Array,
+    positions: Array,
+    mask: Array,
+    cache: Cache | None,
+    start: int | Array,
+    prefix: Cache | None,
+    slots: int | None,
+    segments: Array | None,
+) -> None:
+    """Refuses arguments of a call that do not fit together."""
+    B, L = tokens.shape
+    if not tokens.shape == positions.shape == mask.shape:
+        raise ValueError(f"tokens {tokens.shape}, positions {positions.shape} and mask {mask.shape} differ in shape")
+    if segments is None and c.max_length < L:
+        raise ValueError(f"{L} tokens are more than the model's max_length={c.max_length}")
+    if cache is not None:
+        # XLA would move a write past the end back over older tokens. A traced start cannot be checked.
+        end, fits = L + (start if isinstance(start, int) else 0), cache["mask"].shape
+        if fits[0] < B or fits[1] < end:
+            raise ValueError(f"{B} rows written up to slot {end} do not fit a cache of {fits} (rows, slots)")
+        if slots is not None and not end <= slots <= fits[1]:
+            raise ValueError(f"slots={slots} must lie between {end}, the end of what is written, and {fits[1]}")
+    if cache is None and slots is not None:
+        raise ValueError(f"slots={slots} are those of a cache, and there is none")
+    if segments is not None and (cache is not None or segments.shape != tokens.shape):
+        raise ValueError(f"segments {segments.shape} must be those of tokens {tokens.shape}, without a cache")
+    if prefix is not None and B % prefix["mask"].shape[0]:
+        raise ValueError(f"{B} rows are not a multiple of the {prefix['mask'].shape[0]} rows of the prefix")
 
 
 def _unembed(config: DecoderConfig, params: Params, hidden: Array) -> Array:

@@ -181,6 +181,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
     sequence_kl, corrected = o.kl == "sequence_reverse", o.correction != "none"
     high = o.clip_high or 0.0
     return [
+        # surrogates that do not go with the ratio, or lack what they need
         (
             o.ratio == "none" and o.surrogate != "clip",
             f"surrogate={o.surrogate!r} bounds a ratio, and ratio='none' has none",
@@ -196,6 +197,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
             "mean over tokens, or reduce='constant' with the constant_length it is measured in",
         ),
         (sapo and None in (o.tau_plus, o.tau_minus), "surrogate='sapo' needs tau_plus and tau_minus (1.0 and 1.05)"),
+        # numbers that nothing reads
         unread("clip_low", clips or cispo, "surrogate='clip' and 'cispo', with a ratio (GPG and SAPO start without)"),
         unread("clip_high", clips, "surrogate='clip' with a ratio; the upper bound of 'cispo' is ratio_cap"),
         unread("ratio_cap", clips or cispo, "surrogate='clip' and 'cispo', with a ratio"),
@@ -204,6 +206,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
         unread("tau_minus", sapo, "surrogate='sapo'"),
         unread("constant_length", o.reduce == "constant", "reduce='constant'"),
         unread("correction_cap", corrected, "correction='token' and 'sequence'"),
+        # numbers out of their range
         *(not_above(0, field) for field in ABOVE_ZERO),
         *(not_above(1, field) for field in ABOVE_ONE),
         (o.clip_low is not None and o.clip_low > 1, f"clip_low={o.clip_low} must be at most 1, which never clips"),
@@ -213,6 +216,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
         ),
         (o.reduce == "constant" and o.constant_length is None, "reduce='constant' needs constant_length, in tokens"),
         (type(o.constant_length) is float, f"constant_length={o.constant_length} must be a whole number of tokens"),
+        # the correction and the anchor
         (corrected and o.correction_cap is None, f"correction={o.correction!r} needs correction_cap (2.0, say)"),
         (
             o.correction == "token" and (o.ratio in ("sequence", "sequence_product") or sequence_kl),

@@ -45,12 +45,14 @@ def make_sweep_functions(recipe: Recipe, mesh: Mesh, *, batch_samples: int, batc
       batch_samples: completions of a prompt that are sampled at a time when a policy is measured.
       batched: the points of a device run side by side (`jax.vmap`), not one after the other.
     """
+    # Side by side, the points of a device go through their loops together.
     if batched:
         recipe = recipe._replace(
             sample=partial(recipe.sample, vmap_axis=AXES), layout=recipe.layout._replace(vmap_axis=AXES)
         )
     spread = partial(over_points, mesh=mesh, batched=batched)
 
+    # Each of the three, first for one point, then mapped over all.
     def start(ref_params: Any, betas: jax.Array) -> TrainState:
         of_point = lambda params, _: init_state(params, recipe.optimizer(0.0))  # noqa: E731
         return jax.vmap(lambda params, row: jax.vmap(partial(of_point, params))(row))(ref_params, betas)
