@@ -16,7 +16,7 @@ from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.report import forecast, run_figure, run_page, run_result
 from grpo_jax.report.markdown import inline
-from grpo_jax.report.metrics import METRICS, PERF, MetricsLog, read_metrics
+from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import RESULT, open_run_directory

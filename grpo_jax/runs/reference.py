@@ -4,7 +4,7 @@ from typing import Any
 
 from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json
-from grpo_jax.report.metrics import MetricsLog
+from grpo_jax.report.metrics_log import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import REFERENCE

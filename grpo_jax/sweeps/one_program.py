@@ -25,7 +25,7 @@ from rich.console import Console
 from grpo_jax.config import flat, validate
 from grpo_jax.files import read_json, write_json
 from grpo_jax.report import forecast, run_page, run_result
-from grpo_jax.report.metrics import MetricsLog
+from grpo_jax.report.metrics_log import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.directory import RESULT, open_run_directory

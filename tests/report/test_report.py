@@ -8,7 +8,7 @@ import pytest
 
 from grpo_jax.objective import DAPO, GRPO, GRPO_TRL
 from grpo_jax.report import forecast, run_page, run_result
-from grpo_jax.report.metrics import MetricsLog, read_metrics
+from grpo_jax.report.metrics_log import MetricsLog, read_metrics
 from grpo_jax.report.run_figure import plot_run
 from tests.tiny_run import tiny_config
 

@@ -1,4 +1,4 @@
-"""Where numbers go: what is computed to metrics.jsonl, what is timed to perf.jsonl, and both to TensorBoard.
+"""Where numbers go: results go to metrics.jsonl, timings to perf.jsonl, and both to TensorBoard.
 
 metrics.jsonl is the source of truth. It holds results only, so it is the same bit for bit, however often a run was killed and
 resumed. Seconds and rates differ from run to run; they have a file of their own.
@@ -47,7 +47,7 @@ class MetricsLog:
         self._board.flush()
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Ends the log: every row is then on disk, and none can follow."""
         self.flush()
         for file in self._files.values():
             file.close()
