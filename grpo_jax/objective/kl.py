@@ -10,7 +10,7 @@ from grpo_jax.objective.surrogate import LARGEST_LOG_RATIO, bounded_exp
 
 
 def sequence_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, group_size: int | None) -> jax.Array:
-    """Terms of rows: their mean is KL(π‖anchor) of whole completions, and their mean gradient is its gradient.
+    """One term per row. Their expectation is KL(π‖anchor) of whole completions, and their expected gradient is its gradient.
 
     With ρ = π/π_old and ℓ = log π/anchor of the completion: value ρℓ and gradient ∇ρ(ℓ − b), where b is the mean ℓ of the
     group's other rows (zero without a group). E_old[ρℓ] = KL(π‖anchor); ∇E_old[ρℓ] = E_old[∇ρ ℓ], because E_old[ρ∇ℓ] =
@@ -38,14 +38,14 @@ def sequence_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, group_size: i
 
 
 def token_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, kl: str) -> jax.Array:
-    """Terms of tokens: their mean gradient, at a prefix and with tokens from π_old = π, is that of a KL of the next token.
+    """One term per token. At a given prefix, and on-policy, their expected gradient is that of a KL of the next token.
 
     With x = log π/anchor, ∇x = ∇log π and Σπ∇log π = 0, sums over the next token:
 
         "token_reverse", k2 = ½x²:             Σπ∇k2 = Σπ x∇log π = ∇Σπ x = ∇KL(π‖anchor)
         "token_forward", k3 = e^{−x} + x − 1:  Σπ∇k3 = Σπ(1 − e^{−x})∇log π = −Σ anchor ∇log π = ∇KL(anchor‖π)
-        "token_reverse_weighted", r·k3 with r = π/π_old: Σπ_old r·k3 = Σπ(e^{−x} + x − 1) = KL(π‖anchor), whatever π_old is,
-                                               and so is its gradient
+        "token_reverse_weighted", r·k3 with r = π/π_old: Σπ_old r·k3 = Σπ(e^{−x} + x − 1) = KL(π‖anchor), and its gradient
+                                               is ∇KL(π‖anchor), whatever π_old is
 
     Args:
       log_ratio: [B, T] log π/π_old, differentiated.
@@ -54,6 +54,9 @@ def token_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, kl: str) -> jax.
 
     Returns:
       [B, T] float32, in nats.
+
+    Raises:
+      ValueError: any other ``kl``.
 
     Source: the estimators k2 and k3 of Schulman's note "Approximating KL divergence"; gradients derived, and checked by
     enumeration in tests/objective.
@@ -64,9 +67,12 @@ def token_kl(log_ratio: jax.Array, anchor_log_ratio: jax.Array, kl: str) -> jax.
     if kl == "token_reverse":
         return 0.5 * jnp.square(anchor_log_ratio)
     if kl == "token_reverse_weighted":
-        # r·k3 = r·e^{−x} + r(x − 1). Its first part is π_anchor/π_old, which has no gradient; that of the second is r·x.
+        # r·k3 = r·e^{−x} + r(x − 1). Its first part is π_anchor/π_old, which has no gradient; the gradient of the
+        # second is r·x·∇log π.
         anchor_over_old = jax.lax.stop_gradient(bounded_exp(log_ratio - anchor_log_ratio))  # [B, T]
         return anchor_over_old + bounded_exp(log_ratio) * (anchor_log_ratio - 1.0)
-    # Where the exponential is bounded, x is too: the slope of x alone would push away from the anchor.
-    x = jnp.maximum(anchor_log_ratio, -LARGEST_LOG_RATIO)
-    return bounded_exp(-x) + x - 1.0
+    if kl == "token_forward":
+        # Where e^{−x} meets its upper bound, x is bounded too: its slope alone would push away from the anchor.
+        x = jnp.maximum(anchor_log_ratio, -LARGEST_LOG_RATIO)
+        return bounded_exp(-x) + x - 1.0
+    raise ValueError(f"kl={kl!r} has no token-wise term here")

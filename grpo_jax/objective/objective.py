@@ -6,14 +6,38 @@ The description is frozen and hashable. It is a static argument of the jitted lo
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from grpo_jax.objective.advantages import check_choice, check_normaliser, check_not_negative
 
-CHOICES = {
-    "kl": ("sequence_reverse", "token_reverse", "token_reverse_weighted", "token_forward", "none"),
+
+class KLTerm(NamedTuple):
+    """Where training ends with a KL term to the reference.
+
+    Attributes:
+      direction: which KL decides it, as the theory names it: "reverse" KL(π‖π_ref) or "forward" KL(π_ref‖π).
+      end: the fixed point, in words.
+    """
+
+    direction: str
+    end: str
+
+
+_NEAR = "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL"
+KL_TERMS = {
+    "sequence_reverse": KLTerm(
+        "reverse", "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions"
+    ),
+    "token_reverse": KLTerm("reverse", _NEAR),
+    "token_reverse_weighted": KLTerm("reverse", _NEAR),
+    "token_forward": KLTerm(
+        "forward", "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β, exact where one token decides"
+    ),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kl": (*KL_TERMS, "none"),
     "ratio": ("token", "sequence", "sequence_product", "none"),
     "surrogate": ("clip", "cispo", "sapo"),
     "reduce": ("sequence_sum", "sequence_mean", "token_mean", "constant"),
@@ -47,11 +71,11 @@ class Objective:
         "sequence_mean" divides each completion by its own length (GRPO as first published); "token_mean" divides the sum of all
         tokens by their number (DAPO). These two weigh completions by their length, in all terms alike.
       constant_length: tokens; for reduce="constant" alone.
-      kl: what ∇ of a KL term descends, with data from π_old = π. "sequence_reverse": KL(π‖anchor) of whole completions,
-        exactly, and off-policy too, the paper's; "token_reverse": Σ_t KL(π‖anchor) of the tokens at the sampled prefixes (the k2
-        estimator); "token_reverse_weighted": the same by ratio·k3, which stays the gradient off-policy, at the prefixes of
-        π_old; "token_forward": Σ_t KL(anchor‖π) of the tokens at the sampled prefixes (k3, what TRL and DeepSeek train),
-        which ends at another fixed point; "none".
+      kl: what the gradient of the KL term descends, on data from π_old = π. "sequence_reverse": KL(π‖anchor) of whole
+        completions, exact, also off-policy; this is the paper's; "token_reverse": Σ_t KL(π‖anchor) of the tokens at the sampled
+        prefixes (the k2 estimator); "token_reverse_weighted": the same KL by ratio·k3; off-policy its gradient stays right, at
+        prefixes from π_old; "token_forward": Σ_t KL(anchor‖π) of the tokens at the sampled prefixes (k3, what TRL and DeepSeek
+        train), which ends at another fixed point; "none".
       anchor: whom the KL holds to: "reference" (weight β), the "previous" policy π_old (weight β_mirror: mirror GRPO), or "both"
         (two-KL GRPO).
       correction: weighs terms by min(π_old/π_sampler, correction_cap), where the sampler's arithmetic differs from the trainer's:
@@ -116,9 +140,7 @@ class Objective:
     @property
     def kl_direction(self) -> str:
         """Which KL decides where training ends, as the theory names it: "reverse" KL(π‖π_ref), "forward" or "none"."""
-        if not self.holds_to_reference:
-            return "none"
-        return "forward" if self.kl == "token_forward" else "reverse"
+        return KL_TERMS[self.kl].direction if self.holds_to_reference else "none"
 
     @property
     def is_predicted(self) -> bool:
@@ -143,10 +165,7 @@ class Objective:
             return "p* = 1: without a KL term nothing holds the policy"
         if self.anchor == "previous":
             return "p* = 1: a KL to the previous policy alone sets the pace and not the end (mirror)"
-        end = {
-            "sequence_reverse": "the paper's: logit p* = logit p_ref + Ω_G(p*)/β, with KL(π‖π_ref) of whole completions",
-            "token_forward": "that of KL(π_ref‖π), not the paper's: p* − p_ref = S_G(p*)/β, exact where one token decides",
-        }.get(self.kl, "near the paper's: token-wise KL(π‖π_ref) leaves out how a token changes the later KL")
+        end = KL_TERMS[self.kl].end
         if self.anchor == "both":
             end += "; the KL to the previous policy sets the pace"
         return end + "".join(f"; {reason}: no p* is predicted" for reason in self._unpredictable)
@@ -166,7 +185,7 @@ class Objective:
 
 
 def _faults(o: Objective) -> list[tuple[bool, str]]:
-    """(whether it is so, what is wrong and what to do) of everything that makes no sense together."""
+    """(whether it is wrong, what to say) for every combination that makes no sense."""
 
     def unread(field: str, is_read: bool, reader: str) -> tuple[bool, str]:
         value = getattr(o, field)
@@ -227,7 +246,7 @@ def _faults(o: Objective) -> list[tuple[bool, str]]:
 
 
 def beta_effective(beta: float | jax.Array, *, objective: Objective, group_size: int) -> float | jax.Array:
-    """The β with which the same scale, taken with population statistics, would act alike.
+    """The β that would act the same if advantages used the mean and std of the whole population instead of the group's.
 
     Scaling all advantages by s is training with β/s. ddof = 1 scales them by √((G−1)/G), a leave-one-out baseline by G/(G−1), and
     a mean baseline without a scale of the group by (G−1)/G relative to the population. What depends on p (the finite group, ε)

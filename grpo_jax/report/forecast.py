@@ -9,6 +9,7 @@ import numpy as np
 
 from grpo_jax import theory
 from grpo_jax.objective import Objective
+from grpo_jax.objective.objective import KL_TERMS
 
 
 def group_weights(objective: Objective, group_size: int) -> theory.Group | None:
@@ -58,11 +59,11 @@ def exact_iterates(
     """[num_iterations + 1] mean over prompts of p_n = h(p_{n−1}): where each iteration ends if its problem is solved exactly.
 
     With a KL to the reference and one to the previous policy, h has the weight β + β_mirror, of which the share
-    β/(β + β_mirror) belongs to the reference. Each iteration trains the share ``visited`` of the prompts, in turn. None where
-    there is no reverse KL, whose recursion this is, or where the theory does not know the objective.
+    β/(β + β_mirror) belongs to the reference. Each iteration trains the share ``visited`` of the prompts, in turn. None
+    without a reverse KL, since this is its recursion, or where the theory does not know the objective.
     """
     weights = group_weights(objective, group_size)
-    if objective.kl in ("none", "token_forward") or weights is None:
+    if objective.kl == "none" or KL_TERMS[objective.kl].direction != "reverse" or weights is None:
         return None
     to_reference, to_previous = beta * objective.holds_to_reference, beta_mirror * objective.holds_to_previous
     total = to_reference + to_previous

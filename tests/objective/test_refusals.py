@@ -27,7 +27,7 @@ from grpo_jax.objective import (
     grpo_loss_terms,
     named_objective,
 )
-from grpo_jax.objective.objective import _faults
+from grpo_jax.objective.objective import CHOICES, KL_TERMS, _faults
 
 B, T, G = 8, 5, 4
 REAL = jnp.linspace(-2.0, -0.1, B * T).reshape(B, T)
@@ -118,6 +118,23 @@ def test_every_fault_is_reached():
         holds = [holds for holds, _ in _faults(SimpleNamespace(**asdict(near) | choices))]
         first.append(holds.index(True))
     assert set(first) == set(range(len(_faults(GRPO))))
+
+
+def test_a_kl_term_that_is_listed_but_not_written_is_refused(monkeypatch):
+    """A new name in the table trains no other term in its place."""
+    monkeypatch.setitem(KL_TERMS, "token_new", KL_TERMS["token_forward"])
+    monkeypatch.setitem(CHOICES, "kl", (*KL_TERMS, "none"))
+    with pytest.raises(ValueError, match="kl='token_new' has no token-wise term here"):
+        grpo_loss_terms(**ROWS, beta=0.1, objective=replace(GRPO_TRL, kl="token_new"))
+
+
+def test_every_kl_has_a_term_a_direction_and_an_end():
+    assert CHOICES["kl"] == (*KL_TERMS, "none")
+    for kl, term in KL_TERMS.items():
+        objective = replace(GRPO_TRL, kl=kl)
+        assert jnp.isfinite(grpo_loss_terms(**ROWS, beta=0.1, objective=objective).total)
+        assert objective.kl_direction == term.direction in ("reverse", "forward")
+        assert objective.fixed_point == term.end
 
 
 def test_named_objectives_are_changed_by_name():
