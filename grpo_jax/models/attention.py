@@ -37,7 +37,7 @@ def attend(query: Array, blocks: list[KeyValues], *, width: int | None = None, s
     Args:
       query: [B, L, N, H].
       blocks: the keys and values; P may differ between them, and divides B.
-      width: None for H.
+      width: H if None.
       softcap: scores x become softcap · tanh(x / softcap).
 
     Returns:
@@ -70,7 +70,8 @@ def _attend_block(query: Array, block: KeyValues, scale: float, softcap: float |
     layout = P, K, B // P, N // K, L
     query = query.reshape(P, B // P, L, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [P, K, G, N/K, L, H]
     query = query.reshape(P, K, -1, H)  # [P, K, G·N/K·L, H]
-    # For one token of each row the same sums are written out for CPUs; the products only where no two rows share keys.
+    # With one token per row, the sums are written out (cpu_attention.py); the two products only if each row has its own keys. The
+    # scores are then written out on every platform, the other sums on CPUs alone.
     one_token, own_keys = L == 1, L == 1 and P == B
 
     scores = cpu_attention.query_key_scores(query, keys) if own_keys else product(query, keys, axis=-2)
@@ -96,7 +97,7 @@ def _attend_block(query: Array, block: KeyValues, scale: float, softcap: float |
 
 
 def soft_capped(x: Array, cap: float) -> Array:
-    """cap · tanh(x / cap).
+    """cap · tanh(x / cap): scores or logits held smoothly between ±cap, as Gemma 2 does (arXiv 2408.00118 §2).
 
     >>> soft_capped(jnp.array([-1e9, 0.0, 1e9]), 30.0)
     Array([-30.,   0.,  30.], dtype=float32)

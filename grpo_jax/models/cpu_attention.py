@@ -1,11 +1,13 @@
 """The sums of attention where a call has one token of each row, written out so that CPUs compute them fast.
 
+`query_key_scores` is written out on every platform; the others on CPUs alone, and elsewhere they are plain reductions.
+
 Both products are multiplications and additions here. Keys and values may then be part of a larger array and are read where
 they lie; a product of matrices would copy them first. XLA's CPU backend adds up a sum one term after the other, each addition
 waiting for the one before, and writes the terms of a long sum to memory. So several partial sums of whole vectors are formed,
 and then added to each other.
 
-Dimension key: see grpo_jax; as in attention.py, P rows of keys, S their slots, R queries for each key head.
+Dimension key: see grpo_jax. P and S as in attention.py; R queries share a key head.
 """
 
 import functools
@@ -67,7 +69,7 @@ def highest(x: Array) -> Array:
 def _reduce_last(
     pairwise: Callable[..., Array], reduce: Callable[..., Array], terms: Callable[[slice], Array], length: int
 ) -> Array:
-    """The sum, or maximum, over the last axis of terms(all slots); terms(slots) are those of a slice of ``length`` slots."""
+    """The sum, or maximum, of terms over all ``length`` slots; ``terms(s)`` gives the terms of slice s, on the last axis."""
 
     def by_vectors() -> Array:
         # Parts as wide as can be, so that about PARTIAL_SUMS of them cover the axis; what is left over is reduced as it is.

@@ -63,7 +63,7 @@ def make_policy(config: DecoderConfig) -> Policy:
 
 
 def init_params(config: DecoderConfig, key: Array) -> Params:
-    """Random float32 parameters: variance 1 / fan-in, over 2·layers where a block writes to the residual.
+    """Random float32 parameters: variance 1 / fan-in, divided by 2·layers where a block writes to the residual.
 
     Norms multiply by 1, and biases are 0. The embedding has variance 1 / D, so that tied logits start with unit
     variance. One draw serves all matrices: each separate random array would cost a fraction of a second of compilation.
@@ -158,8 +158,7 @@ def _forward(
     if segments is not None:
         visible &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
 
-    # The layers.
-    own = _layer_data(c)  # what differs between them, [layers] each
+    own = _layer_data(c)  # what differs between the layers, [layers] each
     blocks = [key_data] if prefix is None else [key_data, prefix]
     shared = Shared(
         cos_sin=_rows(params["rotations"], positions) if "rotations" in params else _rotations(c, positions),

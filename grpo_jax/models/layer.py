@@ -27,7 +27,7 @@ class Shared(NamedTuple):
       visible: [B, L, S] bool, which slots a token may see.
       prefix_visible: [P, S'] bool, which slots of a prefix all tokens may see.
       positions: [B, L] of the tokens; None where no layer has a window.
-      key_positions: those of the keys [B, S], and of those of a prefix [P, S'].
+      key_positions: positions of the keys [B, S], and, with a prefix, of its keys [P, S']; () where no layer has a window.
       start: the slot of the cache where the tokens begin.
     """
 
@@ -42,10 +42,9 @@ class Shared(NamedTuple):
 class Layer(nn.Module):
     """One layer, and the body of the scan over layers.
 
-    A call takes the hidden states [B, L, D]; what belongs to this layer alone, the scalars of ``decoder._layer_data`` and, where
-    there are, keys and values [rows, K, H, slots] as ``cache`` and ``prefix``; and what all layers share. It returns the hidden
-    states and, with a cache, its keys and values with those of the tokens written to them; without one, the keys and values of
-    the tokens if ``returns_keys``, else None.
+    Arguments: the hidden states [B, L, D]; ``own``, what only this layer has (the scalars of ``decoder._layer_data``, and keys
+    and values [rows, K, H, slots] as ``cache`` and ``prefix`` if given); ``shared``. Returns the hidden states and: with a cache,
+    its updated keys and values; without one, those of the tokens if ``returns_keys``, else None.
     """
 
     config: DecoderConfig

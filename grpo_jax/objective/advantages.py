@@ -22,7 +22,7 @@ def group_advantages(
 
     With the defaults, A_i = (r_i − mean r) / √(var r + ε), the paper's normaliser. A group whose rewards are all equal
     carries no preference: its advantages are exactly zero, decided by equality and not by a small std, for every choice below
-    that has a baseline.
+    with a baseline, or with scale="std".
 
     Args:
       rewards: [..., G], real and finite; one group along the last axis.
@@ -31,7 +31,7 @@ def group_advantages(
       scale: what divides. "std": the group's standard deviation; "batch_std": that of all rewards, which couples the
         prompts; "mean": the group's mean reward, for rewards ≥ 0 (MaxRL), zero where it is zero; "none": one (Dr. GRPO).
       epsilon: smoothing of the std; may be traced.
-      ddof: 0 divides the variance by the number of rewards (the paper), 1 by one less (TRL, verl).
+      ddof: 0 divides the sum of squares by the number of rewards (the paper), 1 by one less (TRL, verl).
       epsilon_in: "variance" for √(var + ε) (the paper), "std" for √var + ε (TRL, verl).
 
     Returns:
@@ -61,7 +61,7 @@ def group_advantages(
     # Groups without a preference, whose advantages are zero.
     equal = (rewards == rewards[..., :1]).all(-1, keepdims=True)  # [..., 1]
     dead = equal if baseline != "none" or scale == "std" else jnp.zeros_like(equal)
-    # The scale. Dead groups are divided by something that is no zero, which keeps nan out of values and gradients.
+    # The scale. Dead groups get a variance or a mean of one: a zero would give nan in values and gradients.
     if scale in ("std", "batch_std"):
         if scale == "std":
             variance = jnp.square(rewards - mean).sum(-1, keepdims=True) / (group_size - ddof)

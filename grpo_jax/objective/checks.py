@@ -10,7 +10,7 @@ Scalar = float | jax.Array | None
 
 
 def check_scalar(name: str, value: Scalar) -> None:
-    """Refuses all but scalar floats, and numbers that are negative or not finite; the values of arrays are not read.
+    """Accepts None and scalar floats that are finite and not negative; the values of jax arrays are not read.
 
     >>> check_scalar("beta", 1)
     Traceback (most recent call last):
@@ -93,7 +93,7 @@ def check_arrays(
 
 
 def check_needs(objective: Objective, by_token: dict[str, jax.Array | None], scalars: dict[str, Scalar]) -> None:
-    """Refuses a call without what the objective needs, or with a scalar, other than beta, that it does not read."""
+    """Refuses a call that lacks what the objective needs, or gives a scalar that it does not read; beta may always be given."""
     holds_to_reference = objective.holds_to_reference and scalars["beta"] is not None
     if holds_to_reference and by_token["ref_logps"] is None:
         raise ValueError(f"ref_logps may be None only where nothing holds to the reference; here kl={objective.kl!r}")

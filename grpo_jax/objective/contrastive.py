@@ -32,8 +32,9 @@ def contrastive_loss(
 
         −(1/B) [ω⁺ Σ_successes min(ρ, 1 + clip_high) − ω⁻ Σ_failures max(ρ, 1 − clip_low)],   ρ = π/π_old of the completion,
 
-    with ω⁺ = (1 − p̂)/√(p̂(1−p̂) + ε), ω⁻ = p̂/√(p̂(1−p̂) + ε) by default. No advantage of a row is formed: of the rewards only
-    the group's p̂ and the side of each row enter. It equals `grpo_loss` without KL, in value and gradient.
+    with ω⁺ = (1 − p̂)/√(p̂(1−p̂) + ε), ω⁻ = p̂/√(p̂(1−p̂) + ε) by default. No row gets an advantage: all that enters is the
+    group's p̂ and whether each row is a success. With the same normaliser and clip widths it equals `grpo_loss` of GRPO without
+    KL, in value and gradient.
 
     Args:
       logps: [B, T] log π of the completion tokens, differentiated.
@@ -41,15 +42,16 @@ def contrastive_loss(
       rewards: [B]; bool, integer or real. 1 is a success and anything else a failure. Groups are contiguous.
       mask: [B, T] bool, True on the tokens of the completion.
       group_size: G; static.
-      epsilon, baseline, scale, ddof, epsilon_in: the normaliser; see `group_advantages`. "batch_std" is no function of p̂.
+      epsilon, baseline, scale, ddof, epsilon_in: the normaliser; see `group_advantages`. "batch_std" is refused: it is no
+        function of p̂ alone.
       clip_low, clip_high: widths, may be traced; None does not clip.
 
     Returns:
       The loss, scalar float32.
 
     Raises:
-      ValueError: shapes that do not match, a group_size that does not divide B, or an unknown choice.
-      TypeError: a mask that is not bool.
+      ValueError: shapes that do not match, a group_size that does not divide B, an unknown choice, or scale="batch_std".
+      TypeError: a mask that is not bool, log-probs that are not real, or an integer clip width.
 
     Source: arXiv 2503.06639, §2.
 
@@ -102,7 +104,7 @@ def _weights(
     """(ω⁺, ω⁻) [P] of groups with so many successes [P]."""
     p = successes.astype(jnp.float32) / group_size  # [P]
     dead = (successes == 0) | (successes == group_size)
-    # What divides, as in `group_advantages`; something that is no zero where the weights will be zero.
+    # What divides, as in `group_advantages`, from a variance or a mean of one where the weights will be zero.
     variance = jnp.where(dead, 1.0, p * (1 - p) * group_size / (group_size - ddof))
     if scale == "std":
         divisor = jnp.sqrt(variance + epsilon) if epsilon_in == "variance" else jnp.sqrt(variance) + epsilon

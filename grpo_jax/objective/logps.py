@@ -20,9 +20,9 @@ from grpo_jax.products import mark_varying, sum_dtype, transposed, unembed, vary
 Unembedding: TypeAlias = jax.Array | Callable[[jax.Array], jax.Array]
 Projection: TypeAlias = Callable[..., jax.Array]  # (states of a chunk, *constants) -> its logits
 
-# How many logits exist at once if the caller does not say: 64 MiB of them, but those of at least 512 positions (297 MiB at V =
-# 151,936). With fewer the backward pass is slower, because it adds a [D, V] gradient per chunk. On a CPU more gain nothing
-# (experiments/benchmarks/logps.py).
+# How many logits exist at once if the caller does not say: 64 MiB of them, but those of at least 512 rows times positions
+# (297 MiB at V = 151,936). With fewer the backward pass is slower, because it adds a [D, V] gradient per chunk. On a CPU more
+# gain nothing (experiments/benchmarks/logps.py).
 LOGITS, POSITIONS = 2**24, 512
 
 
@@ -59,9 +59,10 @@ def completion_logps(
     """Log-probability of each target token, and entropy of the distribution from which it was sampled.
 
     log π(o_t | q, o_<t) = z_t − log Σ_v exp z_v and H = −Σ_v π_v log π_v, with z = hidden · unembedding / temperature.
-    Logits exist for ``chunk_size`` positions of every row at a time. Only log Σ_v exp z_v is kept for the backward pass, which
-    computes a chunk's logits again and, from them, ∂logps/∂z_v = 1[v = o_t] − π_v and ∂H/∂z_v = −π_v (log π_v + H).
-    Under jit, outputs and gradients that are not used cost nothing. Inside jax.shard_map it needs jit.
+    Logits exist for ``chunk_size`` positions of every row at a time. Of the logits only log Σ_v exp z_v, in two parts, and the
+    entropy are kept for the backward pass, which computes a chunk's logits again and, from them, ∂logps/∂z_v = 1[v = o_t] − π_v
+    and ∂H/∂z_v = −π_v (log π_v + H). Under jit, outputs and gradients that are not used cost nothing. Inside jax.shard_map it
+    needs jit.
 
     Args:
       hidden: [B, T, D]; position t holds the state that predicts target t (the shift by one is already done).
@@ -101,21 +102,21 @@ def completion_logps(
 
     # Chunks run along T, so that a batch axis split over devices stays where it is. The end is filled with copies of the last
     # position, because a function may not like zeros.
-    def to_chunks(x: jax.Array) -> jax.Array:
+    def in_chunks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, ((0, 0), (0, num_chunks * chunk_size - length)) + ((0, 0),) * (x.ndim - 2), mode="edge")
         return x.reshape(batch, num_chunks, chunk_size, *x.shape[2:]).swapaxes(0, 1)  # [n, B, c, ...]
 
     def from_chunks(x: jax.Array) -> jax.Array:
         return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]  # [B, T]
 
-    states = to_chunks(hidden)  # [n, B, c, D]
+    states = in_chunks(hidden)  # [n, B, c, D]
     project, constants = _as_projection(unembedding, states)
     ref_project, ref_constants = project, constants
-    ref_states = None if reference_hidden is None else to_chunks(reference_hidden)  # [n, B, c, D']
+    ref_states = None if reference_hidden is None else in_chunks(reference_hidden)  # [n, B, c, D']
     if ref_states is not None and reference_unembedding is not None:
         ref_project, ref_constants = _as_projection(reference_unembedding, ref_states)
     scale = jnp.asarray(temperature, sum_dtype(hidden.dtype))
-    token_ids = to_chunks(targets.astype(jnp.int32))  # [n, B, c]
+    token_ids = in_chunks(targets.astype(jnp.int32))  # [n, B, c]
     inputs = Inputs(states, constants, scale, token_ids, ref_states, ref_constants)
     # In jax.shard_map, a custom gradient must vary over devices as its input does: so all inputs vary as any of them.
     axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(inputs)))

@@ -60,17 +60,18 @@ def grpo_loss(
 
         loss = Σ (−surrogate(ρ, A) + β·KL(π‖π_ref) + β_mirror·KL(π‖π_old) − entropy_bonus·H) / weight
 
-    A completion's terms are sums over its tokens, or one number for ratio="sequence_product"; ``objective.reduce`` says how
-    they are weighed. On-policy and for reduce="sequence_sum" the mean gradient is −Ω_G(p)∇p + β∇KL for binary rewards. With
-    ``group_size`` the KL of whole completions has the mean of the group's other rows as its baseline. This removes noise around
-    p*: at the fixed point β log π/π_ref = A + const, so the gradient of each *row* nearly vanishes, and not only their mean.
+    A completion's term is a sum over its tokens, or one number where the ratio or the KL is that of whole completions;
+    ``objective.reduce`` says how completions are weighed. On-policy and for reduce="sequence_sum" the mean gradient is
+    −Ω_G(p)∇p + β∇KL for binary rewards. With ``group_size`` the KL of whole completions has the mean of the group's other rows
+    as its baseline. This removes noise around p*: at the fixed point β log π/π_ref = A + const, so the gradient of each *row*
+    nearly vanishes, and not only their mean.
 
     Args:
       logps: [B, T] log π of the completion tokens, differentiated.
       old_logps: [B, T] of the policy that sampled them; None where π_old is the current policy (the ratio is then 1 in value).
       ref_logps: [B, T] of the reference; None where the objective has no KL to it, or beta is the number 0.
-      advantages: [B], flat, of ``group_advantages(rewards, **objective.normaliser())``: the normaliser of the objective is the
-        caller's to apply, and its ``overlong`` too (zero for what was cut off); the loss reads neither.
+      advantages: [B], flat, of ``group_advantages(rewards, **objective.normaliser())``: the caller applies the objective's
+        normaliser, and its ``overlong`` (zero for what was cut off); the loss reads neither.
       mask: [B, T] bool, True on the tokens of the completion (its EOS included). Values elsewhere change nothing.
       beta, beta_mirror: weights of the KL terms to the reference and to the previous policy, in units of advantage per nat;
         scalars, may be traced. beta is *not read* where the objective has no KL to the reference: DAPO, GSPO, CISPO, SAPO, GPG
@@ -193,7 +194,7 @@ def grpo_loss_terms(
         metrics = _surrogate_metrics(surrogate, lambda x: x.astype(jnp.float32), num_rows)
 
     def kl_to(anchor: jax.Array) -> jax.Array:
-        """[B] the objective's estimate of KL(π‖anchor), weighed likewise."""
+        """[B] the objective's estimate of KL(π‖anchor), weighed by the correction too."""
         if objective.kl == "sequence_reverse":
             return sequence_kl(log_ratio.sum(-1), (logps - anchor).sum(-1), group_size) * correction[:, 0]
         return masked(token_kl(log_ratio, logps - anchor, objective.kl) * correction).sum(-1)
@@ -245,7 +246,10 @@ def _correction(objective: Objective, log_ratio: jax.Array, lengths: jax.Array) 
 
 
 def _surrogate_metrics(surrogate: Surrogate, counted: Callable[[jax.Array], jax.Array], count: jax.Array) -> Metrics:
-    """Mean ratio and shares that the clip decides. ``counted`` gives the numbers of ``count`` tokens or completions."""
+    """Mean ratio, and the shares that the clip decides.
+
+    ``counted`` turns an array into the numbers to sum; ``count`` is how many tokens or completions there are.
+    """
     below, above = counted(surrogate.below).sum(), counted(surrogate.above).sum()
     return {
         "policy/ratio": (counted(surrogate.ratio).sum(), count),

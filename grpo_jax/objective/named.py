@@ -19,7 +19,7 @@ paper's point (at β = 1, p_ref = 0.01, large G: 0.51 where the paper's KL gives
 
 DAPO = replace(GRPO_TRL, clip_high=0.28, reduce="token_mean", kl="none")
 """DAPO's loss: clip-higher, one denominator of all tokens, no KL: nothing holds the policy, and p* = 1. Source: arXiv 2503.14476;
-its other parts are ``overlong="ignore"``, a softer punishment of length, and sampling dead groups again."""
+not included: ``overlong="ignore"``, a softer punishment of length, and sampling dead groups again."""
 
 BNPO = replace(GRPO_TRL, reduce="token_mean")
 """What TRL calls bnpo: its GRPO with one denominator of all tokens."""

@@ -120,7 +120,7 @@ def sign_flip_test(differences: Sequence[int]) -> float:
         sums = [abs(float(steps @ generator.choice((-1.0, 1.0), len(sizes)))) for _ in range(DRAWS)]
         return (1 + sum(x >= observed for x in sums)) / (1 + DRAWS)
 
-    # chance[t]: the probability that the positive differences among the first ones add up to t, which is at most reach.
+    # chance[t]: the probability that the positive ones of the differences so far add up to t ≤ reach.
     chance = np.zeros(total + 1)
     chance[0] = 1.0
     reach = 0

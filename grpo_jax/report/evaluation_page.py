@@ -103,7 +103,7 @@ def samples_text(rows: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any
 
 
 def plot_evaluation(path: Path, rows: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
-    """Writes a PNG with two panels: how many prompts have which success, and pass@k, maj@k and greedy over k."""
+    """Writes a PNG with two panels: a histogram of the prompts' success, and pass@k, maj@k and greedy over k."""
     figure, (left, right) = new_figure((11, 4.2), ncols=2)
     _plot_prompts(left, rows, result)
     _plot_passes(right, result)

@@ -28,7 +28,7 @@ def new_figure(size: tuple[float, float], **panels: Any) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure as a PNG."""
+    """Writes a figure as a PNG, in the resolution and with the size of titles that all figures have."""
     for axes in figure.axes:
         axes.title.set_fontsize(10)
     figure.savefig(path, dpi=150)

@@ -21,7 +21,9 @@ def inline(text: str) -> str:
 
 
 def interval_text(interval: dict[str, Any], confidence: float, sign: str = "") -> str:
-    """A mean and its interval; the mean alone where the interval has no ends. With ``sign`` "+", positive numbers show theirs.
+    """A mean and its interval; the mean alone where the interval has no ends.
+
+    ``sign="+"`` also shows the plus of positive numbers.
 
     >>> interval_text({"mean": 0.5, "low": 0.4, "high": 0.625}, 0.95)
     '0.5000   95% [0.4000, 0.6250]'

@@ -83,7 +83,6 @@ def result_lines(result: dict[str, Any]) -> Lines:
             lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
 
-    # Before and after.
     for name, key, form in (
         ("greedy accuracy", "greedy", ".4f"),
         ("sampled accuracy, pass@1", "pass@1", ".4f"),

@@ -21,8 +21,8 @@ def make_result(
       forecast: the prediction made from ``before``; None where the objective has none.
 
     Returns:
-      JSON-able. The prediction interval of p̂ − p* holds both measurements' sampling errors: p*'s band, which is what p_ref
-      leaves open, and p̂'s own interval, added in quadrature on the side of the difference.
+      JSON-able. The prediction interval of p̂ − p* combines two errors in quadrature, on the side of the difference: p*'s band
+      (the error of p_ref) and p̂'s own interval.
     """
     confidence = config.evaluate.confidence
     counts_before, counts_after = np.array(before["successes"]), np.array(after["successes"])

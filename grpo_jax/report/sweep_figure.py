@@ -72,7 +72,6 @@ def plot_sweep(
         if label not in [predicted for predicted, _, _ in curves]:
             axes.plot([], [], color=colours[label], linewidth=1.4, label=_joined("no prediction", label))
 
-    # The points.
     step = 0.005 * np.log(max(betas) / min(betas)) if betas else 0.0
     for label, (i, seed) in itertools.product(labels, enumerate(seeds)):
         shown = [point for point in points if (point["label"], point["seed"]) == (label, seed)]
