@@ -118,7 +118,7 @@ def get_config() -> ConfigDict:
             },
             "optimizer": {
                 "learning_rate": 1e-3,  # peak, of AdamW
-                "schedule": "cosine",  # cosine | linear (both to 0 at the last update) | constant
+                "schedule": "cosine",  # cosine | linear (both reach 0 after the last update) | constant
                 "warmup_updates": 10,  # linear from 0
                 "b1": 0.9,
                 "b2": 0.99,

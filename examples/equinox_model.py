@@ -14,7 +14,7 @@ import optax
 import grpo_jax as gj
 from grpo_jax.environment import prepare_environment
 
-prepare_environment()  # keeps XLA from wrong sums on a CPU (see README), and compiled programs for the next time
+prepare_environment()  # keeps XLA from wrong sums on a CPU (see docs/running.md), and compiled programs for the next time
 
 STOP, PROMPTS = 4, jnp.arange(3)  # tokens 0 … 3 are digits; a prompt is one of the first three
 LENGTH, WIDTH, GROUPS, GROUP_SIZE, BETA = 4, 32, 8, 8, 1.0

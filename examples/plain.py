@@ -1,10 +1,12 @@
 """GRPO on a language model that is a dictionary of arrays: `pip install . optax`, then `python examples/plain.py`.
 
-The model is one random causal transformer block. An answer to a digit is right when its digits never fall below the one before
-them, and it stops in time. Each prompt's success is measured before training, the theory says from that alone where β will take
-it, and training goes there. Ten seconds on a CPU. (In the checkout, without installing: `python -m examples.plain`.)
+The model is one random causal transformer block. A prompt is a digit; an answer is right when it has a digit, no digit is below
+the one before it, and it stops in time. Each prompt's success is measured before training, the theory says from that alone where
+β will take it, and training goes there. Ten seconds on a CPU. (In the checkout, without installing: `python -m examples.plain`.)
 
-The full form of `train_step` is grpo_jax/train/iteration.py, whose steps have the same numbers. Dimension key: see grpo_jax.
+The full form of `iteration` is grpo_jax/train/iteration.py, whose steps have the same numbers. Left out here: a temperature,
+several updates per rollout, the rule that skips steps that are not finite, a schedule of the learning rate, packing, and a mesh.
+Dimension key: see grpo_jax.
 """
 
 import jax
@@ -14,7 +16,7 @@ import optax
 import grpo_jax as gj
 from grpo_jax.environment import prepare_environment
 
-prepare_environment()  # avoids a fault of XLA on CPUs (see README), and keeps compiled programs for the next time
+prepare_environment()  # avoids a fault of XLA on CPUs (see docs/running.md), and keeps compiled programs for the next time
 
 STOP, PROMPTS = 4, jnp.arange(3)  # tokens 0 … 3 are digits; a prompt is one of the first three
 LENGTH, WIDTH, GROUPS, GROUP_SIZE, BETA = 4, 32, 8, 8, 1.0
@@ -61,17 +63,18 @@ optimizer = optax.adam(5e-3)
 
 
 @jax.jit
-def train_step(params, opt_state, ref_params, key):
+def iteration(params, opt_state, ref_params, key):
     # 1 Prompts: each of the three, for several groups.
     prompts = jnp.repeat(PROMPTS, GROUPS * GROUP_SIZE)  # [B]
     # 2 Sample completions from the policy as it is now, π_old.
     tokens = sample(params, prompts, key)  # [B, 1 + T]
     mask = tokens[:, :-1] != STOP  # [B, T]; STOP itself counts, and nothing after it
     # 3 Verify them.
-    rewards = verify(tokens).reshape(-1, GROUP_SIZE)  # [B / G, G]
-    # 4 Advantages: each reward against the others of its group.
+    rewards = verify(tokens).reshape(-1, GROUP_SIZE)  # [P, G]
+    # 4 Advantages: each reward against the rewards of its group.
     advantages = gj.group_advantages(rewards, **NORMALISER).reshape(-1)  # [B]
-    # 5 Log-probabilities under π_ref. Those under π_old are the ones the loss computes: there is one update per rollout.
+    # 5 Log-probabilities under π_ref. Those under π_old are the ones the loss computes: with one update per rollout the ratio
+    # is 1, and the clip decides nothing.
     ref_logps = logps_of(ref_params, tokens)  # [B, T]
 
     # 6 The loss and its gradient.
@@ -83,13 +86,13 @@ def train_step(params, opt_state, ref_params, key):
     # 7 Update.
     updates, opt_state = optimizer.update(gradients, opt_state)
     params = optax.apply_updates(params, updates)
-    # 8 Metrics are those of the loss: the KL, the ratio, what the clip decides.
+    # 8 Metrics are those of the loss, such as the KL.
     return params, opt_state, metrics
 
 
 @jax.jit
 def success(params: Params, key: jax.Array) -> jax.Array:
-    """[P] success probability of each prompt, from 4,096 samples."""
+    """[Q] success probability of each prompt, from 4,096 samples."""
     return verify(sample(params, jnp.repeat(PROMPTS, 4096), key)).reshape(PROMPTS.size, -1).mean(axis=1)
 
 
@@ -100,7 +103,7 @@ def main(steps: int = 400, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Arr
     before = success(params, jax.random.fold_in(key, 1))
     predicted = gj.theory.flow_point(before, beta=BETA, weights=gj.theory.Group(GROUP_SIZE, **NORMALISER))
     for step in range(steps):
-        params, opt_state, _ = train_step(params, opt_state, ref_params, jax.random.fold_in(key, 2 + step))
+        params, opt_state, _ = iteration(params, opt_state, ref_params, jax.random.fold_in(key, 2 + step))
     after = success(params, jax.random.fold_in(key, 2 + steps))
     for name, p in (("before", before), ("predicted p*", predicted), ("after", after)):
         print(f"{name:12}  {p.mean():.3f}   per prompt", *(f"{x:.3f}" for x in p))

@@ -22,7 +22,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 import grpo_jax as gj
 from grpo_jax.environment import prepare_environment
 
-prepare_environment()  # keeps XLA from wrong sums on a CPU (see README), and compiled programs for the next time
+prepare_environment()  # keeps XLA from wrong sums on a CPU (see docs/running.md), and compiled programs for the next time
 
 BEGIN, STOP = 0, 5  # 1 … 4 are digits; without a token to begin with, attention could not count equal digits
 LENGTH, GROUPS, GROUP_SIZE, BETA = 4, 8, 8, 1.0

@@ -1,8 +1,8 @@
 """Compaction: decoding with a batch that shrinks, so that completions that have ended cost nothing.
 
 All completions start together, one row each, and take their steps together: with enough memory for all of them, no other order
-takes fewer steps. When enough rows have ended, live rows from the back move into the rows that have ended in front, and from
-then on only the front is decoded. Two prompts, G = 3 completions each, T = 5, and stages of 6, 3 and 1 rows:
+takes fewer steps. When enough rows have ended, live rows from the back move into ended rows at the front, and from then on
+only the front is decoded. Two prompts, G = 3 completions each, T = 5, and stages of 6, 3 and 1 rows:
 
     tokens of each completion      a 4    b 2    c 3    d 5    e 1    f 2
 
@@ -17,8 +17,8 @@ then on only the front is decoded. Two prompts, G = 3 completions each, T = 5, a
 
 These are 6 + 6 + 3 + 3 + 1 = 19 steps of a row for 17 tokens; without compaction there are 5 · 6 = 30.
 
-A stage also reads no more slots of the cache than are filled. Shapes are static: every pair of a number of rows and a number of
-slots is a loop of its own, compiled once. A loop that is not needed makes no step.
+A stage also leaves out slots of the cache that are still empty, block by block. Shapes are static: every pair of a number of
+rows and a number of slots is a loop of its own, compiled once. A loop that is not needed makes no step.
 
 Dimension key: see grpo_jax.
 """
@@ -33,11 +33,11 @@ from jax import lax
 
 
 class Stage(NamedTuple):
-    """A number of rows that are decoded together, until no more are live than the next stage has.
+    """How many rows are decoded together, until the live ones fit into the next stage.
 
     Attributes:
-      rows: how many.
-      slots: how many slots of the cache are read: the first number until so many are filled, then the next one.
+      rows: their number.
+      slots: how many slots of the cache are read: the first number until that many are filled, then the next.
     """
 
     rows: int
@@ -49,8 +49,8 @@ class Decoding(NamedTuple):
 
     Attributes:
       position: [] int32, of the token to sample next.
-      live: [] int32, rows that have not ended; with ``vmap_axis``, of the member of the axis that has most.
-      work: [] int32, steps of single rows so far: the sum of the rows of all steps.
+      live: [] int32, rows that have not ended; with ``vmap_axis``, the largest such count of all members.
+      work: [] int32, row-steps so far: the rows of every step, summed.
       rows: pytree of arrays [B, ...]: what belongs to a row, in the order of the cache's rows.
       cache: of the policy, B rows.
     """
@@ -118,7 +118,6 @@ def run_stages(
         front = jax.tree.map(lambda x: x[: stage.rows], state.rows)  # [n, ...]
         behind = jax.tree.map(lambda x: x[stage.rows :], state.rows)  # [B − n, ...]
         state = state._replace(rows=front)
-        # One loop for each number of slots.
         for slots in stage.slots:
 
             def advance(state: Decoding, slots: int = slots) -> Decoding:
@@ -132,9 +131,12 @@ def run_stages(
         return state._replace(rows=jax.tree.map(lambda *parts: jnp.concatenate(parts), state.rows, behind))
 
     def compact(state: Decoding, size: int) -> tuple[Decoding, Any]:
-        """The live rows in front, and the prefix of each of the first ``size``, which no longer have the order of the prompts."""
+        """Moves live rows to the front.
+
+        Also returns the prefix of each of the first ``size`` rows, which are no longer in the order of the prompts.
+        """
         holes, movers, count = _plan_moves(state.rows.live, size)
-        # Rows change places, because the completion of an ended row must not be lost.
+        # Rows are swapped, because the completion of an ended row must not be lost.
         order = jnp.arange(len(state.rows.live), dtype=jnp.int32)  # [B]
         order = order.at[holes].set(movers).at[movers].set(holes)
         rows = jax.tree.map(lambda x: x[order], state.rows)  # [B, ...]
@@ -164,8 +166,8 @@ def _goes_on(state: Decoding, *, end: int, next_rows: int) -> jax.Array:
 def _plan_moves(live: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(holes, movers, count): ended rows among the first ``size`` of B, and the live rows behind that move into them.
 
-    ``holes`` and ``movers`` have the length min(size, B − size), of which the first ``count`` are moves. The rest name a row
-    twice, as its own mover.
+    ``holes`` and ``movers`` have the length min(size, B − size), of which the first ``count`` are moves. In the rest
+    a row is its own mover, so nothing moves.
 
     >>> live = jnp.array([True, False, True, True, False, False])  # a b c d e f of the head of this file, before position 2
     >>> holes, movers, count = _plan_moves(live, 3)

@@ -39,11 +39,11 @@ class Layout(NamedTuple):
     """How completions are laid out when they are scored. It changes time and memory, not the result.
 
     Attributes:
-      microbatch_tokens: slots of a micro-batch, per shard; at least one group's.
+      microbatch_tokens: most slots of a micro-batch, per shard; more only where a single group needs more.
       row_length: C, slots of a packed row, at least T − 1; None chooses.
       shards: X, equal consecutive parts of the prompts that lie on different devices; no token leaves its shard.
-      vmap_axis: name of a `jax.vmap` axis around the call, or several. Its members then run the same number of micro-batches, so
-        that the loop over them stays a loop.
+      vmap_axis: name of a `jax.vmap` axis around the call, or several. Its members then run the same number of micro-batches,
+        without which vmap would select between the old and the new sums at every step.
       chunk_size: positions whose logits exist at a time; None chooses, see `completion_logps`.
     """
 
@@ -84,8 +84,8 @@ class Microbatch(NamedTuple):
     Attributes:
       groups: [X, M] int32, the prompts of its groups; P where there is none.
       row_prompts: [X, R] int32, the prompt of each row.
-      slot_tokens: [X, R, C] int32, the token in each slot, counted over [M, G, T]; −1 in empty slots.
-      token_slots: [X, M, G, T − 1] int32, the slot of each token, counted over [R, C]; R · C for tokens without a slot.
+      slot_tokens: [X, R, C] int32, the token in each slot, as a flat index into [M, G, T]; −1 in empty slots.
+      token_slots: [X, M, G, T − 1] int32, the slot of each token, as a flat index into [R, C]; R · C for tokens without a slot.
     """
 
     groups: jax.Array
@@ -149,8 +149,8 @@ def pack(mask: jax.Array, layout: Layout) -> Packing:
         raise ValueError(f"row_length={row_length} is too short for completions of up to {width} tokens")
     prompts //= layout.shards
 
-    # The shapes, from the worst case that every completion has the full length. First fit leaves at least row_length // longest
-    # completions in every row of a group but the last, which bounds the rows of a group; likewise the groups of a micro-batch.
+    # The shapes, from the worst case that every completion has the full length. First fit puts at least row_length // longest
+    # completions into every row of a group but the last, which bounds the rows of a group; likewise the groups of a micro-batch.
     group_rows = -(-group_size // (row_length // longest))
     num_rows = min(
         layout.microbatch_tokens // row_length, max(prompts * group_rows // SHARES, LEAST_SLOTS // row_length)
@@ -231,7 +231,7 @@ def from_slots(values: jax.Array, token_slots: jax.Array) -> jax.Array:
 
 
 def over_microbatches(packing: Packing, add: Callable[[int | jax.Array, Carry], Carry], carry: Carry) -> Carry:
-    """``carry = add(number, carry)`` for each micro-batch in use; without a loop where there can be one only."""
+    """``carry = add(number, carry)`` for each micro-batch in use; without a loop where there can be only one."""
     return add(0, carry) if packing.num_microbatches == 1 else lax.fori_loop(0, packing.used, add, carry)
 
 

@@ -1,4 +1,5 @@
-"""What sampling and scoring need of a language model: three pure functions of its parameters, and one that prepares them.
+"""What sampling and scoring need of a language model: two pure functions of its parameters, one that makes a cache, and
+one that prepares the parameters.
 
 Dimension key: see grpo_jax.
 """

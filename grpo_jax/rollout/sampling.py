@@ -17,7 +17,7 @@ from grpo_jax.rollout.token_sampling import sample_tokens
 
 
 class PromptBatch(NamedTuple):
-    """Prompts of one iteration.
+    """A batch of prompts.
 
     Attributes:
       tokens: [P, S] int32, padded on either side.
@@ -31,14 +31,14 @@ class PromptBatch(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Completions of one iteration, in groups.
+    """Completions of a batch of prompts, in groups.
 
     Attributes:
       completions: [P, G, T] int32; pad_id after the end.
       mask: [P, G, T] bool, True on the completion's tokens; the stop token is one of them, since stopping is an action.
       logps: [P, G, T] float32, log-probability of each token under the sampler; 0 where the mask is False.
       truncated: [P, G] bool, True where the completion ran into T without a stop.
-      useful: [] float32, tokens of the completions per step of a row: the share of the decoding that was not in vain.
+      useful: [] float32, tokens per row-step: the share of decoding steps that gave a token.
     """
 
     completions: jax.Array
@@ -123,7 +123,8 @@ def sample_groups(
       `Rollout`.
 
     Raises:
-      ValueError: a top_k, top_p or min_p that is out of range, or stages that do not begin with all rows and reach T.
+      ValueError: a top_k, top_p or min_p that is out of range, or stages that do not begin with all rows, do not shrink, or do
+        not reach T − 1 slots.
 
     >>> eye = lambda params, tokens, *_, cache, **__: (jax.nn.one_hot(tokens, 5), cache)
     >>> policy = Policy(eye, lambda params, hidden: hidden @ params, lambda batch, length: jnp.zeros((batch, length)))
@@ -144,7 +145,7 @@ def sample_groups(
     sample = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy)
 
     def append_token(rows: Rows, hidden: jax.Array, position: jax.Array) -> Rows:
-        """Each live row with the token that its hidden state [n, D] predicts."""
+        """Appends to each live row the token that its hidden state [n, D] predicts."""
         logits = policy.unembed(params, hidden)  # [n, V]
         uniform = lax.dynamic_index_in_dim(rows.uniform, position, 1, keepdims=False)  # [n]
         token, logp = sample(logits, uniform)  # [n] each

@@ -1,7 +1,7 @@
 """Log-probabilities of given completions under a policy: the trainer's view of what the sampler sampled.
 
 `score_groups` is the plain form. `score_packed` runs real tokens alone: the same numbers for less work where completions are
-shorter than the longest. Its two parts, `score_first` and `score_microbatch`, are what the packed gradient differentiates.
+shorter than T. Its two parts, `score_first` and `score_microbatch`, are what the packed gradient differentiates.
 
 Dimension key: see grpo_jax.
 """
@@ -147,7 +147,7 @@ def score_microbatch(
     tokens = to_slots(completions, slot_tokens)  # [X, R, C]
     targets = to_slots(jnp.roll(completions, -1, axis=-1), slot_tokens)  # [X, R, C]
     starts = jax.vmap(lambda x, at: x[at])(lengths, microbatch.row_prompts)  # [X, R]
-    # In empty slots, whose token is −1, both are without meaning; the mask hides them.
+    # In empty slots (token −1), positions and segments mean nothing; the mask hides them.
     positions = starts[:, :, None] + slot_tokens % width  # [X, R, C]
     segments = slot_tokens // width % group_size  # [X, R, C], the completion in its group
     tokens, targets, positions, segments, slot_tokens = (

@@ -45,7 +45,7 @@ def sample_tokens(
     rows, vocabulary = logits.shape
     scaled = keep_likely(logits.T / temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     scaled = jnp.pad(scaled, ((0, -vocabulary % BLOCK), (0, 0)), constant_values=-jnp.inf)  # [V', B], whole blocks
-    # Masses are probabilities without their division: exp(z − max z), whose sum is the total.
+    # Masses are unnormalised probabilities, exp(z − max z); their sum is ``total``.
     top = scaled.max(0, keepdims=True)  # [1, B]
     blocks = scaled.reshape(-1, BLOCK, rows)
     block_masses = jnp.exp(blocks - top[None]).sum(1)  # [V'/BLOCK, B]
@@ -117,7 +117,7 @@ def keep_likely(
 
 def mark_largest(x: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
     """[V, B] bool: True on the fewest largest x of each row whose weights sum to the target or more, and on all their equals."""
-    # Unsigned integers in the order of the floats: all bits of negative numbers are flipped, of others the sign alone.
+    # Unsigned integers in the order of the floats: negative numbers have all bits flipped, others only the sign bit.
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     ordered = bits ^ jnp.where(bits >> 31 == 1, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))  # [V, B]
 

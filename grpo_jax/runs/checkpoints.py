@@ -20,7 +20,7 @@ from grpo_jax.runs.errors import CheckpointError
 
 
 class Checkpoints:
-    """The checkpoints of a run: ``save`` returns when the step is on disk, ``restore_latest`` only what is intact."""
+    """The checkpoints of a run: ``save`` returns once the step is on disk; ``restore_latest`` returns only what is intact."""
 
     def __init__(self, directory: Path, *, keep: int | None, report: Callable[[str], None] = logging.warning):
         self._directory = directory
@@ -32,7 +32,8 @@ class Checkpoints:
         """Writes the arrays of ``state`` and the JSON of ``meta`` as one step.
 
         Raises:
-          CheckpointError: nothing was saved (disk full, no permission, an older step); earlier steps are untouched.
+          CheckpointError: nothing was saved (disk full, no permission, a step that is not newer than the last); earlier steps are
+            untouched.
         """
         meta = meta | {"digests": digests(state)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))

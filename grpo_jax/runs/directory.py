@@ -13,7 +13,7 @@ from grpo_jax.runs.errors import RunDirectoryError
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 
-# Keys that may differ when a run is started again: they say how often to look and save, never what is computed.
+# Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
 CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "train.iterations_per_program")
 
 
@@ -27,7 +27,7 @@ def open_run_directory(
       path: of the directory.
       config: {dotted key: JSON value}; written to config.json by the first start, compared by every later one.
       changeable: keys that may differ.
-      flag: which chooses another directory, for the messages.
+      flag: that chooses another directory; named in messages.
 
     Yields:
       The absolute path.
@@ -76,7 +76,7 @@ def lock_directory(path: Path, *, flag: str = "--workdir=PATH") -> Iterator[Path
 
 
 def contents(path: Path) -> set[str]:
-    """Names in a run directory, without those that bind nobody: the lock, a torn config, evaluations of other models."""
+    """Names in a run directory, without those that bind nobody: the lock, a torn config, the folder of evaluations."""
     return {p.name for p in path.iterdir()} - {"lock", f".{CONFIG}.tmp", EVALUATIONS}
 
 

@@ -1,7 +1,7 @@
 """--mode=evaluate: measures one checkpoint on the task that the config names now, prompt by prompt; trains nothing.
 
 An evaluation has a directory of its own inside that of the run: blocks/ while it goes on, one file per block of prompts, so
-that a start after a kill continues behind the last; then prompts.jsonl, samples.jsonl, samples.txt, figure.png, report.md
+that a start after a kill continues after the last block; then prompts.jsonl, samples.jsonl, samples.txt, figure.png, report.md
 and, last of all, result.json. Every random number is addressed by (seed, checkpoint, prompt, sample), so that all of them are
 the same however often it was killed.
 """
@@ -78,14 +78,15 @@ def evaluate(
     checkpoint: str = "latest",
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Measures, resumes, or shows the finished measurement of a checkpoint of the run in a run directory.
+    """Measures a checkpoint of a run: starts or resumes the measurement, or shows it if it is finished.
 
     Measured on every prompt (or the ``evaluate.prompts`` chosen): ``evaluate.final_samples`` completions at the config's
     temperature, and the greedy one. On the run's own task these are exactly the completions that the run measured. Text is
     judged by the verifier on the host, so that every verdict is counted; a reward is what training would give.
 
     Args:
-      config: as for `train`; it may differ from the run's in task, evaluate, data, rollout, verifier and mesh.
+      config: as for `train`; it may differ from the run's in task, evaluate, data, rollout, verifier, mesh and checkpoint, and
+        in the keys of train that change only time and memory.
       workdir: the run directory. Where it holds no run, the config's own initial model is measured.
       console: where progress is shown; the terminal by default.
       checkpoint: "latest", "reference", or the number of an iteration that was saved.
@@ -98,7 +99,7 @@ def evaluate(
       completions of each, and the greedy one.
 
     Raises:
-      ConfigError, RunDirectoryError, CheckpointError, Preempted, ValueError: each message says what to do.
+      ConfigError, RunDirectoryError, CheckpointError, VerifierFailed, Preempted, ValueError: each message says what to do.
     """
     console = console or terminal()
     if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name):
@@ -126,7 +127,6 @@ def evaluate(
             show(console, evaluation_page.result_lines(result))
             return result
 
-        # Measure and write.
         settings = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
         pool = stack.enter_context(VerifierPool(setup.task.verify, **settings))
         signals = stack.enter_context(sigterm_as_flag())
@@ -231,7 +231,7 @@ def judged_completions(
 ) -> list[list[Completion]]:
     """The completions of each of some prompts; ``options`` are those of `judged_samples`."""
     key = role_key(run.base_key, "probe", policy.iteration)
-    # Prompts at a time: those of an iteration, at most those that are measured, rounded up to a multiple of the devices.
+    # Prompts at a time: as many as an iteration has, at most the measured ones, rounded up to a multiple of the shards.
     shards = row_shards(run.setup.mesh)
     at_once = min(run.config.data.prompts_per_iteration, len(run.setup.probed))
     options["num_prompts"] = math.ceil(at_once / shards) * shards
@@ -292,7 +292,7 @@ def _answer(task: Task, x: Completion) -> str | None:
         return None
     try:
         return task.answer(x.text)
-    except Exception:  # as a verifier's crash is a verdict and ends nothing, so here: no answer, no vote
+    except Exception:  # a crash here ends nothing, as in a verifier: no answer, no vote
         return None
 
 

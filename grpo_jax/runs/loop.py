@@ -23,7 +23,7 @@ from grpo_jax.runs.directory import RESULT, open_run_directory
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
-from grpo_jax.runs.reference import make_reference, read_reference
+from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
 from grpo_jax.tasks.identity import task_identity
@@ -34,7 +34,7 @@ from grpo_jax.train.step import TrainState
 
 
 def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
-    """Runs, resumes, or shows the finished run of a config in a run directory.
+    """Runs a config in a run directory: starts or resumes it, or shows its result if it is finished.
 
     Args:
       config: a `ml_collections.ConfigDict` with the keys of configs/default.py.
@@ -46,8 +46,8 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
       after, and the per-prompt arrays.
 
     Raises:
-      ConfigError, RunDirectoryError, CheckpointError, Preempted, Diverged, WarmStartFailed, ValueError: each message says what
-        to do.
+      ConfigError, RunDirectoryError, CheckpointError, VerifierFailed, WarmStartFailed, Diverged, RunError, Preempted, ValueError:
+        each message says what to do.
     """
     console = console or terminal()
     task, objective = validate(config, num_devices=jax.device_count())
@@ -90,7 +90,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     check_memory(memory)
 
     # The reference policy: made, measured, and what the theory predicts from its measurement.
-    before = make_reference(run)
+    before = measured_reference(run)
     successes, trials = np.array(before["successes"]), before["trials"]
     setting = {"objective": objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
     predictable = not config.objective.entropy_bonus  # which the theory leaves out
@@ -100,12 +100,12 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     )
     show(console, expected)
 
-    # The iterations. Without a KL to the reference its parameters are freed until the end.
-    ref_params = read_reference(run) if objective.holds_to_reference else None
-    params = iterate(run, ref_params, before, prediction)
+    # The iterations. Without a KL to the reference, its parameters are not kept; they are read again at the end.
+    ref_params = reference_params(run) if objective.holds_to_reference else None
+    params = run_iterations(run, ref_params, before, prediction)
 
     # The policy at the end: measured, compared with the prediction, and shown.
-    ref_params = read_reference(run) if ref_params is None else ref_params
+    ref_params = reference_params(run) if ref_params is None else ref_params
     after = measure_in_full(run, params, ref_params, config.train.iterations)
     result = run_result.make_result(config, before, after, prediction)
     probes = [row for row in read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
@@ -141,7 +141,9 @@ def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[st
     return [*lines, ("memory", total)]
 
 
-def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction: theory.Prediction | None) -> Any:
+def run_iterations(
+    run: Run, ref_params: Any | None, before: dict[str, Any], prediction: theory.Prediction | None
+) -> Any:
     """All iterations, from the newest checkpoint on; the parameters after the last.
 
     Args:
@@ -151,7 +153,7 @@ def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction
       prediction: shown beside the current success probability.
 
     Raises:
-      Preempted, Diverged.
+      Preempted, Diverged, CheckpointError, VerifierFailed.
     """
     c, setup = run.config, run.setup
     # From the newest checkpoint, or from the reference.
@@ -160,7 +162,7 @@ def iterate(run: Run, ref_params: Any | None, before: dict[str, Any], prediction
     start = setup.compiled.start
     checkpoint = checkpoints.restore_latest(sharded_shapes(jax.eval_shape(start, setup.shapes), setup.mesh))
     if checkpoint is None:
-        state = start(read_reference(run) if ref_params is None else ref_params)
+        state = start(reference_params(run) if ref_params is None else ref_params)
     else:
         _, state, meta = checkpoint
         n = meta["data_position"]
@@ -214,7 +216,7 @@ def advance(
     """The next iterations: several as one program, or one in two halves with the worker processes between them.
 
     Args:
-      run, state, ref_params: see `iterate`.
+      run, state, ref_params: see `run_iterations`.
       table: all prompts on the device, with a verifier there; else None.
       done: iterations so far.
 
@@ -260,7 +262,7 @@ def stretch(config: Any, done: int) -> int:
 
 
 def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
-    """[K, P] int32 rows that the ``count`` iterations after ``done`` visit; 0 beyond them."""
+    """[n, P] int32 rows that the ``count`` iterations after ``done`` visit; 0 beyond them."""
     batch = config.data.prompts_per_iteration
     index = np.zeros((config.train.iterations_per_program, batch), np.int32)
     for i in range(count):

@@ -1,6 +1,6 @@
-"""What an evaluation measures, a checkpoint of the run in a run directory or the config's own initial model, and where.
+"""What an evaluation measures (a checkpoint of the run, or the config's own initial model), and where it is written.
 
-What decides its numbers is its identity; an evaluation with another has a directory of its own.
+The identity of an evaluation is all that decides its numbers; another identity gets another directory.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from grpo_jax.tasks import Task
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.sharding import sharded_shapes
 
-# Config keys in which an evaluation may differ from its run: what is measured, and how arrays are laid out. The other keys
-# decide which parameters there are.
+# Config keys in which an evaluation may differ from its run: what is measured, when the run saved, and how arrays are
+# laid out. The other keys decide which parameters there are.
 OF_THE_MEASUREMENT: tuple[str, ...] = (
     *("task.", "evaluate.", "data.", "rollout.", "verifier.", "mesh.", "checkpoint."),
     *("train.microbatch_tokens", "train.row_length", "train.chunk_size", "train.iterations_per_program"),
@@ -55,7 +55,10 @@ def stored_config(workdir: Path, config: Any) -> dict[str, Any] | None:
     """
     if not contents(workdir) > {CONFIG}:
         return None
-    advice = "An evaluation may differ from its run in task, evaluate, data, rollout, verifier and mesh only"
+    advice = (
+        "An evaluation may differ from its run in task, evaluate, data, rollout, verifier, mesh and checkpoint, and in the "
+        "keys of train that change only time and memory"
+    )
     check_same(workdir, flat(config), changeable=OF_THE_MEASUREMENT, advice=advice)
     return read_json(workdir / CONFIG)
 
@@ -137,7 +140,8 @@ def choose_directory(
     identity: dict[str, Any],
     stored: dict[str, Any] | None,
 ) -> Path:
-    """The directory of an evaluation that was given no name: checkpoint-task-split, and what else is not the run's.
+    """The directory of an evaluation that was given no name: checkpoint-task-split, and each other task option that
+    differs from the run's.
 
     Where that holds another evaluation, six digits of a digest of all settings are added.
 
@@ -159,10 +163,11 @@ def choose_directory(
 
 
 def _name(config: Any, task: Task, policy: MeasuredPolicy, stored: dict[str, Any] | None) -> str:
-    parts, said = [], ("name", "source", "data_dir", "prompt", "target")  # by the task's name, or at too great a length
+    # Left out: the task's name says it, or it is too long.
+    parts, left_out = [], ("name", "source", "data_dir", "prompt", "target")
     for key, value in sorted(task_options(config).items()):
         same = stored is None or stored.get(f"task.{config.task.name}.{key}") == json.loads(json.dumps(value))
-        if key == "split" or not (same or key in said):
+        if key == "split" or not (same or key in left_out):
             parts.append(str(value) if key == "split" else f"{key}-{value}")
     return re.sub(r"[^\w.+-]+", "_", "-".join([policy.name, task.name, *parts]))[:93]
 

@@ -62,10 +62,11 @@ def lasting_memory(recipe: Recipe, shapes: Any, mesh: jax.sharding.Mesh) -> dict
 
 
 def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
-    """What XLA says each program of a validated config needs, on the devices of this process.
+    """What XLA says the programs of training and measuring need, with the verifier on the host, for a validated config.
 
-    Prompts count as data.max_prompt tokens. The programs are those of this backend: on CPU devices that stand for others
-    (``--devices``), buffers are those of XLA's CPU compiler, near those of an accelerator but not the same.
+    With a verifier on the device, sampling and learning are one program; here they are two. Prompts count as data.max_prompt
+    tokens. The programs are those of this process's devices: on CPU devices that stand for others (``--devices``), buffers are
+    those of XLA's CPU compiler, near those of an accelerator but not the same.
     """
     # The model and its programs, without tokenizer or weights.
     mesh, c = make_mesh(**config.mesh), config.evaluate
@@ -90,7 +91,7 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def first_stages(group_size: int) -> tuple[Stage, ...]:
-        """Of a rollout: the two largest need as much memory as all, which take minutes to compile for deep models."""
+        """Of a rollout only the two largest: they need as much memory as all, and all take minutes to compile for deep models."""
         stages = choose_stages(num_prompts // row_shards(mesh, num_prompts) * group_size, length)
         return tuple(Stage(stage.rows, (length,)) for stage in stages[:2])
 
@@ -125,7 +126,7 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
 
 
 def check_memory(lasting: dict[str, int]) -> None:
-    """RunError where a device that tells its size is smaller than what a run needs all the time, by name."""
+    """Raises RunError where a device reports less memory than what lasts needs."""
     limit, needed = (jax.devices()[0].memory_stats() or {}).get("bytes_limit"), sum(lasting.values())
     if limit is not None and needed > limit:
         raise RunError(

@@ -14,25 +14,26 @@ from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
 
 
-def make_reference(run: Run) -> dict[str, Any]:
-    """The measurement of π_ref: from the run directory where it holds it, else both are made and stored there.
+def measured_reference(run: Run) -> dict[str, Any]:
+    """The measurement of π_ref, read from the run directory; if it is not there, π_ref is made, measured, and both are stored.
 
     The parameters are stored before they are measured, so a run that is killed in between does not train them again.
     """
     if not (run.directory / REFERENCE).exists():
-        params = read_reference(run)
+        params = reference_params(run)
         write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0))
         check_preempted(run)
     return read_json(run.directory / REFERENCE)
 
 
-def read_reference(run: Run) -> Any:
+def reference_params(run: Run) -> Any:
     """The parameters of π_ref, from the run directory; made and stored there if it does not hold them."""
     checkpoints = Checkpoints(run.directory / "reference", keep=None)
     try:
         checkpoint = checkpoints.restore_latest(run.setup.shapes)
         if checkpoint is not None:
             return checkpoint[1]
+        # A new reference: metrics of an earlier start are dropped.
         MetricsLog(run.directory, after=None).close()
         fresh = run.config.warm_start.max_steps == 0
         params = run.setup.initial_params(run.config.seed) if fresh else warm_start(run)

@@ -75,7 +75,7 @@ def check_preempted(run: Run) -> None:
 
 @contextmanager
 def sigterm_as_flag() -> Iterator[list[int]]:
-    """Collects SIGTERM instead of dying, so that the iteration under way ends and is saved."""
+    """Collects SIGTERM instead of dying, so that what is under way ends and is saved."""
     received: list[int] = []
     with sigterm_handler(lambda number, frame: received.append(number)) as before:
         yield received
@@ -85,8 +85,10 @@ def sigterm_as_flag() -> Iterator[list[int]]:
 
 @contextmanager
 def sigterm_handler(handler: Callable[[int, Any], None]) -> Iterator[Any]:
-    """Gives SIGTERM to a handler, and then back to the one before, which it yields; None outside of the main thread, whose
-    signals are its owner's business."""
+    """Sets a SIGTERM handler, yields the previous one, and restores it.
+
+    Outside of the main thread it does nothing and yields None.
+    """
     try:
         before = signal.signal(signal.SIGTERM, handler)
     except ValueError:  # not in the main thread

@@ -207,7 +207,7 @@ def prompt_text(setup: Setup, row: int) -> str:
 
 
 def make_decoder(config: Any, task: Task, tokenizer: Tokenizer | None = None) -> DecoderConfig:
-    """The decoder of a config: that of its folder, or one of its sizes with the vocabulary of the tokenizer (made if need be)."""
+    """The decoder of a config: that of the model folder, or one of the sizes in the config, with the tokenizer's vocabulary."""
     if config.model.path is not None:
         return replace(read_config(config.model.path), dtype=config.model.dtype, remat=config.model.remat)
     max_length = config.data.max_prompt + config.rollout.max_completion

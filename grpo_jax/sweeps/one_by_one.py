@@ -187,7 +187,7 @@ def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
         return False
     betas = [point.values[BETA] for point in points if point.values[BETA] > 0]
     over = np.geomspace(min(betas) / 1.4, max(betas) * 1.4, CURVE)
-    references: dict[str, dict[int, Any]] = {}  # of each label and seed, whose reference is one, whatever β
+    references: dict[str, dict[int, Any]] = {}  # by label and seed: all β share one reference
     for point, result, label in ended:
         references.setdefault(label, {}).setdefault(point.config.seed, result["prompts"]["p_ref"])
     curves = []
@@ -216,7 +216,7 @@ def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
 
 @contextmanager
 def _interrupted_by_sigterm(workdir: Path) -> Iterator[None]:
-    """Makes SIGTERM between runs, and while one starts, what it is inside of them: `Preempted`."""
+    """Turns SIGTERM into `Preempted` between runs and while one starts, as it is inside of them."""
     received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:

@@ -32,7 +32,7 @@ from grpo_jax.runs.directory import RESULT, open_run_directory
 from grpo_jax.runs.loop import stretch, visits
 from grpo_jax.runs.measurement import Measurement
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
-from grpo_jax.runs.reference import make_reference, read_reference
+from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, probed_rows, put_table
 from grpo_jax.tasks.identity import task_identity
@@ -78,18 +78,19 @@ def sweep(
     Args:
       config: a `ml_collections.ConfigDict` with the keys of configs/default.py, for one device.
       workdir: of the sweep; created if need be.
-      seeds, betas, learning_rates: every combination is a point; without learning rates, the config's.
+      seeds, betas, learning_rates: every seed runs every (β, learning rate); without learning rates, the config's.
       console: where the sweep prints; the terminal by default.
       batched: the points of a device go through each operation together; else one after the other, which is faster on a CPU. By
         default together, except on a CPU.
 
     Returns:
-      One dict per point, seed by seed: what result.json of a single run holds (see `run_result.make_result`; greedy accuracy and
-      KL are not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
+      One dict per seed and point, seed by seed: what result.json of a single run holds (see `run_result.make_result`; greedy
+      accuracy and KL are not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
       ``train.max_skipped`` allows.
 
     Raises:
-      ConfigError, RunDirectoryError, CheckpointError, Preempted, WarmStartFailed, ValueError: each message says what to do.
+      ConfigError, RunDirectoryError, CheckpointError, WarmStartFailed, RunError, Preempted, ValueError: each message says what
+        to do.
     """
     console = console or terminal()
     points = list(itertools.product(betas, learning_rates or (config.optimizer.learning_rate,)))
@@ -125,7 +126,7 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
     runs = [_of_seed(run, seed) for seed in plan.seeds]
     for of_seed in runs:
         of_seed.directory.mkdir(exist_ok=True)
-    before = [make_reference(of_seed) for of_seed in runs]
+    before = [measured_reference(of_seed) for of_seed in runs]
 
     # All points side by side.
     functions = make_sweep_functions(setup.recipe, mesh, batch_samples=_batch_samples(config), batched=batched)
@@ -158,7 +159,7 @@ def _iterate(
         for x in (plan.betas, plan.learning_rates)
     )  # [seeds, points]
     base_keys = _keys(mesh, [r.base_key for r in runs])  # [seeds]
-    references = [jax.tree.map(np.asarray, read_reference(r)) for r in runs]
+    references = [jax.tree.map(np.asarray, reference_params(r)) for r in runs]
     ref_params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
 
     # From the newest checkpoint, or from the references.
@@ -187,7 +188,7 @@ def _iterate(
                 states, *results = functions.iterate(
                     states, ref_params, base_keys, index, table, *numbers, betas, rates
                 )
-                metrics, skipped = jax.device_get(results)  # [seeds, points, K] each
+                metrics, skipped = jax.device_get(results)  # each [seeds, points, iterations]
                 for i in range(count):
                     row = {name: _listed(values[..., i]) for name, values in metrics.items()}
                     log.write({"iteration": n + i + 1, "phase": "train"} | row)

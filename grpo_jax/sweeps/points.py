@@ -17,7 +17,9 @@ LONGEST_NAME = 120  # bytes; file systems allow 255
 
 
 class Point(NamedTuple):
-    """One combination of values: {dotted key: value}, the whole config with them, what its run directory is bound to."""
+    """One combination of values: {dotted key: value}, the whole config with them, its objective, and what its run
+    directory is bound to.
+    """
 
     values: dict[str, Any]
     config: Any
@@ -28,7 +30,7 @@ class Point(NamedTuple):
 def parse_grid(text: str) -> dict[str, list[str]]:
     """{dotted key: texts of its values} of a sweep as it stands on the command line.
 
-    Semicolons part the keys, commas the values; both are plain characters inside brackets.
+    Semicolons separate keys, and commas values; inside brackets both are plain characters.
 
     Raises:
       ValueError: no key, a key twice, no value, or a bracket that is not closed.
@@ -52,7 +54,7 @@ def parse_grid(text: str) -> dict[str, list[str]]:
 
 
 def make_points(config: Any, grid: dict[str, list[str]], with_value: Callable[[Any, str, str], Any]) -> list[Point]:
-    """Every combination of the values, the last key's fastest, each checked as a run of its own would be.
+    """Every combination of the values; the last key varies fastest; each is checked as a run of its own would be.
 
     Args:
       config: of which the keys are changed.
@@ -116,7 +118,7 @@ def folder_name(values: dict[str, Any]) -> str:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Parts between separators that stand outside brackets; quotes hide brackets, inside brackets only."""
+    """Splits at separators outside brackets; inside brackets, quotes hide brackets."""
     parts, depth, quote, escaped = [""], 0, "", False
     for character in text:
         if quote:

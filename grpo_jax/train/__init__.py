@@ -1,7 +1,7 @@
 """What learns: the iteration, its gradient, the compiled forms, sharding.
 
-`train`, `evaluate` and `estimate` live one floor up, in grpo_jax.runs. They are handed on from here, where people look for them,
-and load when they are asked for: the rest needs jax and optax alone.
+`train`, `evaluate` and `estimate` live one floor up, in grpo_jax.runs. They are re-exported here, where people look for them,
+and load on first use, because all else needs only jax and optax.
 """
 
 from importlib import import_module

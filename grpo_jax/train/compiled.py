@@ -24,15 +24,14 @@ from grpo_jax.train.supervised import demonstration_terms
 
 
 class Compiled(NamedTuple):
-    """The jitted functions of a run; they know shapes and shardings, not what the parameters are.
+    """The jitted functions of a run; they depend on the shapes and shardings of the parameters, not on their values.
 
     Attributes:
-      start: params -> `TrainState` of copies; the parameters are donated where no reference is kept.
+      start: params -> `TrainState` of copies of them; where no reference is kept, the parameters are donated.
       iterate: `iterations` of the recipe; None where the host verifies.
       sample: (params, prompts, key, stages=None) -> rollout.
       learn: `learn` of the recipe.
-      sample_probe: ``sample`` for measurements, which have any number of prompts, and their own group_size, greedy and
-        first_sample.
+      sample_probe: ``sample`` for measurements: any number of prompts, and group_size, greedy and first_sample of the call.
       verify: (rollout, answers, answer_mask) -> bool [P, G] on the device; None where the host verifies.
       log_ratios: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
       warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
@@ -71,17 +70,17 @@ def compile_recipe(
         """params -> the state before the first step, and the state's shardings."""
 
         def start(params: Any) -> TrainState:
-            # A copy: the donated state changes, and the parameters may be needed unchanged.
+            # Copies: the state will be donated, and the parameters may still be needed.
             return init_state(jax.tree.map(jnp.copy, params), optimizer)
 
         shardings = parameter_shardings(jax.eval_shape(start, shapes), mesh)
         return jax.jit(start, out_shardings=shardings, donate_argnums=() if keep_params else 0), shardings
 
-    # The optimizer's state does not depend on the learning rate.
+    # 0.0 stands for any learning rate: the optimizer's state does not depend on it.
     start, state_shardings = compile_start(recipe.optimizer(0.0), keep_params=recipe.objective.holds_to_reference)
     warm_start, warm_shardings = compile_start(warm_optimizer, keep_params=False)
 
-    # With a verifier of tokens the whole iteration is one program.
+    # With a verifier of tokens, many whole iterations are one program.
     iterate = verify = None
     if (verify_tokens := recipe.verify_tokens) is not None:
         verify = jax.jit(lambda rollout, *answers: verify_tokens(rollout.completions, rollout.mask, *answers))
@@ -92,7 +91,7 @@ def compile_recipe(
 
     @jax.jit
     def log_ratios(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-        # A measurement may have any number of prompts, which the devices need not divide.
+        # The prompts of a measurement need not be divisible by the devices.
         layout = recipe.layout._replace(shards=row_shards(mesh, rollout.mask.shape[0]))
         options: dict[str, Any] = {"layout": layout, "temperature": recipe.temperature}
         logps, ref_logps = (

@@ -3,18 +3,20 @@
     1  prompts      P of them, chosen by the caller
     2  sample       G completions of each prompt, by the policy as it is now, π_old
     3  verify       the reward of each completion, 0 or 1
-    4  advantages   each reward against the other rewards of its group
+    4  advantages   each reward against the rewards of its group
     5  log-probs    of the completions under the reference π_ref, and under π_old where several updates follow
-    6  loss         log-probs under π, the loss, a contrast of successes and failures held by β·KL(π‖π_ref), and its gradient
-    7  update       one step of the optimizer
+    6  loss         log-probs under π; the loss: successes against failures, plus β·KL(π‖π_ref); its gradient
+    7  update       one step of the optimizer, skipped where loss or gradient is not finite
     8  metrics      what was sampled and what was learned
 
-`iteration` does 2 to 8 in one program, for a verifier that is a function of tokens; `iterations` does many of them without the
-host. With a verifier on the host, the run calls two programs, ``recipe.sample`` and `learn`, which is 4 to 8, with the verdicts
-of its worker processes in between (`grpo_jax.runs.loop`). They are the same functions.
+6 and 7 repeat for each minibatch of each inner epoch.
+
+`iteration` does 2 to 8 in one program, for a verifier that is a function of tokens; `iterations` does 1 to 8 many times without
+the host. With a verifier on the host, the run calls two programs: ``recipe.sample`` is 2 and `learn` is 4 to 8; its worker
+processes do 3 in between (`grpo_jax.runs.loop`). Both ways call the same functions.
 
 All functions are pure, and know neither devices nor files: jit, donation and shardings are in compiled.py.
-examples/plain.py is the same algorithm in a hundred lines, without packing, several steps per rollout, or a mesh.
+examples/plain.py is the same algorithm in about a hundred lines, without packing, with one step per rollout, and on one device.
 
 Dimension key: see grpo_jax.
 """
@@ -38,7 +40,7 @@ ROLES = {"rollout": 0, "minibatches": 1, "probe": 2, "warm_start": 3, "initialis
 
 
 class Recipe(NamedTuple):
-    """What does not change while a policy learns. It is bound once, outside of jit.
+    """What a program is compiled for. β and the learning rate are arguments, so that one program serves a whole sweep.
 
     Attributes:
       policy: the model, as pure functions of its parameters.
@@ -46,7 +48,7 @@ class Recipe(NamedTuple):
       sample: (params, prompts, key) -> `Rollout`: `sample_groups` with the model and its options bound.
       optimizer: learning rate -> optax transformation, as ``optax.adamw`` is; its state must not depend on the rate.
       layout: how completions are packed, see `Layout`; changes time and memory, not the result.
-      temperature: the sampler's.
+      temperature: at which completions are sampled and scored.
       beta_mirror, entropy_bonus: weights of the terms of those names; see `grpo_loss_terms`.
       inner_epochs: passes over a rollout.
       minibatches: gradient steps per pass, on equal parts of the prompts.
@@ -116,15 +118,16 @@ def learn(
     """The learning half of an iteration: from rewards to the policy after the gradient steps on one rollout.
 
     Args:
-      recipe, prompts, rollout: of this iteration.
+      recipe: of the run.
       state: see `TrainState`.
       ref_params: of the reference policy; not read, and may be None, where the objective has no KL to it.
+      prompts, rollout: of this iteration.
       rewards: [P, G] float32.
       key: shuffles minibatches.
       beta, learning_rate: traced.
 
     Returns:
-      (state, metrics): scalars; those of a gradient step are averaged over the steps.
+      (state, metrics): scalars; those of gradient steps are averaged, but for ``rollout/…``, which are the first step's.
 
     Raises:
       ValueError: the objective needs ref_params and there are none.
@@ -133,13 +136,13 @@ def learn(
     if objective.holds_to_reference and ref_params is None:
         raise ValueError("the objective has a KL to the reference: learn needs ref_params")
 
-    # 4 Advantages: each reward against its group.
+    # 4 Advantages: each reward against the rewards of its group.
     advantages = group_advantages(rewards, **objective.normaliser())  # [P, G]
     if objective.overlong == "ignore":
         advantages = jnp.where(rollout.truncated, 0.0, advantages)
 
-    # 5 Log-probabilities of the completions. Those of π_old are needed only where there are several gradient steps, for before
-    # the first one π_old is the current policy; those of π_ref only where a KL holds to it.
+    # 5 Log-probabilities of the completions. Those of π_old are needed only for several gradient steps: before the first, π_old
+    # is the current policy. Those of π_ref are needed only where a KL holds to it.
     num_steps = recipe.inner_epochs * recipe.minibatches
 
     def logps_under(params: Any) -> jax.Array:
@@ -177,7 +180,7 @@ def learn(
 def train_step(
     recipe: Recipe, state: TrainState, batch: Batch, beta: jax.Array, learning_rate: float | jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One GRPO gradient step on a batch of whole groups; padding is not run.
+    """One GRPO gradient step on a batch of whole groups; the model is not run on the padding of completions.
 
     Args:
       recipe: of the run.
@@ -220,7 +223,7 @@ def train_step(
         temperature=recipe.temperature,
         chunk_size=recipe.layout.chunk_size,
     )
-    # The loss itself, of all groups at once. A micro-batch has room for groups that are not there, and its weight counts them.
+    # The loss itself, once more of all groups: the weight of a micro-batch would also count its empty groups.
     terms = loss_terms(batch, logps, entropy)
 
     # 7 The optimizer's step.
@@ -252,18 +255,18 @@ def iterations(
     *,
     spread: Callable[[Any], Any] = lambda rows: rows,
 ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
-    """Up to K iterations, one after the other, without the host.
+    """Up to n iterations, one after the other, without the host.
 
     Args:
       recipe, state, ref_params, base_key, beta, learning_rate: as of `iteration`.
       table: (prompts, answers, answer_mask) of the whole task on the device; arrays lead with the rows of the task.
-      index: [K, P] int32, the rows of ``table`` that each iteration visits.
-      count: how many of the K are run; traced, so that a last, shorter call does not compile a program of its own.
+      index: [n, P] int32, the rows of ``table`` that each iteration visits.
+      count: how many of the n are run; traced, so that a last, shorter call does not compile a program of its own.
       first: number of the first iteration, int32.
       spread: lays the rows of an iteration over the devices.
 
     Returns:
-      (state, metrics [K], skipped [K]): ``skipped`` is `TrainState.skipped` after each iteration; 0 for those not run.
+      (state, metrics [n], skipped [n]): ``skipped`` is `TrainState.skipped` after each iteration; 0 for those not run.
     """
 
     def one(state: TrainState, i: jax.Array) -> tuple[TrainState, tuple[dict[str, jax.Array], jax.Array]]:
@@ -279,7 +282,7 @@ def iterations(
         state, result = one(state, i)
         return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), results, result)
 
-    # Room for the results of K iterations, zeros so far; any int32 does for the number of an iteration here.
+    # Zeros for the results of n iterations. Only shapes are computed here, so ``first`` stands for any i.
     _, shapes = jax.eval_shape(one, state, first)
     empty = jax.tree.map(lambda x: jnp.zeros((index.shape[0], *x.shape), x.dtype), shapes)
     state, (metrics, skipped) = jax.lax.fori_loop(jnp.int32(0), count, one_more, (state, empty))

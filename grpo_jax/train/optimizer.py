@@ -1,4 +1,4 @@
-"""The optimizers of a run: of GRPO, as a function of the learning rate, which may be traced, and of the warm start."""
+"""The two optimizers of a run: that of GRPO, a function of a learning rate that may be traced, and that of the warm start."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def make_optimizer(
 
     Args:
       updates: gradient steps of the whole run.
-      schedule: "cosine" or "linear", both to 0 at the last update, or "constant".
+      schedule: "cosine" or "linear", which both reach 0 after the last update, or "constant".
       warmup_updates: linear from 0.
       b1, b2, weight_decay: of AdamW.
       max_grad_norm: gradients are scaled down to this global norm.

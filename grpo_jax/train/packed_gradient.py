@@ -5,7 +5,9 @@ Each token is run once, and differentiated once:
     the prompts      are run; completions attend to their cache, and first tokens are predicted from their last state
     each micro-batch is run; the loss of its groups gives the slopes of its log-probabilities, which are pulled back through the
                      model to the parameters and to the cache of the prompts, and summed over micro-batches
-    the prompts      again: the summed slopes of their cache are pulled back to the parameters, once for all
+    the prompts      are not run again: the summed slopes of their cache are pulled back to the parameters, once for all
+
+A slope is a cotangent: the gradient of the loss with respect to that array.
 
 Dimension key: see grpo_jax.
 """
@@ -63,7 +65,7 @@ def packed_gradient(
     # Run the prompts; ``pull_prompts`` takes slopes of their results back to the parameters.
     def run_prompts(params: Any) -> tuple[Any, Any]:
         logps, entropy, prefix = score_first(policy, params, batch.prompts, batch.completions, **scoring)
-        floats, others = _part_floats(prefix)
+        floats, others = _split_floats(prefix)
         return (logps, entropy_of(entropy), floats), others
 
     (*first, prefix), pull_prompts, others = jax.vjp(
@@ -101,8 +103,8 @@ def packed_gradient(
             [put_groups(x, microbatch.groups, y) for x, y in zip(aligned, values, strict=True)],
         )
 
-    # What the micro-batches add to: the gradient; the slopes of the prompts' cache, in float32, whatever the cache is; and, not
-    # summed but put in their places, each group's log-probabilities, entropies, and the slopes of both at the first tokens.
+    # What the micro-batches add to: the gradient; the slopes of the prompts' cache, in float32 whatever the cache's type; and,
+    # not summed but put in their places, each group's log-probabilities, entropies, and the slopes of both at the first tokens.
     per_token = jnp.zeros((*groups.mask.shape[:-1], width), jnp.float32)  # [X, P, G, T]
     prefix_slopes = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), prefix)
     aligned = [per_token, per_token, per_token[..., 0], per_token[..., 0]]
@@ -118,20 +120,20 @@ def packed_gradient(
     return jax.tree.map(jnp.add, gradient, increment), logps, entropy
 
 
-def _part_floats(cache: Any) -> tuple[Any, Any]:
-    """The leaves of a cache that have gradients, and the others; None in the place of the rest."""
+def _split_floats(cache: Any) -> tuple[Any, Any]:
+    """Splits a cache into its float leaves and the others: two trees, each with None where the other has a leaf."""
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
     floats = jax.tree.map(lambda x: x if is_float(x) else None, cache)
     return floats, jax.tree.map(lambda x: None if is_float(x) else x, cache)
 
 
 def _join(floats: Any, others: Any) -> Any:
-    """The cache that `_part_floats` parted."""
+    """The cache that `_split_floats` split."""
     return jax.tree.map(lambda x, y: y if x is None else x, floats, others, is_leaf=lambda x: x is None)
 
 
 def _add_rows(total: jax.Array, row_prompts: jax.Array, rows: jax.Array) -> jax.Array:
-    """[X · P, ...] float32 plus rows [X · R, ...] of the prompts [X, R]."""
+    """Adds rows [X · R, ...] to the total [X · P, ...]; ``row_prompts`` [X, R] says to which prompt."""
     shards = len(row_prompts)
     add = jax.vmap(lambda x, at, rows: x.at[at].add(rows))
     return add(by_shard(total, shards), row_prompts, by_shard(rows.astype(total.dtype), shards)).reshape(total.shape)

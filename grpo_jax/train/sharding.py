@@ -67,13 +67,13 @@ def sharded_shapes(tree: Any, mesh: Mesh) -> Any:
 
 
 def row_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
-    """Rows (prompts, and with them their groups) spread over the data and fsdp axes, where so many ``rows`` divide."""
+    """Rows (prompts, and with them their groups) spread over data and fsdp, where ``rows`` is a multiple of data · fsdp."""
     divides = rows is None or rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
     return NamedSharding(mesh, ROWS) if divides else replicated(mesh)
 
 
 def row_shards(mesh: Mesh, rows: int | None = None) -> int:
-    """In how many equal parts rows are spread; 1 where so many ``rows`` do not divide, which are then not spread."""
+    """In how many equal parts rows are spread; 1 where ``rows`` is no multiple of data · fsdp: they are then not spread."""
     return mesh.shape["data"] * mesh.shape["fsdp"] if row_sharding(mesh, rows).spec == ROWS else 1
 
 
@@ -83,12 +83,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def rollout_shardings(rows: Any, whole: Any) -> Any:
-    """Where the arrays of a rollout lie: by rows, but for the one number."""
+    """Where the arrays of a rollout lie: spread by rows, except for the scalar ``useful``."""
     return Rollout(*(whole if field == "useful" else rows for field in Rollout._fields))
 
 
 def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str) -> Callable[..., Rollout]:
-    """``sample`` with the prompts' rows spread over data and fsdp, where they divide.
+    """``sample`` with the prompts' rows spread over data and fsdp, where their number allows it.
 
     Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. What fsdp spreads is
     gathered once, before the first token, in the type that the matrix products cast it to anyway.

@@ -1,4 +1,4 @@
-"""A gradient step: what it changes, what it sees, and the rule that a step that is not finite is skipped."""
+"""A gradient step: what it changes, what it sees, and the rule that skips a step whose loss or gradient is not finite."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def gradient_step(
     *,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """A step on any loss, without packing: the warm start takes it, and whoever has a loss of their own.
+    """A step on any loss, without packing: for the warm start, and for losses of your own.
 
     Args:
       state: see `TrainState`.

@@ -12,7 +12,7 @@ from grpo_jax.rollout import Policy, PromptBatch, score_groups
 def demonstration_terms(
     policy: Policy, params: Any, prompts: PromptBatch, answers: jax.Array, mask: jax.Array, *, chunk_size: int | None
 ) -> LossTerms:
-    """−log π of the demonstrations' tokens, as a sum over tokens and their number.
+    """−log π of the demonstrations' tokens, summed over tokens; the weight is their number.
 
     Args:
       policy, params: the model.

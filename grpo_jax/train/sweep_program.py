@@ -25,7 +25,7 @@ class SweepFunctions(NamedTuple):
 
     Attributes:
       start: (reference parameters [seeds, ...], betas) -> states; betas say how many points there are.
-      iterate: (states, ref_params or None, base_keys [seeds], index [seeds, K, P], table, count, first, betas, learning_rates)
+      iterate: (states, ref_params or None, base_keys [seeds], index [seeds, n, P], table, count, first, betas, learning_rates)
         -> (states, metrics, skipped), as `iterations`.
       measure: (params, keys [seeds], rows [seeds, blocks, P], table, first_sample) -> [..., blocks, P] successes, tokens and
         truncated completions of each prompt.
@@ -114,7 +114,7 @@ def over_points(function: Callable[..., Any], *, mesh: Mesh, batched: bool) -> C
 
 
 def make_sweep_mesh(points: int, devices: list[Any] | None = None) -> Mesh:
-    """A mesh of as many devices as divide the points of a seed equally.
+    """A mesh of the most devices over which the points of a seed spread equally.
 
     >>> dict(make_sweep_mesh(15, jax.devices()[:1]).shape)
     {'sweep': 1}

@@ -28,7 +28,7 @@ from grpo_jax.runs.directory import open_run_directory
 from grpo_jax.runs.errors import CheckpointError, Preempted, RunDirectoryError
 from grpo_jax.runs.evaluation import Completion
 from grpo_jax.runs.measured_policy import MeasuredPolicy, choose_directory, identity_of
-from grpo_jax.runs.reference import make_reference, read_reference
+from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run
 from grpo_jax.runs.setup import make_setup
 from grpo_jax.tasks import Example, Task, Verdict, find_answer, find_verifier
@@ -81,8 +81,8 @@ def run(tmp_path_factory):
     setup = make_setup(c, *validate(c, num_devices=8))
     with open_run_directory(workdir, flat(c)) as directory, jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
         session = Run(c, setup, directory, Console(file=io.StringIO()), None, jax.random.key(0), [])
-        make_reference(session)
-        reference = read_reference(session)
+        measured_reference(session)
+        reference = reference_params(session)
         policy = jax.tree.map(lambda x: 1.2 * x, reference)
         checkpoints = Checkpoints(directory / "checkpoints", keep=None)
         for step, params in ((2, reference), (3, policy)):

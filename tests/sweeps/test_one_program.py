@@ -13,9 +13,9 @@ from rich.console import Console
 
 from grpo_jax.config import ConfigError, validate
 from grpo_jax.runs.errors import Preempted, RunDirectoryError
-from grpo_jax.runs.loop import iterate
+from grpo_jax.runs.loop import run_iterations
 from grpo_jax.runs.measurement import measure
-from grpo_jax.runs.reference import make_reference, read_reference
+from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run
 from grpo_jax.runs.setup import make_setup, put_table
 from grpo_jax.sweeps import one_program as sweep_module
@@ -101,9 +101,9 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
     config = tiny_config(**CHANGES, seed=SEEDS[seed], objective__beta=BETAS[point])
     setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
     run = Run(config, setup, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
-    before = make_reference(run)
+    before = measured_reference(run)
     assert before == json.loads((directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json").read_text())
-    params = iterate(run, read_reference(run), before, None)
+    params = run_iterations(run, reference_params(run), before, None)
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] == "train"]
