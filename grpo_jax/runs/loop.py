@@ -153,7 +153,7 @@ def run_iterations(
       prediction: shown beside the current success probability.
 
     Raises:
-      Preempted, Diverged, CheckpointError, VerifierFailed.
+      Preempted, Diverged, CheckpointError.
     """
     c, setup = run.config, run.setup
     # From the newest checkpoint, or from the reference.
