@@ -151,9 +151,9 @@ def _predict(settings: list[Setting], works: list[str], name: str) -> list[dict[
     print(f"limits: {H200}; compiled for {device.device_kind}", flush=True)
     for setting in settings:
         for work in works:
-            row, found = predict(work, setting, H200, device)
+            row, largest_loops = predict(work, setting, H200, device)
             rows.append(row)
-            print(f"\n{work}, {setting}", *describe(found, H200), sep="\n", flush=True)
+            print(f"\n{work}, {setting}", *describe(largest_loops, H200), sep="\n", flush=True)
     print(f"\n{prediction_table(rows)}")
     return rows
 

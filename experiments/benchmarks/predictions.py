@@ -80,7 +80,7 @@ def predict(work: str, setting: Setting, limits: Device, device: Any) -> tuple[d
         "limit_seconds": seconds,
         "goal_seconds": seconds / GOALS[work],
         "tokens": work_load.tokens,
-        "kept_bytes": kept_bytes,
+        "held": kept_bytes,
         "xla_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes,
         "compile_seconds": compile_seconds,
         "moved": largest,
