@@ -8,6 +8,7 @@ link that leads nowhere.
 import ast
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Equations as MathML, which browsers draw without a script."""
-    html = re.sub(r'(?s)<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: convert(m[1]), html)
-    display = lambda m: f'<div class="equation">{convert(m[1].strip(), display="block")}</div>'  # noqa: E731
+    """Equations as MathML, which browsers draw without a script. An & is written &amp; in HTML, and parts columns in LaTeX."""
+    inline = lambda m: convert(unescape(m[1]))  # noqa: E731
+    html = re.sub(r'(?s)<span class="arithmatex">\\\((.*?)\\\)</span>', inline, html)
+    display = lambda m: f'<div class="equation">{convert(unescape(m[1].strip()), display="block")}</div>'  # noqa: E731
     return re.sub(r'(?s)<div class="arithmatex">\\\[(.*?)\\\]</div>', display, html)
 
 
