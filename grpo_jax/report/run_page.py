@@ -10,6 +10,7 @@ from grpo_jax.objective import Objective, beta_effective
 from grpo_jax.report.evaluation_numbers import dead_share, success_bound
 from grpo_jax.report.forecast import interval_dict, mean_with_interval
 from grpo_jax.report.markdown import Lines, inline, interval_text, page_start
+from grpo_jax.report.standing import in_words
 
 
 def start_lines(config: Any, objective: Objective, *, num_prompts: int, task: str) -> Lines:
@@ -65,11 +66,10 @@ def result_lines(result: dict[str, Any]) -> Lines:
     lines.append(("final p̂", interval_text(result["p_final"], confidence)))
 
     # The measurement beside the prediction, where there is one.
-    expected_kl, is_short = "no prediction of p*: see the fixed point above", False
+    expected_kl = "no prediction of p*: see the fixed point above"
     if "p_star" in result:
         difference, rms = result["difference"], result["rms"]
         expected_kl = f"{result['kl_predicted']:.4f} predicted"
-        is_short = difference["mean"] < 0 and not difference["inside"]
         test = "no test: nothing was solved"
         if result["p_ref"]["mean"] > 0 or result["p_final"]["mean"] > 0:
             verdict = "inside" if difference["inside"] else "OUTSIDE"
@@ -82,6 +82,7 @@ def result_lines(result: dict[str, Any]) -> Lines:
         if result["folds"]:
             lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
+    lines += ledger_lines(result.get("ledger", {}), confidence)
 
     for name, key, form in (
         ("greedy accuracy", "greedy", ".4f"),
@@ -93,8 +94,26 @@ def result_lines(result: dict[str, Any]) -> Lines:
         lines.append((name, f"{before[key]:{form}} before   {after[key]:{form}} after"))
     if after["verdicts"]:
         lines.append(("verdicts after", verdict_counts(after["verdicts"])))
-    if is_short:
-        lines.append(("in words", _why_short(after["kl"] / max(result["kl_predicted"], 1e-9))))
+    return [*lines, ("in words", in_words(result))]
+
+
+def ledger_lines(ledger: dict[str, Any], confidence: float) -> Lines:
+    """(quantity, value) lines: how the nats were spent, and what was climbed."""
+    if not ledger:
+        return []
+    lines = [
+        ("… useful, kl(p̂‖p_ref)", interval_text(ledger["useful"], confidence)),
+        ("… within successes", interval_text(ledger["within_successes"], confidence)),
+        ("… within failures", interval_text(ledger["within_failures"], confidence)),
+    ]
+    if "objective" in ledger:
+        optimum = f"   0 at the start, {ledger['objective_optimum']:.4f} at p*"
+        lines += [
+            ("… beyond a rest point", interval_text(ledger["beyond_rest"], confidence, "+")),
+            ("objective Φ(p̂) − β KL", interval_text(ledger["objective"], confidence, "+") + optimum),
+        ]
+    if "followed" in ledger:
+        lines.append(("share of the pull followed", interval_text(ledger["followed"], confidence)))
     return lines
 
 
@@ -121,14 +140,3 @@ def verdict_counts(verdicts: dict[str, int]) -> str:
     'correct 3, wrong 1,200'
     """
     return ", ".join(f"{name} {count:,}" for name, count in sorted(verdicts.items()))
-
-
-def _why_short(share: float) -> str:
-    """Why a run may have ended below p*, from the share of the predicted KL that it spent."""
-    spent = f"the run ended below p*, with {share:.0%} of the predicted KL spent"
-    if share > 0.9:
-        return f"{spent}: the gradient dies near p* = 1, or the KL went into something else than success"
-    return (
-        f"{spent}: it has not arrived. More iterations or a larger learning rate may take it further, unless the model cannot "
-        "represent the policy that the theory asks for"
-    )

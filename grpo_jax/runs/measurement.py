@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
 from grpo_jax.runs.errors import VerifierFailed
 from grpo_jax.runs.run import Run, say
@@ -51,6 +52,7 @@ class Measurement(NamedTuple):
     Attributes:
       successes: [Q] int64.  trials: of each prompt.
       kl: mean log π/π_ref over completions, an estimate of E_q KL(π‖π_ref) in nats; None without a reference.
+      log_ratio_sums: [Q, 2, 4], see `Tally`; None without a reference.
       length: mean tokens of a completion.  truncated: share that never stopped.
       verdicts: counts by verdict, of a verifier on the host.
       examples: prompt, completion and reward of a few samples.
@@ -63,10 +65,16 @@ class Measurement(NamedTuple):
     truncated: float
     verdicts: dict[str, int]
     examples: list[dict[str, Any]]
+    log_ratio_sums: np.ndarray | None = None
 
     def record(self, greedy: float | None) -> dict[str, Any]:
         """As JSON, with the accuracy of the greedy completions."""
-        return self._asdict() | {"successes": self.successes.tolist(), "greedy": greedy}
+        names = [name for name in self._fields if name != "log_ratio_sums"]
+        return {name: getattr(self, name) for name in names} | {"successes": self.successes.tolist(), "greedy": greedy}
+
+    def tally(self) -> Tally | None:
+        """What the ledger is made from; None without a reference."""
+        return None if self.log_ratio_sums is None else Tally(self.successes, self.trials, self.log_ratio_sums)
 
 
 def measure(
@@ -99,6 +107,7 @@ def measure(
     shown = setup.probed[np.linspace(0, num_prompts - 1, min(examples, num_prompts)).astype(int)]
 
     successes, sums = np.zeros(num_prompts, np.int64), np.zeros(3)  # sums: log-ratios, tokens, truncated completions
+    powers = np.zeros((num_prompts, 2, POWERS))  # sums of powers of the log-ratios of failures and of successes
     verdicts: Counter[str] = Counter()
     texts: list[dict[str, Any]] = []
     batch = run.config.data.prompts_per_iteration
@@ -108,24 +117,32 @@ def measure(
             run, params, ref_params, key, rows, samples=samples, batch_samples=batch_samples, greedy=greedy
         )
         for number, judged in enumerate(batches):
-            rollout, log_ratios = judged.rollout, 0.0 if judged.log_ratios is None else judged.log_ratios
+            rollout, against_itself = judged.rollout, np.zeros_like(judged.rewards)
+            log_ratios = against_itself if judged.log_ratios is None else np.asarray(judged.log_ratios)
             successes[places] += judged.rewards.sum(-1).astype(np.int64)
+            powers[places] += log_ratio_sums(judged.rewards, log_ratios)
             sums += [np.asarray(x, np.float64).sum() for x in (log_ratios, rollout.mask.sum(-1), rollout.truncated)]
             verdicts.update(judged.verdict_counts())
             if number == 0 and examples:
                 texts += _examples(setup, judged, rows, shown)
     kl, length, truncated = (sums / (num_prompts * samples)).tolist()
-    return Measurement(successes, samples, None if ref_params is None else kl, length, truncated, dict(verdicts), texts)
+    measured_kl = (None, None) if ref_params is None else (kl, powers)
+    return Measurement(
+        successes, samples, measured_kl[0], length, truncated, dict(verdicts), texts, log_ratio_sums=measured_kl[1]
+    )
 
 
-def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> dict[str, Any]:
-    """The measurement before and after training, as JSON: per-prompt successes, greedy accuracy, KL, lengths, samples."""
+def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> tuple[dict[str, Any], Tally | None]:
+    """The measurement before and after training, as JSON, with what its ledger is made from.
+
+    It has per-prompt successes, greedy accuracy, KL, lengths and samples.
+    """
     c = run.config.evaluate
     say(run.console, f"measuring the success probability: {c.final_samples} samples of every prompt")
     sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples)
     check_verifier(run, sampled.verdicts)
     greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
-    return sampled.record(float(greedy.successes.mean()))
+    return sampled.record(float(greedy.successes.mean())), sampled.tally()
 
 
 def check_verifier(run: Run, verdicts: dict[str, int]) -> None:

@@ -21,7 +21,7 @@ def measured_reference(run: Run) -> dict[str, Any]:
     """
     if not (run.directory / REFERENCE).exists():
         params = reference_params(run)
-        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0))
+        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
         check_preempted(run)
     return read_json(run.directory / REFERENCE)
 

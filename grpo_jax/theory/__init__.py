@@ -14,6 +14,7 @@ from grpo_jax.theory.forward_kl import (
     forward_kl_success_map,
 )
 from grpo_jax.theory.groups import dead_fraction, dead_fraction_of_counts, groups_per_live_group, mean_dead_fraction
+from grpo_jax.theory.ledger import KLSplit, objective_gain, potential, rest_excess, split_kl
 from grpo_jax.theory.limits import (
     FixedPoint,
     LimitPoint,
@@ -52,6 +53,7 @@ __all__ = [
     "Cusp",
     "FixedPoint",
     "Group",
+    "KLSplit",
     "LimitPoint",
     "MeanOnly",
     "NoisyVerifier",
@@ -95,6 +97,7 @@ __all__ = [
     "mirror_flow",
     "mirror_step_kl",
     "mirror_steps",
+    "objective_gain",
     "omega",
     "omega_minus",
     "omega_plus",
@@ -103,9 +106,12 @@ __all__ = [
     "orbit_end",
     "plan",
     "policy_entropy",
+    "potential",
     "predict",
     "recommended_range",
     "renyi_correction",
+    "rest_excess",
+    "split_kl",
     "success_map",
     "success_map_slope",
     "wilson_interval",

@@ -12,7 +12,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+
+LEVEL, PANELS, NODES = 40.0, 20, 16
+"""Of the integrals over log-odds: where an integrand has levelled off, and the panels and nodes up to there."""
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -63,6 +67,11 @@ class Whitened:
         """dΩ/dp at log-odds [...]."""
         return 0.5 * jnp.tanh(logit / 2) * self.omega(logit) ** 3
 
+    def potential(self, logit: jax.Array) -> jax.Array:
+        """∫Ω dp from p = ½ at log-odds [...]: the angle whose sine is (2p − 1)/√(1 + 4ε); its cosine is 2√(v + ε)/√(1 + 4ε)."""
+        cosine = 2 * jnp.sqrt(variance(logit) + jnp.asarray(self.epsilon, logit.dtype))
+        return jnp.arctan2(jnp.tanh(logit / 2), cosine)
+
 
 @as_tree("epsilon")
 @dataclass(frozen=True)
@@ -88,6 +97,16 @@ class WhitenedStd:
         """dΩ/dp at log-odds [...]."""
         return 0.5 * jnp.tanh(logit / 2) / _std(logit) * self.omega(logit) ** 2
 
+    def potential(self, logit: jax.Array) -> jax.Array:
+        """∫Ω dp from p = ½ at log-odds [...].
+
+        With p = sin²(φ/2), dp = √v dφ and √v = ½ sin φ, so ∫Ω dp = φ − a ∫dφ/(sin φ + a) with a = 2ε.
+        """
+        a = 2 * jnp.asarray(self.epsilon, logit.dtype)
+        angle = lambda x: jnp.arctan2(2 * _std(x), -jnp.tanh(x / 2))  # noqa: E731
+        from_zero = lambda x: angle(x) - a * _angle_integral(x, a)  # noqa: E731
+        return from_zero(logit) - from_zero(jnp.zeros_like(logit))
+
 
 @as_tree()
 @dataclass(frozen=True)
@@ -107,6 +126,10 @@ class MeanOnly:
     def slope(self, logit: jax.Array) -> jax.Array:
         """dΩ/dp at log-odds [...]."""
         return jnp.zeros_like(logit)
+
+    def potential(self, logit: jax.Array) -> jax.Array:
+        """p − ½ at log-odds [...]."""
+        return jnp.tanh(logit / 2) / 2
 
 
 @as_tree("epsilon")
@@ -167,6 +190,17 @@ class Group:
         tilt = jnp.exp(power * jax.nn.log_sigmoid(-logit)) - jnp.exp(power * jax.nn.log_sigmoid(logit))
         return (rise - self.omega(logit) * self.size * tilt) / self._live(logit)
 
+    def potential(self, logit: jax.Array) -> jax.Array:
+        """∫Ω_G dp from p = ½ at log-odds [...]: the integral of a binomial mean is a binomial mean of partial sums.
+
+        With dynamic sampling it is Gauss and Legendre's rule in log-odds, where Ω dp = Ω v dL is smooth and levels off.
+        """
+        if self.dynamic_sampling:
+            return _integral(lambda x: self.omega(x) * variance(x), logit)
+        coefficients = self._coefficients(logit.dtype)
+        partial_sums = jnp.append(0.0, jnp.cumsum(coefficients)) / coefficients.shape[0]
+        return _binomial_mean(partial_sums, logit) - _binomial_mean(partial_sums, jnp.zeros_like(logit))
+
     def _live(self, logit: jax.Array) -> jax.Array:
         """1 − p^G − (1−p)^G without the difference: Σ_k C(G,k) p^k (1−p)^{G−k} = v G(G−1) E[1/((J+1)(G−1−J))]."""
         j = jnp.arange(self.size - 1, dtype=logit.dtype)
@@ -219,6 +253,11 @@ class NoisyVerifier:
     def slope(self, logit: jax.Array) -> jax.Array:
         """dΩ/dp = J² dΩ_w/dp̃ at log-odds [...] of the true p."""
         return self.advantage(logit.dtype) ** 2 * self.weights.slope(self.observed(logit))
+
+    def potential(self, logit: jax.Array) -> jax.Array:
+        """∫Ω dp from p = ½ at log-odds [...] of the true p: that of the observed p̃, because J dp = dp̃."""
+        observed = self.weights.potential(self.observed(logit))
+        return observed - self.weights.potential(self.observed(jnp.zeros_like(logit)))
 
     def advantage(self, dtype: jnp.dtype) -> jax.Array:
         """J = TPR − FPR, Youden's index."""
@@ -374,6 +413,37 @@ def _binomial_mean(values: jax.Array, logit: jax.Array) -> jax.Array:
     # because the fused float32 reductions of jax 0.11 and 0.12's CPU backend return wrong sums inside larger programs.
     both = jnp.matmul(mass, jnp.stack([values, jnp.ones_like(values)], axis=-1), precision="highest")
     return both[..., 0] / both[..., 1]
+
+
+def _angle_integral(logit: jax.Array, a: jax.Array) -> jax.Array:
+    """∫_0^φ dφ'/(sin φ' + a) at φ = 2 arcsin √p, for a ≥ 0; 0 at a = 0, where it is multiplied by a.
+
+    It is 2 atanh(√D x)/√D with D = 1 − a² and x = √p/(√p + a√(1 − p)), and an arc tangent where D < 0. Near √D x = 1 the
+    difference 1 − √D x is computed without cancellation, near D = 0 both are their series.
+    """
+    right, wrong = (jnp.exp(jax.nn.log_sigmoid(x) / 2) for x in (logit, -logit))
+    is_zero = a == 0
+    a = jnp.where(is_zero, 1.0, a)
+    below = right + a * wrong
+    x, d = right / below, 1 - a * a
+    root = jnp.sqrt(jnp.maximum(jnp.abs(d), 1e-30))
+    rest = a * (wrong + right * a / (1 + root)) / below  # 1 − √D x where D > 0
+    below_one = jnp.log1p((2 * root * x) / jnp.where(d > 0, rest, 1.0)) / root
+    above_one = 2 * jnp.arctan(root * x) / root
+    series = 2 * x * (1 + d * x**2 / 3 + d**2 * x**4 / 5 + d**3 * x**6 / 7)
+    integral = jnp.where(jnp.abs(d) < 1e-3, series, jnp.where(d > 0, below_one, above_one))
+    return jnp.where(is_zero, 0.0, integral)
+
+
+def _integral(f: Callable[[jax.Array], jax.Array], end: jax.Array) -> jax.Array:
+    """∫_0^end f(x) dx at ends [...], for f that is smooth on scales of 1 and constant beyond |x| = `LEVEL`."""
+    nodes, node_weights = np.polynomial.legendre.leggauss(NODES)
+    grid = ((np.arange(PANELS)[:, None] + (nodes + 1) / 2) / PANELS).reshape(-1)  # [PANELS·NODES] in (0, 1)
+    shares = np.tile(node_weights / (2 * PANELS), PANELS)
+    grid, shares = (jnp.asarray(x, end.dtype).reshape((1,) * end.ndim + (-1,)) for x in (grid, shares))
+    inside = jnp.clip(end, -LEVEL, LEVEL)
+    total = (f(inside[..., None] * grid) * shares).sum(-1) * inside
+    return total + jnp.where(jnp.abs(end) > LEVEL, end - inside, 0.0) * f(inside)
 
 
 def _check_epsilon(epsilon: ArrayLike) -> None:
