@@ -9,6 +9,7 @@ import numpy as np
 
 from grpo_jax.report.figure import INK, MEASURED, PREDICTED, new_figure, save_figure
 from grpo_jax.report.markdown import Lines, escaped, inline, interval_text, page_start
+from grpo_jax.report.run_page import ledger_lines
 
 NEVER = "#999999"  # colour of the prompts that were never solved
 WIDTH = 112  # characters of a line of samples.txt
@@ -35,6 +36,8 @@ def result_lines(result: dict[str, Any]) -> Lines:
     if kl := result["kl"]:
         error = "" if kl["half_width"] is None else f"   {confidence:.0%} ±{kl['half_width']:.4f}"
         lines.append(("KL(π‖π_ref), nats", f"{kl['mean']:.4f}{error}"))
+        unknown = "not known: --checkpoint=reference measures the reference on these prompts"
+        lines += ledger_lines(result["ledger"], confidence) if "ledger" in result else [("… useful", unknown)]
     completions = result["prompts"] * result["samples"]
     verdicts = [f"{name} {count:,} ({count / completions:.1%})" for name, count in result["verdicts"].items()]
     lines += [

@@ -259,47 +259,55 @@ def mean_over_prompts(estimates: Estimates, confidence: float) -> dict[str, dict
     return means
 
 
-def balance_setting(config: Any, objective: Objective) -> dict[str, Any]:
-    """The ``weights`` and ``beta`` of `ledger_of_prompts`: None where not KL(π‖π_ref) alone decides where training ends."""
-    weights = group_weights(objective, config.rollout.group_size)
-    is_known = objective.kl_direction == "reverse" and weights is not None and not config.objective.entropy_bonus
-    return {"weights": weights, "beta": config.objective.beta} if is_known else {"weights": None, "beta": None}
+class Ledger(NamedTuple):
+    """The ledger of a measured policy.
+
+    Attributes:
+      means: name -> mean over the prompts with its interval, of the quantities of `ledger_of_prompts`. ``gain`` and ``pull`` are
+        given as ``followed``, Σ gain / Σ pull: the share of the pull that the policy has followed. At p* it is 1, at rest it
+        is ρ of the network. ``objective_optimum``, a number, is the objective of the optimal policy.
+      prompts: name -> [Q].
+    """
+
+    means: dict[str, Any]
+    prompts: dict[str, np.ndarray]
+
+    def row(self) -> dict[str, float]:
+        """The means, for the metrics row of a probe."""
+        shown = ("useful", "within_successes", "within_failures", "at_rest", "beyond_rest", "objective", "slope")
+        return {f"ledger/{name}": self.means[name]["mean"] for name in shown if name in self.means}
 
 
-def ledger_of_run(config: Any, objective: Objective, before: dict[str, Any], tally: Tally | None) -> Estimates | None:
-    """`ledger_of_prompts` from the measurement of the reference; None where nothing can be said, for want of samples or of ℓ."""
+def ledger_of_run(config: Any, objective: Objective, before: dict[str, Any], tally: Tally | None) -> Ledger | None:
+    """The ledger of a policy of a run.
+
+    Args:
+      config, objective: of the run. Where not KL(π‖π_ref) alone decides where training ends, the ledger is the split of the KL.
+      before: counts of the reference: "successes", "trials".
+      tally: of the policy; None where no log-ratios were measured.
+
+    Returns:
+      The ledger; None without log-ratios, or with too few samples of a prompt.
+    """
     if tally is None or min(tally.trials, before["trials"]) < FEWEST:
         return None
-    setting = balance_setting(config, objective)
-    return ledger_of_prompts(tally, np.array(before["successes"]), before["trials"], **setting)
-
-
-def make_ledger(config: Any, objective: Objective, before: dict[str, Any], estimates: Estimates) -> dict[str, Any]:
-    """The ledger as result.json holds it: means over the prompts with their intervals.
-
-    Besides the names of `ledger_of_prompts` there are ``followed``, Σ gain / Σ pull, the share of the pull that the policy has
-    followed (at rest it is ρ of the network, at p* it is 1), and ``objective_optimum``, the objective of the optimal policy.
-    """
+    weights = group_weights(objective, config.rollout.group_size)
+    setting: dict[str, Any] = {"weights": weights, "beta": config.objective.beta}
+    if objective.kl_direction != "reverse" or weights is None or config.objective.entropy_bonus:
+        setting = {"weights": None, "beta": None}
+    counts = np.array(before["successes"])
+    estimates = ledger_of_prompts(tally, counts, before["trials"], **setting)
     means: dict[str, Any] = mean_over_prompts(estimates, config.evaluate.confidence)
-    setting = balance_setting(config, objective)
-    if setting["weights"] is None:
-        return means
-    gain, pull = means.pop("gain"), means.pop("pull")["mean"]
-    if pull > 0:
-        means["followed"] = {end: x / pull for end, x in gain.items()}
-    p_ref = np.array(before["successes"]) / before["trials"]
-    with jax.enable_x64(True):
-        star = theory.flow_point(p_ref, **setting)
-        optimum = theory.objective_gain(star, p_ref, theory.bernoulli_kl(star, p_ref), **setting)
-        means["objective_optimum"] = float(optimum.mean())
-    return means
-
-
-def ledger_row(estimates: Estimates | None) -> dict[str, float]:
-    """The means over the prompts, for the metrics row of a probe; {} where there are none."""
-    shown = ("useful", "within_successes", "within_failures", "at_rest", "beyond_rest", "objective", "slope")
-    values = {} if estimates is None else estimates.values
-    return {f"ledger/{name}": float(values[name].mean()) for name in shown if name in values}
+    if "pull" in means:
+        gain, pull = means.pop("gain"), means.pop("pull")["mean"]
+        if pull > 0:
+            means["followed"] = {end: x / pull for end, x in gain.items()}
+        p_ref = counts / before["trials"]
+        with jax.enable_x64(True):
+            star = theory.flow_point(p_ref, **setting)
+            optimum = theory.objective_gain(star, p_ref, theory.bernoulli_kl(star, p_ref), **setting)
+            means["objective_optimum"] = float(optimum.mean())
+    return Ledger(means, estimates.values)
 
 
 def _log_share(count: np.ndarray, of: int) -> np.ndarray:

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import theory
-from grpo_jax.objective import Objective
 from grpo_jax.report.forecast import interval_dict, mean_with_interval
-from grpo_jax.report.ledger import Estimates, make_ledger
+from grpo_jax.report.ledger import Ledger
 from grpo_jax.report.standing import standing
 
 PER_PROMPT = ("kl", "useful", "within_successes", "within_failures", "at_rest", "objective")  # of the ledger
@@ -17,16 +16,15 @@ PER_PROMPT = ("kl", "useful", "within_successes", "within_failures", "at_rest", 
 
 def make_result(
     config: Any,
-    objective: Objective,
     before: dict[str, Any],
     after: dict[str, Any],
     forecast: theory.Prediction | None,
-    ledger: Estimates | None,
+    ledger: Ledger | None = None,
 ) -> dict[str, Any]:
     """What result.json holds, from the counts before and after training.
 
     Args:
-      config, objective: of the run.
+      config: of the run.
       before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts".
       forecast: the prediction made from ``before``; None where the objective has none.
       ledger: of the policy after training; None where no log-ratios were measured.
@@ -77,8 +75,8 @@ def make_result(
         }
         prompts |= {k: getattr(forecast, k) for k in ("p_star", "p_star_low", "p_star_high")}
     if ledger is not None:
-        result["ledger"] = make_ledger(config, objective, before, ledger)
-        prompts |= {name: ledger.values[name] for name in PER_PROMPT if name in ledger.values}
+        result["ledger"] = ledger.means
+        prompts |= {name: ledger.prompts[name] for name in PER_PROMPT if name in ledger.prompts}
     result["standing"] = standing(result, before)
     return result | {"prompts": {name: np.asarray(values).tolist() for name, values in prompts.items()}}
 

@@ -25,6 +25,7 @@ from grpo_jax.config import task_options, validate
 from grpo_jax.files import read_json, write_json, write_jsonl, write_text
 from grpo_jax.report import evaluation_numbers, evaluation_page
 from grpo_jax.report.evaluation_numbers import majority_at_k, powers_of_two
+from grpo_jax.report.ledger import Tally, ledger_of_run, log_ratio_sums
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.directory import EVALUATIONS, RESULT, lock_directory, open_run_directory
 from grpo_jax.runs.errors import RunDirectoryError
@@ -35,6 +36,7 @@ from grpo_jax.runs.measured_policy import (
     choose_directory,
     find_policy,
     identity_of,
+    reference_counts,
     stored_config,
 )
 from grpo_jax.runs.measurement import check_verifier, judged_samples
@@ -131,15 +133,19 @@ def evaluate(
         pool = stack.enter_context(VerifierPool(setup.task.verify, **settings))
         signals = stack.enter_context(sigterm_as_flag())
         run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
-        return measure_and_write(run, policy, dropped=len(task.examples) - len(setup.task.examples))
+        before = reference_counts(workdir, setup, identity, stored)
+        return measure_and_write(run, policy, before, dropped=len(task.examples) - len(setup.task.examples))
 
 
-def measure_and_write(run: Run, policy: MeasuredPolicy, *, dropped: int) -> dict[str, Any]:
+def measure_and_write(
+    run: Run, policy: MeasuredPolicy, before: dict[str, Any] | None, *, dropped: int
+) -> dict[str, Any]:
     """Measures a policy and writes the files of its evaluation, result.json last.
 
     Args:
       run: whose directory is that of the evaluation.
       policy: see `MeasuredPolicy`.
+      before: counts of the reference on the same prompts, for the ledger; None where there are none.
       dropped: examples of the task that are too long.
 
     Returns:
@@ -165,6 +171,11 @@ def measure_and_write(run: Run, policy: MeasuredPolicy, *, dropped: int) -> dict
         **{key: c.rollout[key] for key in TRUNCATIONS},
         "max_completion": c.rollout.max_completion,
     }
+    if before is not None and rows[0]["log_ratio_sums"] is not None:
+        counts = np.array([row["successes"] for row in rows])
+        tally = Tally(counts, result["samples"], np.array([row["log_ratio_sums"] for row in rows]))
+        ledger = ledger_of_run(c, run.setup.recipe.objective, before, tally)
+        result |= {} if ledger is None else {"ledger": ledger.means}
     shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
     write_jsonl(directory / "prompts.jsonl", rows)
     write_jsonl(directory / "samples.jsonl", samples)
@@ -253,10 +264,11 @@ def judged_completions(
 def _row(task: Task, index: int, sampled: Sequence[Completion], greedy: Completion) -> dict[str, Any]:
     """One prompt's line of prompts.jsonl."""
     ratios = [x.log_ratio for x in sampled if x.log_ratio is not None]
+    rewards = np.array([x.reward for x in sampled])
     majority = common = None
     if task.answer is not None:
-        answers, rewards = [_answer(task, x) for x in sampled], [x.reward for x in sampled]
-        majority = {str(k): majority_at_k(answers, rewards, k) for k in powers_of_two(len(sampled))}
+        answers = [_answer(task, x) for x in sampled]
+        majority = {str(k): majority_at_k(answers, rewards.tolist(), k) for k in powers_of_two(len(sampled))}
         common = Counter(a[:100] for a in answers if a is not None).most_common(3)
     return {
         "index": index,
@@ -271,6 +283,7 @@ def _row(task: Task, index: int, sampled: Sequence[Completion], greedy: Completi
         "truncated": sum(x.truncated for x in sampled),
         "disagreements": sum(x.reward != x.verdict.reward for x in [*sampled, greedy]),
         "kl": sum(ratios) / len(ratios) if ratios else None,
+        "log_ratio_sums": log_ratio_sums(rewards[None], np.array(ratios)[None])[0].tolist() if ratios else None,
         "majority": majority,
         "answers": common,
     }

@@ -15,7 +15,7 @@ from grpo_jax.config import flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.report import forecast, run_figure, run_page, run_result
-from grpo_jax.report.ledger import ledger_of_run, ledger_row
+from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
@@ -109,7 +109,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     ref_params = reference_params(run) if ref_params is None else ref_params
     after, tally = measure_in_full(run, params, ref_params, config.train.iterations)
     ledger = ledger_of_run(config, objective, before, tally)
-    result = run_result.make_result(config, objective, before, after, prediction, ledger)
+    result = run_result.make_result(config, before, after, prediction, ledger)
     probes = [row for row in read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
     probes.append(forecast.probe_row(config.train.iterations, after, c.confidence))
     recursion = None
@@ -196,7 +196,8 @@ def run_iterations(
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
                     probe = measure(run, state.params, ref_params, n)
                     probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
-                    log.write(probe_row | ledger_row(ledger_of_run(c, setup.recipe.objective, before, probe.tally())))
+                    ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally())
+                    log.write(probe_row | ({} if ledger is None else ledger.row()))
                     success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
                 line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")

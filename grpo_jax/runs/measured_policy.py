@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.config import flat, task_options, validate
-from grpo_jax.files import read_json
+from grpo_jax.files import read_json, read_jsonl
 from grpo_jax.runs.checkpoints import Checkpoints, digests
-from grpo_jax.runs.directory import CONFIG, check_same, contents
+from grpo_jax.runs.directory import CONFIG, EVALUATIONS, REFERENCE, RESULT, check_same, contents
 from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
 from grpo_jax.runs.setup import Setup, make_tokenizer
 from grpo_jax.tasks import Task
@@ -130,6 +130,36 @@ def identity_of(config: Any, task: Task, policy: MeasuredPolicy) -> dict[str, An
         "checkpoint.name": policy.name,
         "checkpoint.parameters": hashlib.sha256(json.dumps(digests(policy.params)).encode()).hexdigest(),
     }
+
+
+def reference_counts(
+    workdir: Path, setup: Setup, identity: dict[str, Any], stored: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """The counts of the reference on the prompts that are measured: {"successes" [Q], "trials"}, or None where there are none.
+
+    They are those of an evaluation of the reference that differs in nothing else, or those of the run itself.
+
+    Args:
+      workdir: the run directory.
+      setup: of the measurement.
+      identity: see `identity_of`.
+      stored: the run's config, or None.
+    """
+    groups = ("model.", "data.", "rollout.", "task.examples", "task.verify", "seed", "evaluate.prompts")
+    deciding = {k: v for k, v in identity.items() if k.startswith(groups) and k != "rollout.group_size"}
+
+    def same(other: dict[str, Any]) -> bool:
+        return all(other.get(key) == json.loads(json.dumps(value)) for key, value in deciding.items())
+
+    for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULT}")):
+        other = read_json(path.with_name(CONFIG))
+        if other["checkpoint.name"] == "reference" and same(other):
+            rows = {row["index"]: row for row in read_jsonl(path.with_name("prompts.jsonl"))}
+            counted = [rows[index] for index in setup.probed.tolist()]
+            return {"successes": [row["successes"] for row in counted], "trials": counted[0]["trials"]}
+    if stored is not None and same(stored) and (workdir / REFERENCE).exists():
+        return read_json(workdir / REFERENCE)
+    return None
 
 
 def choose_directory(

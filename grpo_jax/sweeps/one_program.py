@@ -143,9 +143,7 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
         if not config.objective.entropy_bonus:
             options = setting | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
             prediction = forecast.make_forecast(successes, trials, **options)
-        result = run_result.make_result(
-            plan.config(config, seed, point), objective, before[seed], after[seed][point], prediction, None
-        )
+        result = run_result.make_result(plan.config(config, seed, point), before[seed], after[seed][point], prediction)
         more = {"learning_rate": plan.learning_rates[point]}
         results.append(result | more | {"diverged": bool(worst[seed][point] > config.train.max_skipped)})
     return results

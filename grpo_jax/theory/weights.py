@@ -438,11 +438,12 @@ def _angle_integral(logit: jax.Array, a: jax.Array) -> jax.Array:
 def _integral(f: Callable[[jax.Array], jax.Array], end: jax.Array) -> jax.Array:
     """∫_0^end f(x) dx at ends [...], for f that is smooth on scales of 1 and constant beyond |x| = `LEVEL`."""
     nodes, node_weights = np.polynomial.legendre.leggauss(NODES)
-    grid = ((np.arange(PANELS)[:, None] + (nodes + 1) / 2) / PANELS).reshape(-1)  # [PANELS·NODES] in (0, 1)
-    shares = np.tile(node_weights / (2 * PANELS), PANELS)
-    grid, shares = (jnp.asarray(x, end.dtype).reshape((1,) * end.ndim + (-1,)) for x in (grid, shares))
+    shape = (1,) * end.ndim + (-1,)
+    grid = ((np.arange(PANELS)[:, None] + (nodes + 1) / 2) / PANELS).reshape(shape)  # PANELS·NODES points in (0, 1)
+    shares = np.tile(node_weights / (2 * PANELS), PANELS).reshape(shape)
     inside = jnp.clip(end, -LEVEL, LEVEL)
-    total = (f(inside[..., None] * grid) * shares).sum(-1) * inside
+    at_nodes = f(inside[..., None] * jnp.asarray(grid, end.dtype))
+    total = (at_nodes * jnp.asarray(shares, end.dtype)).sum(-1) * inside
     return total + jnp.where(jnp.abs(end) > LEVEL, end - inside, 0.0) * f(inside)
 
 

@@ -9,9 +9,7 @@ from grpo_jax.report.ledger import (
     Tally,
     ledger_of_prompts,
     ledger_of_run,
-    ledger_row,
     log_ratio_sums,
-    make_ledger,
     mean_over_prompts,
 )
 from tests.tiny_run import tiny_config
@@ -126,11 +124,11 @@ def test_a_ledger_says_what_it_can(objective, changes, balance):
     config = tiny_config(**{key.replace(".", "__"): value for key, value in changes.items()})
     tally, ref_successes = Policies(prompts=4).sampled(20, 64)
     before = {"successes": ref_successes.tolist(), "trials": 64}
-    estimates = ledger_of_run(config, objective, before, tally)
-    ledger = make_ledger(config, objective, before, estimates)
+    of_run = ledger_of_run(config, objective, before, tally)
+    ledger = of_run.means
     assert set(SPLIT) <= ledger.keys() and all({"mean", "low", "high"} == ledger[name].keys() for name in SPLIT)
     assert ("objective" in ledger) == ("at_rest" in ledger) == ("objective_optimum" in ledger) == balance
-    row = ledger_row(estimates)
+    row = of_run.row()
     assert row["ledger/useful"] == ledger["useful"]["mean"] and ("ledger/objective" in row) == balance
 
 
@@ -138,4 +136,3 @@ def test_without_log_ratios_or_samples_there_is_no_ledger():
     config, before = tiny_config(), {"successes": [1, 2], "trials": 8}
     assert ledger_of_run(config, GRPO, before, None) is None
     assert ledger_of_run(config, GRPO, before, Tally(np.array([1, 1]), 2, np.zeros((2, 2, 4)))) is None
-    assert ledger_row(None) == {}

@@ -32,6 +32,7 @@ from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run
 from grpo_jax.runs.setup import make_setup
 from grpo_jax.tasks import Example, Task, Verdict, find_answer, find_verifier
+from grpo_jax.tasks.identity import task_identity
 from grpo_jax.theory.__main__ import main as theory
 from tests.tiny_run import tiny_config
 
@@ -79,7 +80,11 @@ def run(tmp_path_factory):
     """A run directory as training leaves it, with what the run measures before and after; only the iterations are not run."""
     workdir, c = tmp_path_factory.mktemp("runs") / "tiny", config()
     setup = make_setup(c, *validate(c, num_devices=8))
-    with open_run_directory(workdir, flat(c)) as directory, jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+    identity = flat(c) | task_identity(setup.task)
+    with (
+        open_run_directory(workdir, identity) as directory,
+        jax.numpy_dtype_promotion("standard"),
+    ):  # optax mixes dtypes
         session = Run(c, setup, directory, Console(file=io.StringIO()), None, jax.random.key(0), [])
         measured_reference(session)
         reference = reference_params(session)
@@ -88,7 +93,7 @@ def run(tmp_path_factory):
         for step, params in ((2, reference), (3, policy)):
             checkpoints.save(step, setup.compiled.start(params), {})
         checkpoints.close()
-        write_json(directory / "after.json", measurement.measure_in_full(session, policy, reference, 3))
+        write_json(directory / "after.json", measurement.measure_in_full(session, policy, reference, 3)[0])
     return workdir
 
 
@@ -113,9 +118,14 @@ def test_it_measures_what_the_run_measured(run, evaluated):
     assert (result["prompts"], result["samples"], result["majority"], result["dropped"]) == (36, 16, None, 0)
     settings = {"verifier": "grpo_jax.tasks.arithmetic:verify", "chat": False, "system": None, "seed": 0, "split": None}
     assert {name: result[name] for name in settings} == settings
+    ledger = result["ledger"]  # of the run's own counts of the reference, which is not evaluated yet
+    assert ledger["kl"]["mean"] == pytest.approx(result["kl"]["mean"], rel=1e-9)
+    parts = (ledger[name]["mean"] for name in ("useful", "within_successes", "within_failures"))
+    assert sum(parts) == pytest.approx(ledger["kl"]["mean"], abs=1e-12)
+    assert "objective" in ledger and "… useful, kl(p̂‖p_ref)" in (directory / "report.md").read_text()
     reference = evaluate(run, checkpoint="reference")
     assert [row["successes"] for row in rows(run / "evaluations" / "reference-arithmetic")] == before["successes"]
-    assert reference["kl"] is None
+    assert reference["kl"] is None and "ledger" not in reference
 
 
 def test_rows_verdicts_and_samples_agree(evaluated):

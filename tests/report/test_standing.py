@@ -1,0 +1,78 @@
+"""Where a run stands: each word follows from numbers alone, and is found on numbers of every kind."""
+
+import pytest
+
+from grpo_jax.report import standing
+from tests.report.test_report import counts
+
+
+def interval(mean, half=0.01):
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def made(*, p_final=0.5, p_star=0.7, slope=0.0, hold=0.3, objective=0.1, **more):
+    """A result with the numbers that the words are made from; p_ref is 0.3."""
+    difference = {"mean": p_final - p_star, "half_width": 0.02, "inside": abs(p_final - p_star) < 0.02}
+    parts = {
+        "kl": interval(0.3),
+        "useful": interval(0.1),
+        "within_successes": interval(0.12),
+        "within_failures": interval(0.08),
+    }
+    balance = {
+        "slope": interval(slope),
+        "hold": interval(hold),
+        "objective": interval(objective),
+        "beyond_rest": interval(-slope / 2),
+        "followed": interval(0.4),
+    }
+    result = {"p_ref": interval(0.3), "p_final": interval(p_final), "difference": difference, "ledger": parts | balance}
+    return result | more
+
+
+CASES = [
+    ({"p_final": 0.71}, standing.ARRIVED, "0.200 of its 0.300 nats of KL bought no success"),
+    ({"p_final": 0.9}, standing.ABOVE, "above p*"),
+    ({"slope": 0.2}, standing.UNFINISHED, "not arrived yet. It has followed 0.40"),
+    ({"slope": 0.2, "speed": {"iterations_to_go": 1234.5}}, standing.UNFINISHED, "about 1,234 iterations to go"),
+    ({"slope": -0.2}, standing.NOISY, "noise: 0.100 nats of KL more than a rest point"),
+    ({"slope": -0.2, "objective": -0.05}, standing.NOISY, "the objective is below its start"),
+    ({"slope": 0.005}, standing.LIMITED, "limited by the network: it is at rest"),
+    ({"slope": 0.02}, standing.LIMITED, "limited"),  # significant, and small beside the hold
+    ({"slope": -0.02}, standing.LIMITED, "limited"),
+    (
+        {"p_final": 0.1, "objective": -0.3},
+        standing.COLLAPSED,
+        "fell from 0.300 to 0.100 and the objective is at -0.300",
+    ),
+    ({"p_final": 0.1}, standing.COLLAPSED, "fell from 0.300 to 0.100; lower"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "word", "words"), CASES)
+def test_the_word_and_the_sentence_follow_from_the_numbers(numbers, word, words):
+    result = made(**numbers)
+    result["standing"] = standing.standing(result, counts([300, 200], 1000))
+    assert result["standing"] == word
+    assert words in standing.in_words(result)
+
+
+@pytest.mark.parametrize(
+    ("successes", "p_ref", "words"),
+    [
+        ([0, 0], 0.0, "every prompt was never solved"),
+        ([9, 9], 1.0, "always solved"),
+        ([0, 9], 0.5, "either always or never"),
+    ],
+)
+def test_groups_of_equal_rewards_teach_nothing(successes, p_ref, words):
+    result = made() | {"p_ref": interval(p_ref)}
+    result["standing"] = standing.standing(result, counts(successes, 9))
+    assert result["standing"] == standing.HOPELESS and words in standing.in_words(result)
+
+
+def test_without_a_prediction_or_log_ratios_it_is_not_known():
+    for missing, words in (("difference", "no prediction"), ("ledger", "log-ratios were not measured")):
+        result = {name: value for name, value in made().items() if name != missing}
+        result["standing"] = standing.standing(result, counts([300, 200], 1000))
+        assert result["standing"] == standing.UNKNOWN and words in standing.in_words(result)
