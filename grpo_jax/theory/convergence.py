@@ -40,8 +40,8 @@ def uniform_beta_bound(p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, l
     """The largest B(p*) over prompts: at one β for all, every prompt's fixed point attracts exactly if β is above it.
 
     The fixed points are those that small steps reach at this β. They move with it, so the bound is checked at a β and not
-    solved for one. Every β above all the flip windows of the prompts (`flip_window`) passes, but for folds; where no prompt
-    has a window, every β does.
+    solved for one. Every β above all the flip windows of the prompts (`flip_window`) passes, unless it is just a fold; where no
+    prompt has a window, every other β does.
 
     Args:
       p_ref: [P] success probabilities of the reference policy, one a prompt.

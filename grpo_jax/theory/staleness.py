@@ -17,7 +17,8 @@ iterations flip, and no others.
 **Globally.** Let the exact map h have one fixed point and no 2-cycle. Then every solution converges, at every τ and from every
 history. With a its limes inferior and b its limes superior, L' → 0 along times at which L → b, so b is in h([a, b]), and so is
 a. Then [a, b] ⊆ hⁿ([a, b]) for every n, and these intervals shrink to L*, because every orbit of h converges to it (Coppel, see
-thresholds.py) and a fixed point that attracts an interval does so uniformly. With three fixed points only the local part holds.
+thresholds.py) and a fixed point that attracts an interval does so uniformly. With three fixed points only the local part
+holds: from the reference an old sampler can jump past the middle one, as exact iterations do.
 
 **A sampler that is refreshed** every T is not a constant delay. Between two refreshes L relaxes towards the constant h(L_n), so
 that L_{n+1} = q L_n + (1 − q) h(L_n) with q = e^{−T}. That is two-KL GRPO (`success_map`) with α = 1 − q at β/α, exactly: small

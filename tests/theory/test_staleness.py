@@ -231,3 +231,13 @@ def test_a_whole_step_without_age_is_the_exact_iteration():
     # s updates old and exactly solved: s + 1 orbits that do not know of each other
     old = stale_iterate(p_ref, jnp.full(12, 2), beta=BETA, weights=WHITE)
     np.testing.assert_allclose(old[0:13:3], iterate(p_ref, 4, beta=BETA, weights=WHITE), rtol=1e-12)
+
+
+def test_old_samples_jump_past_the_point_where_fresh_ones_stop():
+    """Above the fold, and no fixed point flips: as long as the samples are those of the reference, L runs towards h(p_ref)."""
+    ends = [
+        float(stale_iterate(0.05, jnp.full(1500, age), beta=0.7, weights=WHITE, step=0.1)[-1]) for age in (0, 20, 40)
+    ]
+    stop = float(flow_point(0.05, beta=0.7, weights=WHITE))
+    assert stop == pytest.approx(0.4788, abs=1e-4)
+    assert ends == pytest.approx([stop, stop, 1.0], abs=1e-6)
