@@ -124,7 +124,7 @@ def update_staleness(num_updates: int, *, refresh: int = 1, updates_per_batch: i
     Raises:
       ValueError: ``refresh`` or ``updates_per_batch`` is below 1, or ``num_updates`` below 0.
 
-    Source: the schedules are those of arXiv 2505.22257, §4; the ages are counted here.
+    Source: the schedules are those of arXiv 2505.22257; the ages are counted here.
 
     >>> age = update_staleness(8, refresh=2, updates_per_batch=2)
     >>> age.updates.tolist(), age.passes.tolist()

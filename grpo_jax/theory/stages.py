@@ -27,7 +27,7 @@ def stages(p_ref: ArrayLike, num_stages: int, *, beta: ArrayLike, weights: Weigh
     Raises:
       ValueError: ``num_stages`` is negative.
 
-    Source: arXiv 2503.06639, §4 (resetting the reference amplifies again); the gain per stage is derived.
+    Source: arXiv 2503.06639 (resetting the reference amplifies again); the gain per stage is derived.
 
     >>> from grpo_jax.theory import Whitened
     >>> [round(float(p), 3) for p in stages(0.03, 5, beta=2.0, weights=Whitened(1e-3))]
