@@ -41,7 +41,7 @@ CAPTION = (
     " Solid line: the two folds, meeting in the cusp; hatched between them: three fixed points, elsewhere one. Dashed line:"
     " the flip, inside which the low fixed point has h′(p*) < −1. Inside both lines orbits may still saturate: the first step"
     " jumps over the middle fixed point. Upper row: whitening with ε inside the root; lower row: mean over groups of G, std"
-    " of the group, ε = 0. Prompts above p_ref = 1.004 % never oscillate."
+    " of the group, ε = 0. In none of these does a prompt above p_ref = 1.004 % oscillate."
 )
 
 Kernel = Callable[[Any], tuple[Any, Any]]

@@ -4,7 +4,14 @@ Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds 
 """
 
 from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
-from grpo_jax.theory.convergence import accumulated_error, iterate_bounds, local_beta_bound
+from grpo_jax.theory.convergence import (
+    accumulated_error,
+    iterate_bounds,
+    limit_interval,
+    local_beta_bound,
+    steepest_slope,
+    uniform_beta_bound,
+)
 from grpo_jax.theory.dynamics import bernoulli_kl, iterate, kl_budget, success_map, success_map_slope
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.forward_kl import (
@@ -25,6 +32,7 @@ from grpo_jax.theory.limits import (
     limit_point,
 )
 from grpo_jax.theory.mirror import mirror_flow, mirror_step_kl, mirror_steps
+from grpo_jax.theory.off_policy import OffPolicyGain, UpdateAge, off_policy_gain, total_variation, update_staleness
 from grpo_jax.theory.orbits import OrbitEnd, orbit_end
 from grpo_jax.theory.planning import PlanRow, beta_for_mean, plan, recommended_range
 from grpo_jax.theory.policies import (
@@ -36,6 +44,8 @@ from grpo_jax.theory.policies import (
     renyi_correction,
 )
 from grpo_jax.theory.prediction import Prediction, mean_interval, predict, wilson_interval
+from grpo_jax.theory.stages import stages
+from grpo_jax.theory.staleness import critical_delay, critical_refresh, stale_iterate
 from grpo_jax.theory.thresholds import Cusp, bistable_window, cusp, flip_limit, flip_window, fold_beta
 from grpo_jax.theory.weights import (
     Group,
@@ -57,9 +67,11 @@ __all__ = [
     "LimitPoint",
     "MeanOnly",
     "NoisyVerifier",
+    "OffPolicyGain",
     "OrbitEnd",
     "PlanRow",
     "Prediction",
+    "UpdateAge",
     "Weights",
     "Whitened",
     "WhitenedStd",
@@ -70,6 +82,8 @@ __all__ = [
     "bistable_window",
     "clipped_success_map",
     "contrastive_term",
+    "critical_delay",
+    "critical_refresh",
     "cusp",
     "dead_fraction",
     "dead_fraction_of_counts",
@@ -88,6 +102,7 @@ __all__ = [
     "iterate",
     "iterate_bounds",
     "kl_budget",
+    "limit_interval",
     "limit_point",
     "local_beta_bound",
     "log_partition",
@@ -98,6 +113,7 @@ __all__ = [
     "mirror_step_kl",
     "mirror_steps",
     "objective_gain",
+    "off_policy_gain",
     "omega",
     "omega_minus",
     "omega_plus",
@@ -112,7 +128,13 @@ __all__ = [
     "renyi_correction",
     "rest_excess",
     "split_kl",
+    "stages",
+    "stale_iterate",
+    "steepest_slope",
     "success_map",
     "success_map_slope",
+    "total_variation",
+    "uniform_beta_bound",
+    "update_staleness",
     "wilson_interval",
 ]

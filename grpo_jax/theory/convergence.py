@@ -1,4 +1,4 @@
-"""Which fixed points attract, bounds that no exact iteration leaves, and how errors add up on the way."""
+"""Which fixed points attract, for one prompt or for all; bounds that no exact iteration leaves; how errors add up on the way."""
 
 from functools import partial
 
@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from grpo_jax.theory.dynamics import log_odds_slope
+from grpo_jax.theory.limits import flow_point
 from grpo_jax.theory.roots import POINTS, REACH, sign_changes
-from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, as_float, log_odds
+from grpo_jax.theory.weights import Group, NoisyVerifier, Weights, as_float, log_odds, variance
+
+_FINER = 65  # points of the finer grids of `steepest_slope`
 
 
 def local_beta_bound(p: ArrayLike, *, weights: Weights, logits: bool = False) -> jax.Array:
@@ -31,6 +34,76 @@ def local_beta_bound(p: ArrayLike, *, weights: Weights, logits: bool = False) ->
     1.33311
     """
     return jnp.abs(log_odds_slope(log_odds(p, logits=logits), weights))
+
+
+def uniform_beta_bound(p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, logits: bool = False) -> jax.Array:
+    """The largest B(p*) over prompts: at one β for all, every prompt's fixed point attracts exactly if β is above it.
+
+    The fixed points are those that small steps reach at this β. They move with it, so the bound is checked at a β and not
+    solved for one. Every β above all the flip windows of the prompts (`flip_window`) passes, unless it is just a fold; where no
+    prompt has a window, every other β does.
+
+    Args:
+      p_ref: [P] success probabilities of the reference policy, one a prompt.
+      beta: the one weight of the KL, a scalar > 0.
+      weights: the normaliser.
+      logits: ``p_ref`` is given as log-odds.
+
+    Returns:
+      A scalar, max_i B(p*_i).
+
+    Source: arXiv 2503.06639, Thm 6 and Remark 2.
+
+    >>> from grpo_jax.theory import Whitened
+    >>> p_ref = jnp.array([1e-3, 0.2, 0.5])
+    >>> [bool(beta > uniform_beta_bound(p_ref, beta=beta, weights=Whitened(1e-5))) for beta in (3.0, 6.0)]
+    [False, True]
+    """
+    ends = flow_point(log_odds(p_ref, logits=logits), beta=beta, weights=weights, logits=True)
+    return local_beta_bound(ends, weights=weights, logits=True).max()
+
+
+@partial(jax.jit, static_argnames="logits")
+def steepest_slope(p_ref: ArrayLike, *, beta: ArrayLike, weights: Weights, logits: bool = False) -> jax.Array:
+    """The largest |h'(p)| over all p: below 1, h contracts everywhere, and this is a κ for `accumulated_error`.
+
+    As a condition for convergence it is vacuous when whitening with a small ε. At the ends |h'| is about v_ref/(2βε^{3/2}), so
+    it holds above β = v_ref/(2ε^{3/2}), four million at ε = 1e-5 and p_ref = ½, where nothing moves; and else only at so
+    small a β that h is nearly 1 everywhere. Finite groups have a finite Ω'_G at the ends: for them it is a real condition.
+
+    Args:
+      p_ref: [...] success probability of the reference policy.
+      beta: [...] weight of the sequence-level KL, > 0.
+      weights: the normaliser.
+      logits: ``p_ref`` is given as log-odds.
+
+    Returns:
+      [...] sup |h'|; infinite where ε is added to the standard deviation, which has no slope at the ends.
+
+    Source: arXiv 2503.06639, Table 1 and Prop. 1; what it takes is derived.
+
+    >>> from grpo_jax.theory import Group, Whitened
+    >>> [round(float(steepest_slope(0.5, beta=3.0, weights=weights)), 3) for weights in (Whitened(1e-5), Group(8))]
+    [5.434, 0.259]
+    """
+
+    def steepest(reference: jax.Array, scale: jax.Array) -> jax.Array:
+        def steepness(logit: jax.Array) -> jax.Array:
+            mapped = variance(reference + weights.omega(logit) / scale)
+            flat = mapped == 0
+            return jnp.where(flat, 0.0, mapped * jnp.abs(jnp.where(flat, 0.0, weights.slope(logit)))) / scale
+
+        at_ends = steepness(jnp.asarray([-jnp.inf, jnp.inf], reference.dtype)).max()
+        low, high = (jnp.asarray(end, reference.dtype) for end in (-REACH, REACH))
+        for points in (POINTS, _FINER, _FINER):  # each grid lies between the neighbours of the best point of the last
+            grid = jnp.linspace(low, high, points)
+            values = steepness(grid)
+            best, width = grid[values.argmax()], (high - low) / (points - 1)
+            low, high = best - width, best + width
+        return jnp.maximum(at_ends, values.max())
+
+    reference = log_odds(p_ref, logits=logits)
+    return jnp.vectorize(steepest)(reference, jnp.asarray(beta, reference.dtype))
 
 
 def iterate_bounds(
@@ -75,12 +148,41 @@ def iterate_bounds(
     return (low, high) if logits else (jax.nn.sigmoid(low), jax.nn.sigmoid(high))
 
 
+def limit_interval(p_star: ArrayLike, errors: ArrayLike, *, logits: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Where inexact iterations end: within Σ δ_n of p*, if TV(π̃_n, π_n) ≤ TV(π̃_{n−1}, π_{n−1}) + δ_n from a common start.
+
+    The total variations add up to at most δ* = Σ δ_n, and no event, success included, differs by more than the total variation:
+    p* ± δ*. The paper has twice that. Nothing less holds: moving δ* from wrong to correct answers attains it.
+
+    Args:
+      p_star: [...] the limit of the exact iterations.
+      errors: [N, ...] δ_n ≥ 0 in total variation: sampling, approximation and optimisation together.
+      logits: probabilities are taken and returned as log-odds.
+
+    Returns:
+      (low, high), each [...], cut off at 0 and 1.
+
+    Source: arXiv 2503.06639, Thm 10 and Assumption 1; the smaller constant is derived.
+
+    >>> [round(float(p), 3) for p in limit_interval(0.6, jnp.array([0.1, 0.05, 0.025]))]
+    [0.425, 0.775]
+    """
+    logit = log_odds(p_star, logits=logits)
+    total = as_float(errors).sum(0).astype(logit.dtype)
+    right, wrong = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
+    if not logits:
+        return jnp.maximum(right - total, 0.0), jnp.minimum(right + total, 1.0)
+    # From the smaller of p and 1 − p on either side, which keep their digits.
+    low = jnp.log(jnp.maximum(right - total, 0.0)) - jnp.log(jnp.minimum(wrong + total, 1.0))
+    high = jnp.log(jnp.minimum(right + total, 1.0)) - jnp.log(jnp.maximum(wrong - total, 0.0))
+    return low, high
+
+
 def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
     """A bound on how far inexact iterations are from the exact ones: E_n = κ E_{n−1} + δ_n.
 
     With |h'| ≤ κ < 1 on an interval that holds both orbits, constant errors δ end at δ/(1 − κ) and old ones are forgotten.
-    With κ = 1 it is the sum, which bounds |p̃_n − p_n| also where δ_n are total variations that add up (the paper's theorem has
-    twice that, and half of it suffices).
+    With κ = 1 it is the sum, which bounds |p̃_n − p_n| also where δ_n are total variations that add up (`limit_interval`).
 
     Args:
       errors: [N, ...] δ_n ≥ 0, what iteration n adds.

@@ -134,7 +134,7 @@ def iterate(
 def bernoulli_kl(p: ArrayLike, q: ArrayLike, *, logits: bool = False) -> jax.Array:
     """The KL divergence p ln(p/q) + (1 − p) ln((1−p)/(1−q)) between two coins, in nats.
 
-    For policies of the theory it is the KL of whole sequences: KL(π_n‖π_ref) = kl(p_n‖p_ref).
+    For exact iterates it is the KL of whole sequences, KL(π_n‖π_ref) = kl(p_n‖p_ref); for any other policy a lower bound of it.
 
     Args:
       p: [...] success probability of the first.

@@ -1,6 +1,7 @@
 """Where training ends: fixed points of the exact iteration, the limit of its orbit, the end of many small steps.
 
-A fixed point solves L − L_ref = Ω(p)/β in log-odds. There is one, or three, of which the middle one is unstable.
+A fixed point solves L − L_ref = Ω(p)/β in log-odds. There is one, or three, of which the middle one is unstable: proven for
+whitening, checked for groups with a baseline, and not known otherwise (thresholds.py).
 Which is reached depends on the dynamics: exact iterations can jump past a fixed point, or cycle, or be chaotic
 (`limit_point`); many small on-policy steps climb from p_ref and stop at the first (`flow_point`).
 """

@@ -8,16 +8,21 @@ is computed in double precision on the host.
 dΩ/dL = u(1 − w)(1 − w + a)^{−3/2}, and the logarithmic derivative of that in w has the sign of 1 + a − w(1 + 3a): it is
 unimodal on L > 0 (and not positive elsewhere). L − Ω/β therefore rises, falls and rises at most, and takes a value at most
 three times. With ε added to s = √v, dΩ/dL = s u (s + ε)^{−2}/2, whose logarithmic derivative in s has the sign of
-ε − s − 8εs², and the same follows. For groups
-with a baseline v Ω_G' is a Bernstein polynomial whose coefficients minus β change sign at most twice, checked in
-tests/theory for all their normalisers, G ≤ 40 and some G up to 512, so the same follows from the variation-diminishing property.
+ε − s − 8εs², and the same follows. For groups with a baseline v Ω_G' is a Bernstein polynomial; if its coefficients minus β
+change sign at most twice, the same follows from the variation-diminishing property. That they do is a check in floating point per
+group size, in tests/theory for all their normalisers, G ≤ 40 and some G up to 512. For noisy verifiers, uncentred groups and
+dynamic sampling nothing is proven; no case with more than three is known.
 
 **No flip, no oscillation.** A 2-cycle x = L_ref + b, y = L_ref + a of L → L_ref + Ω(L)/β has β b = Ω(L_ref + a) and
 β a = Ω(L_ref + b), hence ψ(a) = ψ(b) for ψ(a) = a Ω(L_ref + a); conversely ψ(a) = ψ(b) with a ≠ b is a 2-cycle at β = ψ/(ab).
 And ψ' = Ω (1 + m). So some β has a 2-cycle exactly if ψ is not monotone, which is exactly if some β has a fixed point with
-m < −1. Where none has, the map of the interval has no 2-cycle at any β and every orbit converges from every start
-(W. A. Coppel, Proc. Cambridge Phil. Soc. 51 (1955), 41). For whitening |m| falls with ε on p < ½, so p_ref above
-`flip_limit` at ε = 0, 1.0039 %, never oscillates, whatever β, ε and start.
+m < −1. Where none has, there is no 2-cycle at any β, and every orbit converges from every start (W. A. Coppel, Proc. Cambridge
+Phil. Soc. 51 (1955), 41). Coppel's theorem is about a continuous map of a compact interval. Here that is [0, 1], of p and not of
+log-odds: where Ω is infinite at an end, as for ε = 0, h is 1 there and still continuous; and no 2-cycle has an end of the
+interval, because h > 0.
+
+Population whitening: |m| falls with ε on p < ½, so p_ref above `flip_limit` at ε = 0, 1.0039 %, never oscillates, whatever β, ε
+and start. Plain groups have lower limits. Dynamic sampling has higher ones, 4.53 % for G = 2 and 3.02 % for G = 8.
 """
 
 import math
@@ -48,6 +53,8 @@ class Cusp(NamedTuple):
 
 def fold_beta(p_ref: float, *, weights: Weights, logits: bool = False) -> float | None:
     """The lower fold β_c: below it no moderate fixed point is left and p runs to nearly 1.
+
+    It is the smallest β at which small steps do not saturate; exact iterations can jump past a moderate fixed point above it too.
 
     Population whitening with ε = 0: β_c = 2/√(Δ² − 4) where Δ = ln((Δ+2)/(Δ−2)) − L_ref, and p_c = ½ + 1/Δ.
 

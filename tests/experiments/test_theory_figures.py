@@ -19,6 +19,8 @@ from experiments.theory import (
     finite_groups,
     kl_estimators,
     local_bound,
+    off_policy,
+    staleness,
     success_map,
     table1,
     trajectories,
@@ -35,6 +37,8 @@ EXPERIMENTS = (
     finite_groups,
     kl_estimators,
     local_bound,
+    off_policy,
+    staleness,
     success_map,
     table1,
     trajectories,
@@ -268,6 +272,33 @@ def test_groups(numbers):
     assert found["mean_dead"] == pytest.approx(means, abs=5e-4)
     assert found["fold_beta"]["4"] is None and found["fold_beta"]["8"] is None
     assert found["fold_beta"]["∞"] == pytest.approx(0.5712, abs=5e-5)
+
+
+def test_off_policy_steps_gain_what_the_identity_says_and_no_less_than_the_bounds(numbers):
+    found = numbers(off_policy)
+    for part in (found["line"], found["cloud"]):
+        gain, bound, paper = (np.array(part[name]) for name in ("gain", "bound", "paper_bound"))
+        np.testing.assert_allclose(part["identity"], gain, atol=1e-12)
+        assert (gain >= bound - 1e-12).all() and (bound >= paper).all()
+    after = np.array(found["line"]["p"]) >= found["p_sampler"]
+    np.testing.assert_allclose(
+        np.array(found["line"]["bound"])[after], np.array(found["line"]["gain"])[after], atol=1e-12
+    )
+    assert found["cost"]["per_tv"][-1] == pytest.approx(1, abs=1e-3) and found["cost"]["per_tv"][0] > 290
+    assert [max(schedule["updates"]) for schedule in found["schedules"]] == [0, 5, 5, 5]
+
+
+def test_a_run_on_drawn_groups_swings_where_the_recursion_does(numbers):
+    found = numbers(staleness)
+    assert [path["swing"] for path in found["paths"]] == pytest.approx(
+        [0, 0, 2.7, 6.8], abs=0.1
+    )  # at ten times the step
+    assert found["critical_delay"] == pytest.approx(2.8025, abs=1e-4)
+    assert 20 < found["run_critical_updates"] < 60
+    for path in found["run"]:
+        sampled, predicted = (np.log(np.array(x) / (1 - np.array(x))) for x in (path["sampled"], path["predicted"]))
+        assert np.abs(sampled - predicted).max() < 0.1
+        assert (np.ptp(sampled[-160:]) > 2) == (path["refresh"] > found["run_critical_updates"])
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):

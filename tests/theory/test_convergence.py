@@ -15,11 +15,19 @@ from grpo_jax.theory import (
     WhitenedStd,
     accumulated_error,
     fixed_points,
+    flip_window,
+    flow_point,
     iterate,
     iterate_bounds,
+    limit_interval,
+    limit_point,
     local_beta_bound,
     omega,
+    optimal_log_policy,
+    steepest_slope,
     success_map,
+    total_variation,
+    uniform_beta_bound,
 )
 from tests.exact_theory import mp
 
@@ -154,3 +162,109 @@ def test_bounds_have_their_slope_in_alpha_also_at_one():
     assert float(slope(0.5)) == pytest.approx(-(1 + 2 * 0.5 + 3 * 0.25 + 4 * 0.125), rel=1e-12)
     assert float(slope(1.0)) == pytest.approx(-1, rel=1e-12)
     assert float(slope(0.0)) == pytest.approx(-10, rel=1e-12)
+
+
+def test_one_beta_for_all_prompts_attracts_above_the_uniform_bound():
+    """Remark 2: the fixed points of all prompts attract exactly if β > max B(p*), which is so above every flip window."""
+    rng = np.random.default_rng(4)
+    weights, decided = Whitened(1e-5), []
+    for _ in range(8):
+        p_ref = 10 ** rng.uniform(-3.5, -0.1, 5)
+        beta = float(10 ** rng.uniform(-0.5, 1.3))
+        passes = beta > float(uniform_beta_bound(jnp.asarray(p_ref), beta=beta, weights=weights))
+        ends = flow_point(jnp.log(p_ref / (1 - p_ref)), beta=beta, weights=weights, logits=True).tolist()
+        nearest = [
+            min(fixed_points(p, beta=beta, weights=weights), key=lambda point, end=end: abs(point.logit - end))
+            for p, end in zip(p_ref, ends, strict=True)
+        ]
+        assert passes == all(abs(point.multiplier) < 1 for point in nearest)
+        windows = [flip_window(p, weights=weights) for p in p_ref]
+        assert passes == (not any(window and window[0] < beta < window[1] for window in windows))
+        decided.append(passes)
+    assert {True, False} == set(decided)
+
+
+def test_the_steepest_slope_on_a_dense_grid():
+    for epsilon in (1e-5, 0.1):
+        for p_ref, beta in ((0.5, 3.0), (0.01, 0.7), (0.9, 20.0)):
+            p = 1 / (1 + np.exp(-np.linspace(-20, 20, 400_001)))
+            v = p * (1 - p)
+            mapped = 1 / (1 + (1 - p_ref) / p_ref * np.exp(-1 / (beta * np.sqrt(v + epsilon))))
+            dense = np.abs(mapped * (1 - mapped) * (2 * p - 1) / (2 * beta * (v + epsilon) ** 1.5)).max()
+            found = float(steepest_slope(p_ref, beta=beta, weights=Whitened(epsilon)))
+            assert found == pytest.approx(dense, rel=1e-7)
+    assert float(steepest_slope(0.3, beta=1.0, weights=MeanOnly())) == 0
+    assert math.isinf(float(steepest_slope(0.3, beta=1.0, weights=WhitenedStd(1e-2))))
+
+
+@pytest.mark.parametrize("p_ref", [0.1, 0.5])
+def test_the_sufficient_condition_of_table_1_is_vacuous_for_whitening(p_ref):
+    """sup |h'| < 1 holds above v_ref/(2ε^1.5), where p* is p_ref, and below β_c, where p* is 1; nowhere between."""
+    epsilon, weights = 1e-5, Whitened(1e-5)
+    above = p_ref * (1 - p_ref) / (2 * epsilon**1.5)
+    for beta, holds in ((above * 1.01, True), (above * 0.99, False)):
+        assert (float(steepest_slope(p_ref, beta=beta, weights=weights)) < 1) == holds
+    assert float(flow_point(p_ref, beta=above, weights=weights)) - p_ref < 1e-6
+    betas = jnp.geomspace(0.1, above * 0.99, 400)
+    holds = steepest_slope(jnp.full(400, p_ref), beta=betas, weights=weights) < 1
+    ends = flow_point(jnp.full(400, p_ref), beta=betas, weights=weights)
+    assert bool(holds.any()) and bool((ends[holds] > 0.999).all()) and not bool((jnp.diff(holds.astype(int)) > 0).any())
+    # While p* attracts at every β: the condition is about the map everywhere, not about where it goes.
+    assert all(limit_point(p_ref, beta=beta, weights=weights).kind == "fixed" for beta in (2.0, 10.0, 1000.0))
+
+
+def test_for_groups_the_sufficient_condition_says_something():
+    """Groups of 8 contract everywhere, at every β, from p_ref = 0.1 on; so errors of iterations do not add up there."""
+    betas, p_ref = (x.reshape(-1) for x in jnp.meshgrid(jnp.geomspace(0.05, 100, 100), jnp.asarray([0.1, 0.3, 0.5])))
+    slopes = steepest_slope(p_ref, beta=betas, weights=Group(8))
+    assert float(slopes.max()) == pytest.approx(0.9, abs=0.02)
+    p = wrong = 0.1
+    worst, kappa = 0.0, float(steepest_slope(0.1, beta=1.0, weights=Group(8)))
+    rng = np.random.default_rng(0)
+    errors = rng.uniform(-1e-2, 1e-2, 60)
+    bounds = accumulated_error(jnp.abs(jnp.asarray(errors)), kappa).tolist()
+    for error, bound in zip(errors, bounds, strict=True):
+        p, wrong = (float(success_map(x, 0.1, beta=1.0, weights=Group(8))) for x in (p, wrong))
+        wrong += error
+        assert abs(wrong - p) <= bound + 1e-15
+        worst = max(worst, abs(wrong - p))
+    assert worst > 5e-3
+
+
+def test_inexact_policies_end_within_their_total_variations():
+    """Theorem 10 on explicit policies: steps of the tilt, each then mixed with a random policy."""
+    rng = np.random.default_rng(5)
+    rewards, beta, weights = jnp.asarray([1, 0, 0, 1, 0]), 4.0, Whitened(0.05)
+    log_ref = jnp.log(jnp.asarray([0.1, 0.3, 0.2, 0.2, 0.2]))
+    right = rewards.astype(float)
+    exact = inexact = log_ref
+    apart, deltas = 0.0, []
+    for n in range(40):
+        exact, inexact = (
+            optimal_log_policy(log_ref, rewards, p_old=float(jnp.exp(x) @ right), beta=beta, weights=weights, log_old=x)
+            for x in (exact, inexact)
+        )
+        share = 0.05 * 0.8**n
+        inexact = jnp.log((1 - share) * jnp.exp(inexact) + share * jnp.asarray(rng.dirichlet(jnp.ones(5))))
+        distance = float(total_variation(inexact, exact))
+        deltas.append(max(distance - apart, 0.0))
+        apart = distance
+    p_star = float(flow_point(0.3, beta=beta, weights=weights))
+    low, high = limit_interval(p_star, jnp.asarray(deltas))
+    end = float(jnp.exp(inexact) @ right)
+    assert float(low) - 1e-9 <= end <= float(high) + 1e-9 and 0 < float(high - low) < 0.5
+
+
+def test_the_constant_of_theorem_10_is_attained():
+    """All the mass δ* that may move goes from wrong to correct answers: p* + δ*, and no event is further away."""
+    exact = jnp.asarray([0.25, 0.35, 0.4])
+    deltas = jnp.asarray([0.1, 0.05, 0.02])
+    moved = exact + jnp.asarray([0.17, 0.0, -0.17])
+    assert float(total_variation(jnp.log(moved), jnp.log(exact))) == pytest.approx(float(deltas.sum()))
+    low, high = limit_interval(0.25, deltas)
+    assert float(high) == pytest.approx(float(moved[0])) and float(low) == pytest.approx(0.08)
+    cut = limit_interval(jnp.asarray([0.05, 0.95]), deltas)
+    np.testing.assert_allclose(jnp.stack(cut), [[0.0, 0.78], [0.22, 1.0]], atol=1e-12)
+    inside = limit_interval(jnp.log(jnp.asarray([0.25, 0.95]) / jnp.asarray([0.75, 0.05])), deltas, logits=True)
+    np.testing.assert_allclose(jax.nn.sigmoid(jnp.stack(inside)), [[0.08, 0.78], [0.42, 1.0]], atol=1e-12)
+    assert float(limit_interval(400.0, jnp.asarray([0.1]), logits=True)[0]) == pytest.approx(math.log(9))

@@ -22,8 +22,10 @@ from grpo_jax.theory import (
     fixed_points,
     flip_limit,
     flip_window,
+    flow_point,
     fold_beta,
     limit_point,
+    success_map,
 )
 
 P_REFS = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.99)
@@ -141,6 +143,66 @@ def test_smoothing_lowers_the_flip_limit(epsilon, limit):
 def test_finite_groups_are_calmer(size, flip, three):
     assert flip_limit(Group(size)) == pytest.approx(flip, rel=0.2 if size == 4 else 0.02)
     assert cusp(Group(size)).p_ref == pytest.approx(three, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("size", "limit"), [(2, 0.0453), (3, 0.0453), (4, 0.0420), (8, 0.0302), (16, 0.0198), (64, 0.0091)]
+)
+def test_dynamic_sampling_oscillates_up_to_higher_references(size, limit):
+    """Its Ω grows like 1/p: small groups, the calmest of all without it, flip at larger p_ref than the population does."""
+    # Without our Ω: at the limit L_ref = L + 1/(ln Ω)'(L) is largest, by a sum over the number of successes and differences.
+    step = 1e-3
+    grid = np.arange(-4, -1, step)
+    pull = np.array([_dynamic_pull(x, size) for x in grid])
+    references = grid[1:-1] + 2 * step / (np.log(pull[2:]) - np.log(pull[:-2]))
+    assert 1 / (1 + np.exp(-references.max())) == pytest.approx(limit, abs=6e-5)
+    assert (limit > flip_limit(Whitened(0.0))) == (size < 64)
+
+
+def test_the_flip_limit_of_dynamic_sampling():
+    assert flip_limit(Group(8, dynamic_sampling=True)) == pytest.approx(0.030236, abs=1e-6)
+    assert flip_limit(Group(8)) == pytest.approx(1.875e-4, abs=1e-6)
+
+
+def test_two_cycles_of_dynamic_sampling_at_two_percent():
+    """Groups of 8, p_ref = 2 %: from the reference exact iterations cycle for β in [2.22, 4.60]; below they jump to 1."""
+    weights = Group(8, dynamic_sampling=True)
+    window = flip_window(0.02, weights=weights)
+    assert window == (pytest.approx(0.8132, abs=1e-4), pytest.approx(4.5994, abs=1e-4))
+    for beta in (2.22, 3.0, 4.5):
+        end = limit_point(0.02, beta=beta, weights=weights)
+        assert end.kind == "cycle" and end.period == 2 and end.p[1] - end.p[0] > 0.02
+        low, high = (math.log(p / (1 - p)) for p in end.p)
+        mapped = [math.log(0.02 / 0.98) + _dynamic_pull(x, 8) / beta for x in (low, high)]
+        assert mapped == pytest.approx([high, low], abs=1e-9)
+    assert limit_point(0.02, beta=2.21, weights=weights).p > 0.99
+    above = limit_point(0.02, beta=4.7, weights=weights)
+    assert max(above.p) - min(above.p) < 1e-6 if above.kind == "cycle" else above.kind == "fixed"
+    assert flip_window(0.0305, weights=weights) is None
+
+
+def _dynamic_pull(logit, size):
+    """Ω of whitened groups that are drawn again until their rewards differ, by a sum over the number of successes."""
+    p = 1 / (1 + math.exp(-logit))
+    shares = [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(1, size)]
+    spread = sum(x * math.sqrt(k * (size - k)) / size for k, x in enumerate(shares, 1))
+    return spread / (p * (1 - p)) / sum(shares)
+
+
+def test_exact_iterations_saturate_above_the_fold_where_small_steps_do_not():
+    """β_c is the smallest β that does not saturate for small steps only: here 1 > β_c = 0.354, and one exact step jumps past."""
+    weights = Whitened(1e-5)
+    assert fold_beta(0.005, weights=weights) == pytest.approx(0.354, abs=5e-4)
+    assert float(flow_point(0.005, beta=1.0, weights=weights)) < 0.2
+    end = limit_point(0.005, beta=1.0, weights=weights)
+    assert end.kind == "fixed" and end.p > 1 - 1e-9
+
+
+def test_whitening_without_smoothing_has_its_two_ends_as_one_fixed_point():
+    """At ε = 0 the compact interval is that of p: h is continuous on [0, 1] with h(0) = h(1) = 1, so no 2-cycle has an end."""
+    with jax.enable_x64(True):
+        ends = success_map(jnp.asarray([0.0, 1e-300, 1 - 1e-16, 1.0]), 0.3, beta=1.0, weights=Whitened(0.0))
+        assert ends.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("p_ref", [1e-4, 1e-3, 0.005])
