@@ -25,6 +25,7 @@ from rich.console import Console
 from grpo_jax.config import flat, validate
 from grpo_jax.files import read_json, write_json
 from grpo_jax.report import forecast, run_page, run_result
+from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.metrics_log import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
@@ -85,7 +86,7 @@ def sweep(
 
     Returns:
       One dict per seed and point, seed by seed: what result.json of a single run holds (see `run_result.make_result`; greedy
-      accuracy and KL are not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
+      accuracy is not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
       ``train.max_skipped`` allows.
 
     Raises:
@@ -132,7 +133,7 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
     functions = make_sweep_functions(setup.recipe, mesh, batch_samples=_batch_samples(config), batched=batched)
     table = jax.device_put(put_table(setup), NamedSharding(mesh, WHOLE))
     states, worst = _iterate(run, plan, functions, mesh, runs, table)
-    after = _measure(run, functions, mesh, runs, states.params, table)
+    after = _measure(run, functions, mesh, runs, states.params, table)  # [seed][point]
 
     # Each against its own prediction.
     setting = {"objective": objective, "group_size": config.rollout.group_size}
@@ -143,7 +144,9 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
         if not config.objective.entropy_bonus:
             options = setting | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
             prediction = forecast.make_forecast(successes, trials, **options)
-        result = run_result.make_result(plan.config(config, seed, point), before[seed], after[seed][point], prediction)
+        of_point, measured = plan.config(config, seed, point), after[seed][point]
+        ledger = ledger_of_run(of_point, objective, before[seed], measured.tally())
+        result = run_result.make_result(of_point, before[seed], measured.record(greedy=None), prediction, ledger)
         more = {"learning_rate": plan.learning_rates[point]}
         results.append(result | more | {"diverged": bool(worst[seed][point] > config.train.max_skipped)})
     return results
@@ -159,8 +162,7 @@ def _iterate(
         for x in (plan.betas, plan.learning_rates)
     )  # [seeds, points]
     base_keys = _keys(mesh, [r.base_key for r in runs])  # [seeds]
-    references = [jax.tree.map(np.asarray, reference_params(r)) for r in runs]
-    ref_params = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
+    ref_params = _references(mesh, runs)
 
     # From the newest checkpoint, or from the references.
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
@@ -209,7 +211,7 @@ def _iterate(
 
 def _measure(
     run: Run, functions: SweepFunctions, mesh: Mesh, runs: list[Run], params: Any, table: Table
-) -> list[list[dict[str, Any]]]:
+) -> list[list[Measurement]]:
     """The final measurement of every point, [seed][point]: the completions that a single run would sample, counted."""
     c = run.config
     group, batch, samples = _batch_samples(c), c.data.prompts_per_iteration, c.evaluate.final_samples
@@ -218,21 +220,32 @@ def _measure(
     num_prompts, blocks = len(probed[0]), math.ceil(len(probed[0]) / batch)
     rows = np.stack([np.resize(p, blocks * batch).reshape(blocks, batch) for p in probed]).astype(np.int32)
     keys = _keys(mesh, [role_key(r.base_key, "probe", c.train.iterations) for r in runs])
+    ref_params = _references(mesh, runs)
     totals: Any = None
     with progress(run.console, "measuring, samples of every prompt", total=samples) as line:
         for first in range(0, samples, group):
-            counts = [np.asarray(x, np.int64) for x in functions.measure(params, keys, rows, table, jnp.int32(first))]
+            counts = jax.device_get(functions.measure(params, ref_params, keys, rows, table, jnp.int32(first)))
+            counts = [x.astype(np.float64 if x.dtype == np.float32 else np.int64) for x in counts]
             totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
             check_preempted(run)
             line.update(first + group, f"success {totals[0].mean() / (first + group):.3f}")
-    successes, tokens, truncated = (x.reshape(*x.shape[:2], -1)[..., :num_prompts] for x in totals)
+    successes, tokens, truncated, sums = (
+        x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :num_prompts] for x in totals
+    )  # [seeds, points, Q], and sums [seeds, points, Q, 2, 4]
 
-    def of_point(seed: int, point: int) -> dict[str, Any]:
+    def of_point(seed: int, point: int) -> Measurement:
         at = seed, point
         length, share_truncated = (float(x[at].mean() / samples) for x in (tokens, truncated))
-        return Measurement(successes[at], samples, None, length, share_truncated, {}, []).record(greedy=None)
+        kl = float(sums[at][..., 0].sum() / (num_prompts * samples))
+        return Measurement(successes[at], samples, kl, length, share_truncated, {}, [], log_ratio_sums=sums[at])
 
     return [[of_point(s, p) for p in range(successes.shape[1])] for s in range(successes.shape[0])]
+
+
+def _references(mesh: Mesh, runs: list[Run]) -> Any:
+    """The parameters of all references, [seeds, ...], on every device."""
+    references = [jax.tree.map(np.asarray, reference_params(run)) for run in runs]
+    return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
 
 
 def _batch_samples(config: Any) -> int:

@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from grpo_jax.rollout import PromptBatch, Rollout, score_packed
-from grpo_jax.train.iteration import Recipe, iterations, learn
+from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.train.iteration import Recipe, iterations, learn, log_ratios
 from grpo_jax.train.sharding import (
     parameter_shardings,
     replicated,
@@ -90,15 +90,10 @@ def compile_recipe(
         )
 
     @jax.jit
-    def log_ratios(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
+    def measured_log_ratios(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
         # The prompts of a measurement need not be divisible by the devices.
         layout = recipe.layout._replace(shards=row_shards(mesh, rollout.mask.shape[0]))
-        options: dict[str, Any] = {"layout": layout, "temperature": recipe.temperature}
-        logps, ref_logps = (
-            score_packed(recipe.policy, p, prompts, rollout.completions, rollout.mask, **options)
-            for p in (params, ref_params)
-        )
-        return (logps - ref_logps).sum(-1)
+        return log_ratios(recipe._replace(layout=layout), params, ref_params, prompts, rollout)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
     def warm_start_step(state: TrainState, *demonstrations: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -114,7 +109,7 @@ def compile_recipe(
         learn=jax.jit(partial(learn, recipe), donate_argnums=0, out_shardings=(state_shardings, whole)),
         sample_probe=jax.jit(recipe.sample, static_argnames=("group_size", "greedy", "stages")),
         verify=verify,
-        log_ratios=log_ratios,
+        log_ratios=measured_log_ratios,
         warm_start=warm_start,
         warm_start_step=warm_start_step,
     )

@@ -308,6 +308,16 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> dict[str, jax.Array
     }
 
 
+def log_ratios(recipe: Recipe, params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
+    """[P, G] log π/π_ref of whole completions, in nats: what measurements of the KL are made from."""
+    options: dict[str, Any] = {"layout": recipe.layout, "temperature": recipe.temperature}
+    logps, ref_logps = (
+        score_packed(recipe.policy, p, prompts, rollout.completions, rollout.mask, **options)
+        for p in (params, ref_params)
+    )
+    return (logps - ref_logps).sum(-1)
+
+
 def role_key(base_key: jax.Array, role: str, iteration: int | jax.Array) -> jax.Array:
     """The key of one use in one iteration: a function of (seed, role, iteration), never of what was sampled before."""
     return jax.random.fold_in(jax.random.fold_in(base_key, ROLES[role]), iteration)

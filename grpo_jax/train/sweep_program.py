@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.rollout import PromptBatch
-from grpo_jax.train.iteration import Recipe, iterations
+from grpo_jax.train.iteration import Recipe, iterations, log_ratios
 from grpo_jax.train.step import TrainState, init_state
 
 AXES = ("seeds", "points")
@@ -27,13 +27,14 @@ class SweepFunctions(NamedTuple):
       start: (reference parameters [seeds, ...], betas) -> states; betas say how many points there are.
       iterate: (states, ref_params or None, base_keys [seeds], index [seeds, n, P], table, count, first, betas, learning_rates)
         -> (states, metrics, skipped), as `iterations`.
-      measure: (params, keys [seeds], rows [seeds, blocks, P], table, first_sample) -> [..., blocks, P] successes, tokens and
-        truncated completions of each prompt.
+      measure: (params, ref_params [seeds], keys [seeds], rows [seeds, blocks, P], table, first_sample) -> [..., blocks, P]
+        successes, tokens and truncated completions of each prompt, and [..., blocks, P, 2, 4] the sums of powers of the
+        log-ratios of failures and of successes.
     """
 
     start: Callable[..., TrainState]
     iterate: Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
-    measure: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    measure: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
 
 
 def make_sweep_functions(recipe: Recipe, mesh: Mesh, *, batch_samples: int, batched: bool) -> SweepFunctions:
@@ -76,14 +77,14 @@ def make_sweep_functions(recipe: Recipe, mesh: Mesh, *, batch_samples: int, batc
 
         return spread(of_point)((table, count, first), (ref_params, base_keys, index), (states, betas, learning_rates))
 
-    def measure(params: Any, keys: Any, rows: Any, table: Table, first_sample: Any) -> Any:
+    def measure(params: Any, ref_params: Any, keys: Any, rows: Any, table: Table, first_sample: Any) -> Any:
         def of_point(shared: Any, of_seed: Any, params: Any) -> Any:
             table, first = shared
-            key, rows = of_seed
-            of_rows = partial(count_outcomes, recipe, params, table, key, first, batch_samples)
+            ref_params, key, rows = of_seed
+            of_rows = partial(count_outcomes, recipe, params, ref_params, table, key, first, batch_samples)
             return jax.lax.map(of_rows, rows)
 
-        return spread(of_point)((table, first_sample), (keys, rows), params)
+        return spread(of_point)((table, first_sample), (ref_params, keys, rows), params)
 
     return SweepFunctions(
         start=jax.jit(start, out_shardings=NamedSharding(mesh, POINTS)),
@@ -127,16 +128,22 @@ def make_sweep_mesh(points: int, devices: list[Any] | None = None) -> Mesh:
 def count_outcomes(
     recipe: Recipe,
     params: Any,
+    ref_params: Any,
     table: Table,
     key: jax.Array,
     first_sample: jax.Array,
     group_size: int,
     rows: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Successes, tokens and truncated completions [P] among ``group_size`` samples of the prompts of some rows."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of ``group_size`` samples of the prompts of some rows: successes, tokens and truncated completions [P], and [P, 2, 4]
+    the sums of ℓ, ℓ², ℓ³, ℓ⁴ over failures and over successes, with ℓ = log π/π_ref."""
     assert recipe.verify_tokens is not None
     prompts, answers, answer_mask = jax.tree.map(lambda x: x[rows], table)
     rollout = recipe.sample(params, prompts, key, group_size=group_size, first_sample=first_sample)  # [P, G, T]
     correct = recipe.verify_tokens(rollout.completions, rollout.mask, answers, answer_mask)  # [P, G]
     counted = correct, rollout.mask, rollout.truncated
-    return tuple(x.reshape(len(rows), -1).sum(-1, dtype=jnp.int32) for x in counted)  # type: ignore[return-value]
+    counts = (x.reshape(len(rows), -1).sum(-1, dtype=jnp.int32) for x in counted)
+    ratios = log_ratios(recipe, params, ref_params, prompts, rollout)  # [P, G]
+    powers = jnp.stack([ratios**power for power in (1, 2, 3, 4)], axis=-1)  # [P, G, 4]
+    of_class = [jnp.where(mask[..., None], powers, 0.0).sum(1) for mask in (~correct, correct)]  # [P, 4] each
+    return (*counts, jnp.stack(of_class, axis=1))  # type: ignore[return-value]

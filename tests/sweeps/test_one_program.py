@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 from grpo_jax.config import ConfigError, validate
+from grpo_jax.report.ledger import ledger_of_run
+from grpo_jax.report.run_result import PER_PROMPT
 from grpo_jax.runs.errors import Preempted, RunDirectoryError
 from grpo_jax.runs.loop import run_iterations
 from grpo_jax.runs.measurement import measure
@@ -78,6 +80,15 @@ def same_metrics(found, wanted, *, atol):
                 np.testing.assert_allclose(row[name], values, atol=atol, rtol=1e-3, err_msg=name)
 
 
+def same_prompts(found, wanted):
+    """Counts, and what follows from them alone, to the bit; what is made of log-ratios within their rounding."""
+    for result, other in zip(found, wanted, strict=True):
+        assert result["prompts"].keys() == other["prompts"].keys()
+        for name, values in other["prompts"].items():
+            atol = 1e-4 if name in PER_PROMPT else 0
+            np.testing.assert_allclose(result["prompts"][name], values, rtol=0, atol=atol, err_msg=name)
+
+
 def test_a_sweep_says_what_single_runs_say(eight):
     results, rows = eight
     assert [(r["seed"], r["beta"]) for r in results] == [(s, b) for s in SEEDS for b in BETAS]
@@ -113,9 +124,12 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
         np.testing.assert_allclose(row["loss/grad_norm"], of_all["loss/grad_norm"][seed][point], rtol=1e-3)
     states = last_states(directory / "eight", config)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[seed, point], b, atol=1e-5), states.params, params)
-    found = measure(run, params, None, 5, samples=16)
-    counted = np.array(eight[0][seed * 8 + point]["prompts"]["p_final"]) * 16
-    np.testing.assert_array_equal(found.successes, counted)
+    found, of_all = measure(run, params, reference_params(run), 5, samples=16), eight[0][seed * 8 + point]
+    np.testing.assert_array_equal(found.successes, np.array(of_all["prompts"]["p_final"]) * 16)
+    ledger = ledger_of_run(config, setup.recipe.objective, before, found.tally())
+    assert of_all["after"]["kl"] == pytest.approx(found.kl, abs=1e-4)
+    for name, interval in ledger.means.items():
+        assert of_all["ledger"][name] == pytest.approx(interval, abs=1e-3), name
 
 
 def last_states(path, config):
@@ -135,14 +149,14 @@ def last_states(path, config):
 def test_one_device_and_eight(eight, tmp_path):
     results, rows = swept(tmp_path / "one", devices=jax.devices()[:1])
     same_metrics(rows, eight[1], atol=1e-5)
-    assert [r["prompts"] for r in results] == [r["prompts"] for r in eight[0]]
+    same_prompts(results, eight[0])
 
 
 def test_all_at_once_and_one_after_the_other(eight, tmp_path):
     """vmap, with its loops in step, and lax.map."""
     results, rows = swept(tmp_path / "batched", batched=True)
     same_metrics(rows, eight[1], atol=1e-4)
-    assert [r["prompts"] for r in results] == [r["prompts"] for r in eight[0]]
+    same_prompts(results, eight[0])
 
 
 def test_each_device_holds_its_points_and_runs_them_alone():
