@@ -31,21 +31,23 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what all its policies have, and their
     "1 prompt, 256 outcomes": {"prompts": 1, "outcomes": 256, "signal": 1.0, "ranks": (1, 4, 16, 64)},
     "16 prompts, 20 outcomes": {"prompts": 16, "outcomes": 20, "signal": 0.0, "ranks": (8, 32, 96, 200, 280)},
 }
+QUICK: dict[str, Any] = {"prompts": 1, "outcomes": 64, "signal": 1.0, "ranks": (2, 8)}
 SEEDS = 3
 PREDICTIONS = ("table", "alone", "together")
 CLIMB: dict[str, Any] = {"prompts": 8, "outcomes": 64, "rank": 16, "signal": 1.0}
 
 CLIMB_CAPTION = (
     "A log-linear policy, {prompts} prompts of {outcomes} outcomes that share {rank} parameters, β = 1, groups of 8; means over"
-    " the prompts. Left: small steps without noise climb J = Φ − β KL. Middle: what the KL is spent on; dotted: what a rest point of"
-    " these p would spend on all but the useful part. Right: dJ/ds along the ray from π_ref, from ℓ = log π/π_ref and the rewards"
-    " alone: above 0 on the way, 0 at rest, below 0 where sampling noise has pushed beyond; dashed: −η E‖ĝ‖²/2."
+    " the prompts. Left: small steps without noise climb J = Φ − β KL. Middle: what the KL is spent on; dotted: what a rest"
+    " point of these p would spend on all but the useful part. Right: dJ/ds along the ray from π_ref, from ℓ = log π/π_ref and"
+    " the rewards alone: above 0 on the way, 0 at rest, below 0 where sampling noise has pushed beyond; dashed: −η E‖ĝ‖²/2."
 )
 RANK_CAPTION = (
     "Left three: success at rest over the rank of the shared features, {family}, groups of 8, {seeds} seeds each: reached by"
     " small exact steps (bars: the middle 80 % of prompts), predicted for a table (p*), and for this network, each prompt alone"
-    " from its share ρ of the pull and all prompts together. Right: root mean square error per prompt of the last, over the nats that it"
-    " expects to be spent without success, as a share of the entropy within successes and failures; every policy of the tables."
+    " from its share ρ of the pull and all prompts together. Right: root mean square error per prompt of the last, over the"
+    " nats that it expects to be spent without success, as a share of the entropy within successes and failures; every policy"
+    " of the tables."
 )
 
 
@@ -139,6 +141,7 @@ def log_policy(toy: Toy, theta: jax.Array, form: Form) -> jax.Array:
     return jax.nn.log_softmax(toy.prior + form(theta, toy.inputs), axis=-1)
 
 
+@partial(jax.jit, static_argnames="form")
 def state_of(toy: Toy, theta: jax.Array, form: Form = linear) -> State:
     """The policy at θ [D]."""
     log = log_policy(toy, theta, form)
@@ -200,6 +203,7 @@ def potential(start: jax.Array, end: jax.Array, weights: Weights) -> jax.Array:
     return (half * rate * jnp.asarray(SHARES)[None, :]).sum(-1)
 
 
+@jax.jit
 def ledger(toy: Toy, state: State, start: jax.Array, beta: float, weights: Weights) -> Ledger:
     """Where the nats went, by enumeration; ``start`` [P] are the log-odds of π_ref."""
 
@@ -305,7 +309,8 @@ def compare(toy: Toy, theta: jax.Array, beta: float, form: Form = linear) -> dic
 def experiment(out: Path, *, quick: bool = False) -> None:
     """Writes climbs.png, climbs.json, rank.png and rank.json into ``out``, and prints the tables."""
     _show_climbs(out, quick)
-    cases = {name: _rank_cases(family, quick) for name, family in FAMILIES.items()}
+    families = {"1 prompt, 64 outcomes": QUICK} if quick else FAMILIES
+    cases = {name: _rank_cases(family, 1 if quick else SEEDS) for name, family in families.items()}
     for name, rows in cases.items():
         print(f"\n{name}\n{_rank_table(rows)}")
     print(f"\nOne hidden layer, 8 prompts, 64 outcomes, plain gradient steps\n{_network_table(quick)}")
@@ -352,15 +357,14 @@ def _show_climbs(out: Path, quick: bool) -> None:
     figures.save(figure, "climbs", numbers, out=out, caption=CLIMB_CAPTION.format(**CLIMB))
 
 
-def _rank_cases(family: dict[str, Any], quick: bool) -> list[dict[str, Any]]:
+def _rank_cases(family: dict[str, Any], seeds: int) -> list[dict[str, Any]]:
     """`compare` for every rank, β and seed of a family."""
-    ranks = family["ranks"]
-    form = {"prompts": family["prompts"], "outcomes": family["outcomes"] // (16 if quick and family["signal"] else 1)}
+    ranks, form = family["ranks"], {name: family[name] for name in ("prompts", "outcomes", "signal")}
     cases = []
-    for rank in ranks[:2] if quick else ranks:
-        for seed in range(1 if quick else SEEDS):
-            toy = make_toy(seed, rank=rank, signal=family["signal"], size=max(ranks), **form)
-            for beta in BETAS[1:] if quick else BETAS:
+    for rank in ranks:
+        for seed in range(seeds):
+            toy = make_toy(seed, rank=rank, size=max(ranks), **form)
+            for beta in BETAS:
                 theta, left = rest(toy, beta, WEIGHTS)
                 cases.append({"rank": rank, "seed": seed, "left": left, **compare(toy, theta, beta)})
     return cases
@@ -385,9 +389,9 @@ def _rank_table(cases: list[dict[str, Any]]) -> str:
 def _network_table(quick: bool) -> str:
     """A network of one hidden layer, which is not log-linear, after plain gradient steps."""
     rows = []
-    for hidden in (2, 6):
+    for hidden in (2,) if quick else (2, 6):
         toy, form = make_network(1, prompts=8, outcomes=64, hidden=hidden)
-        for beta in BETAS[1:]:
+        for beta in BETAS[2:] if quick else BETAS[1:]:
             theta, path = climb(toy, beta, WEIGHTS, rate=0.05, steps=50 if quick else 20_000, form=form)
             case = compare(toy, theta, beta, form)
             monotone = "yes" if bool((jnp.diff(path.objective) > -1e-12).all()) else "no"
