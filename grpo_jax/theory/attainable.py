@@ -45,22 +45,22 @@ class _Limited:
 
     def omega(self, logit: jax.Array) -> jax.Array:
         """ρ Ω at log-odds [...]."""
-        explained, missing = self._parts(logit)
-        inside = explained > 0  # v = 0 · Ω = ∞ would be nan
-        share = jnp.where(inside, explained / jnp.where(inside, explained + missing, 1.0), 0.0)
-        limited = jnp.where(inside, share * jnp.where(inside, self.weights.omega(logit), 0.0), 0.0)
-        return jnp.where(self.r2 == 1, self.weights.omega(logit), limited)
+        share, pull = self._share(logit), self.weights.omega(logit)
+        finite = jnp.isfinite(pull)
+        return jnp.where(finite, share * jnp.where(finite, pull, 0.0), jnp.where(share > 0, pull, 0.0))
 
     def slope(self, logit: jax.Array) -> jax.Array:
         """d(ρ Ω)/dp at log-odds [...]: dρ/dv = R² (1 − R²) v_ref/(R² v + (1 − R²) v_ref)²."""
-        explained, missing = self._parts(logit)
-        total = jnp.where(explained + missing > 0, explained + missing, 1.0)
-        rise = -jnp.tanh(logit / 2) * self.r2 * missing / total**2
-        limited = explained / total * self.weights.slope(logit) + rise * self.weights.omega(logit)
-        return jnp.where(self.r2 == 1, self.weights.slope(logit), limited)
+        share, missing = self._share(logit), (1 - self.r2) * variance(self.reference)
+        total = self.r2 * variance(logit) + missing
+        rise = -jnp.tanh(logit / 2) * self.r2 * missing / jnp.where(total > 0, total, 1.0) ** 2
+        return share * self.weights.slope(logit) + rise * self.weights.omega(logit)
 
-    def _parts(self, logit: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.r2 * variance(logit), (1 - self.r2) * variance(self.reference)
+    def _share(self, logit: jax.Array) -> jax.Array:
+        """ρ at log-odds [...]; with R² = 1 it is 1 also where v has rounded to 0."""
+        explained, missing = self.r2 * variance(logit), (1 - self.r2) * variance(self.reference)
+        some = explained + missing > 0
+        return jnp.where(some, explained / jnp.where(some, explained + missing, 1.0), 1.0)
 
 
 @partial(jax.jit, static_argnames="logits")
@@ -70,7 +70,7 @@ def attainable_point(
     """The success probability p† at which many small steps end whose score features explain a share R² of the reward.
 
     logit p† = logit p_ref + ρ Ω(p†)/β with ρ = R² v†/(R² v† + (1 − R²) v_ref): the first solution above p_ref. Limited
-    capacity acts like the larger β/ρ. With R² = 1 it is `flow_point`, with R² = 0 p_ref itself.
+    capacity acts like the larger β/ρ. With R² = 1 it is `flow_point`, with R² = 0 p_ref itself, to rounding.
 
     To first order in 1/β it holds for every policy, beyond that for log-linear policies with Gaussian residuals. For other
     log-linear ones the log-odds reached differ from those of p† by
@@ -108,7 +108,7 @@ def attainable_point(
 
     inputs = sign * jnp.where(at_end, 0.0, reference), beta, jnp.where(allowed, r2, 0.0)
     logit = jax.lax.map(solve, tuple(x.ravel() for x in inputs), batch_size=BATCH).reshape(reference.shape)
-    logit = jnp.where(at_end | (r2 == 0), reference, sign * logit)
+    logit = jnp.where(at_end, reference, sign * logit)
     logit = jnp.where(allowed, logit, jnp.nan)
     return logit if logits else jax.nn.sigmoid(logit)
 

@@ -41,7 +41,7 @@ def test_everything_explained_is_the_table_and_nothing_the_reference(weights):
         table = flow_point(P_REF, beta=beta, weights=weights)
         full, none = (attainable_point(P_REF, beta=beta, weights=weights, r2=r2) for r2 in (1.0, 0.0))
         assert jnp.abs(full - table).max() < 1e-15
-        assert (none == jax.nn.sigmoid(logit(P_REF))).all()
+        assert jnp.abs(none - P_REF).max() < 1e-15
         # Prompts that share nothing are each alone, whatever share is explained.
         shares = jnp.asarray([1.0, 0.9, 0.4, 0.0, 0.7, 0.2])
         alone = attainable_point(P_REF, beta=beta, weights=weights, r2=shares)
@@ -138,6 +138,9 @@ def test_derivatives_are_those_of_finite_differences():
     for k, slope in enumerate(exact):
         low, high = ([x + (h if j == k else 0.0) for j, x in enumerate(at)] for h in (-1e-5, 1e-5))
         assert float(slope) == pytest.approx(float(end(*high) - end(*low)) / 2e-5, rel=1e-7)
+    for r2, h in ((0.0, 1e-6), (1.0, -1e-6)):  # from inside, at either end
+        slope = jax.grad(end, argnums=2)(0.2, 1.0, r2)
+        assert float(slope) == pytest.approx(float(end(0.2, 1.0, r2 + h) - end(0.2, 1.0, r2)) / h, rel=1e-4)
 
 
 def test_ends_and_shapes():
