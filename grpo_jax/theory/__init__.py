@@ -3,6 +3,7 @@
 Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds out, because p rounds to 1.
 """
 
+from grpo_jax.theory.attainable import attainable_point, attainable_points
 from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
 from grpo_jax.theory.convergence import (
     accumulated_error,
@@ -76,6 +77,8 @@ __all__ = [
     "Whitened",
     "WhitenedStd",
     "accumulated_error",
+    "attainable_point",
+    "attainable_points",
     "bernoulli_kl",
     "beta_for_mean",
     "beta_for_target",
