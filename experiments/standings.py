@@ -37,15 +37,15 @@ SOLVED = (
     "--config.task.arithmetic.operand_max=1",
     "--config.data.prompts_per_iteration=4",
     "--config.warm_start.batch=4",
-    "--config.warm_start.interval=200",
-    "--config.warm_start.learning_rate=3e-3",
+    "--config.warm_start.interval=400",
+    "--config.warm_start.learning_rate=1e-2",
     "--config.warm_start.target=0.99",
 )
 CASES = {
     standing.ARRIVED: (*SMALL, "--config.train.iterations=200"),
     standing.UNFINISHED: (*SMALL, "--config.train.iterations=20"),
     standing.LIMITED: (*NARROW, "--config.optimizer.learning_rate=1e-3"),
-    standing.NOISY: (*NARROW, "--config.optimizer.learning_rate=1e-2", "--config.optimizer.schedule=constant"),
+    standing.NOISY: (*NARROW, "--config.optimizer.learning_rate=3e-2", "--config.optimizer.schedule=constant"),
     standing.COLLAPSED: (*SMALL, "--config.train.iterations=20", "--config.optimizer.learning_rate=0.3"),
     standing.HOPELESS: SOLVED,
 }

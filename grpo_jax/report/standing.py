@@ -48,7 +48,7 @@ def standing(result: dict[str, Any], before: dict[str, Any]) -> str:
         return UNFINISHED
     if rising and rising["low"] > 0 and rising["mean"] > CLOSE * to_go:
         return UNFINISHED
-    if slope["high"] < 0 and slope["mean"] < -CLOSE * hold:
+    if slope["high"] < 0 and slope["mean"] < -CLOSE * hold and ledger["beyond_rest"]["low"] > 0:
         return NOISY
     return LIMITED
 

@@ -1,5 +1,6 @@
 """Where a run stands: each word follows from numbers alone, and is found on numbers of every kind."""
 
+import numpy as np
 import pytest
 
 from grpo_jax.report import standing
@@ -37,7 +38,7 @@ CASES = [
     ({"slope": 0.2, "speed": {"iterations_to_go": 1234.5}}, standing.UNFINISHED, "about 1,234 iterations to go"),
     ({"slope": -0.2}, standing.NOISY, "noise: 0.100 nats of KL more than a rest point"),
     ({"slope": -0.2, "objective": -0.05}, standing.NOISY, "the objective is below its start"),
-    ({"slope": 0.005}, standing.LIMITED, "limited by the network: it is at rest"),
+    ({"slope": 0.005}, standing.LIMITED, "limited by the network: push and hold are in balance"),
     ({"slope": 0.02}, standing.LIMITED, "limited"),  # significant, and small beside the hold
     ({"slope": -0.02}, standing.LIMITED, "limited"),
     (
@@ -69,6 +70,18 @@ def test_groups_of_equal_rewards_teach_nothing(successes, p_ref, words):
     result = made() | {"p_ref": interval(p_ref)}
     result["standing"] = standing.standing(result, counts(successes, 9))
     assert result["standing"] == standing.HOPELESS and words in standing.in_words(result)
+
+
+def test_a_trend_is_told_from_chance():
+    random, pace = np.random.default_rng(0), np.arange(201.0)
+    still = [standing.trend(0.5 + 0.05 * random.normal(size=200), pace, 0.95) for _ in range(300)]
+    assert 0.9 < np.mean([t["low"] <= 0 <= t["high"] for t in still]) < 0.99
+    rising = standing.trend(np.linspace(0.4, 0.6, 200) + 0.01 * random.normal(size=200), pace, 0.95)
+    assert rising["low"] > 0 and rising["mean"] == pytest.approx(0.05, abs=0.005)
+    # A rate that decays: as much of the way lies in the first iterations of the last quarter as in all others of it.
+    decaying = np.concatenate([[0.0], np.cumsum(1 - np.arange(200) / 200)])
+    assert standing.trend(decaying[1:] / decaying[-1], decaying, 0.95)["mean"] == pytest.approx(0.25, abs=0.04)
+    assert standing.trend(np.ones(12), np.arange(13.0), 0.95) is None
 
 
 def test_without_a_prediction_or_log_ratios_it_is_not_known():
