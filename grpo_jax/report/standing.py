@@ -124,7 +124,7 @@ def in_words(result: dict[str, Any]) -> str:
         start = ", and the objective is below its start" * _is_below_start(ledger)
         return (
             f"noise: {ledger['beyond_rest']['mean']:.3f} nats of KL more than a rest point with this success spends{start}. "
-            "A lower learning rate, larger batches or train.average take them back; more iterations do not. What keeps "
+            "A rate that decays or is lower, larger batches or train.average take them back; more iterations do not. What keeps "
             f"success below p* is what the network lets through: it has followed {followed}"
         )
     still = f", and success moved by {result['trend']['mean']:+.3f} in the last quarter" if result.get("trend") else ""
