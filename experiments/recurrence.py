@@ -132,7 +132,7 @@ def fitted(runs: list[Gains], confidence: float = 0.95) -> dict[str, float]:
         parts = by_run**2 / (len(runs) - 1) + by_prompt**2 / (prompts - 1)
         freedom = np.where(parts > 0, variance**2 / np.where(parts > 0, parts, 1.0), freedom)
     reach = student.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance)
-    fit = {}
+    fit: dict[str, float] = {}
     for name, value, deviation, half in zip(("slope", "intercept"), line, np.sqrt(variance), reach, strict=True):
         fit |= {name: value, f"{name}_error": deviation, f"{name}_low": value - half, f"{name}_high": value + half}
     # The mean square of (y − x)/error: 1 if sampling is all that keeps the points from the line.

@@ -256,7 +256,7 @@ def _run_speed(path: Path) -> Decimal | None:
     result = path / "result.json"
     if not result.exists():
         return None
-    speed = _json_object(result.read_bytes(), str(result)).get("speed")
+    speed: Any = _json_object(result.read_bytes(), str(result)).get("speed")
     try:
         kappa = speed["kappa"]["mean"]
     except (KeyError, TypeError):

@@ -171,7 +171,7 @@ def test_the_beta_of_a_single_prompt_is_the_closed_form():
     st.floats(0.05, 0.95),
     st.sampled_from(["reverse", "forward"]),
 )
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_the_beta_of_a_mean_is_verified_by_the_plan(counts, share, kl):
     start, most = sum(counts) / 20 / len(counts), sum(k > 0 for k in counts) / len(counts)
     if most - start < 1e-6:
