@@ -183,7 +183,7 @@ def test_a_preempted_sweep_stops_and_goes_on(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     states = list_points(points, workdir, console(tmp_path))
     assert [state.words for state in states][1:] == ["interrupted at iteration 4 of 9", "waiting"]
-    assert states[0].words.startswith("done, p̂ 0.") and ", p* 0." in states[0].words
+    assert states[0].words.startswith("done, p̂ ") and ", p* 0." in states[0].words
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     again = Runs(points)
     run_points(points, workdir, console(tmp_path), run=again)
