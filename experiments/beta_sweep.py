@@ -86,9 +86,9 @@ def run(options: flags.FlagValues) -> None:
         shape = {"objective": validate(one, num_devices=1)[1], "group_size": one.rollout.group_size}
         p_ref = np.stack([r["prompts"]["p_ref"] for r in results[:: len(betas)]])
         over = np.geomspace(min(betas), max(betas), CURVE)
-        p_star = p_star_curve(p_ref.reshape(-1), over, **shape)
-        assert p_star is not None  # as `check_predicted` has seen
-        curves.append((label, over, p_star))
+        each = [p_star_curve(p, over, trials=one.evaluate.final_samples, **shape) for p in p_ref]
+        p_stars = [curve for curve in each if curve is not None]  # all, as `check_predicted` has seen
+        curves.append((label, over, np.mean(p_stars, axis=0)))
         arrived = arrivals(one, results, read_rewards(folder, len(seeds), len(betas)), **shape)
         points += [point(label, r, at) for r, at in zip(results, arrived, strict=True)]
     out.mkdir(parents=True, exist_ok=True)

@@ -10,21 +10,24 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax import theory
 from grpo_jax.objective import Objective
 from grpo_jax.report.figure import INK, MEASURED, PREDICTED, new_figure, save_figure
 from grpo_jax.report.forecast import group_weights
 from grpo_jax.report.markdown import inline
+from grpo_jax.theory.planning import curve
 
 COLOURS = (MEASURED, PREDICTED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 MARKERS = "os^Dv<>PX*"
 COLUMNS = ("point", "state", "p_ref", "predicted p*", "p̂ and its interval", "p̂ − p*")
 
 
-def p_star_curve(p_ref: np.ndarray, betas: np.ndarray, *, objective: Objective, group_size: int) -> np.ndarray | None:
+def p_star_curve(
+    p_ref: np.ndarray, betas: np.ndarray, *, objective: Objective, group_size: int, trials: int | None = None
+) -> np.ndarray | None:
     """The mean over prompts of the predicted success probability at each of ``betas``, from ``p_ref`` [Q] of the prompts.
 
-    None where the objective has no KL to the reference, or where the theory does not know it.
+    ``p_ref`` is the share of successes in ``trials`` samples of each prompt, or exact where that is None. None where the
+    objective has no KL to the reference, or where the theory does not know it.
 
     >>> from grpo_jax.objective import GRPO
     >>> p_star_curve(np.array([0.2, 0.4]), np.array([0.5, 2.0]), objective=GRPO, group_size=8).round(3).tolist()
@@ -33,10 +36,10 @@ def p_star_curve(p_ref: np.ndarray, betas: np.ndarray, *, objective: Objective, 
     weights = group_weights(objective, group_size)
     if objective.kl_direction == "none" or weights is None:
         return None
-    solve = theory.flow_point if objective.kl_direction == "reverse" else theory.forward_kl_fixed_point
+    counts = np.asarray(p_ref, float) if trials is None else np.rint(np.asarray(p_ref) * trials)
     with jax.enable_x64(True):
-        p_star = [solve(np.asarray(p_ref, float), beta=float(beta), weights=weights) for beta in betas]  # each [Q]
-        return np.array([float(p.mean()) for p in p_star])
+        shape: dict[str, Any] = {"weights": weights, "kl": objective.kl_direction, "quantiles": []}
+        return np.array([point.p_star for point in curve(counts, trials, betas.tolist(), **shape)])
 
 
 def plot_sweep(

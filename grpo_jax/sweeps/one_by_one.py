@@ -194,9 +194,11 @@ def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
     for label, by_seed in references.items():
         point = next(point for point, _, other in ended if other == label)
         shape = {"objective": point.objective, "group_size": point.config.rollout.group_size}
-        p_star = p_star_curve(np.concatenate(list(by_seed.values())), over, **shape)
-        if p_star is not None and not point.config.objective.entropy_bonus:  # which the theory leaves out
-            curves.append((label, over, p_star))
+        trials = point.config.evaluate.final_samples
+        each = [p_star_curve(np.array(p_ref), over, trials=trials, **shape) for p_ref in by_seed.values()]
+        p_stars = [curve for curve in each if curve is not None]
+        if p_stars and not point.config.objective.entropy_bonus:  # which the theory leaves out
+            curves.append((label, over, np.mean(p_stars, axis=0)))
     measured = [
         {"label": label, "beta": point.values[BETA], "seed": point.config.seed}
         | {"p": result["p_final"]["mean"], "low": result["p_final"]["low"], "high": result["p_final"]["high"]}

@@ -39,6 +39,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of the flags that 
     "--beta": (lambda beta: 0 < beta < math.inf, "must be positive and finite"),
     "--target": (lambda p: 0 < p < 1, "must be inside (0, 1)"),
     "--confidence": (lambda share: 0 < share < 1, "must be inside (0, 1)"),
+    "--speed": (lambda speed: 0 < speed < math.inf, "must be positive and finite"),
 }
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 EXAMPLES = """examples:
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--from", None, "a run directory, an evaluation's, or a JSONL file of successes and trials"),
         ("--target", _number, "instead of --beta: the mean success probability wanted"),
         ("--confidence", _number, f"of the intervals; default: the run's, else {CONFIDENCE}"),
+        ("--speed", _number, "κ per iteration at the peak learning rate; default: the run's, where it was measured"),
         ("--figure", None, "PNG to write: p* over β (needs matplotlib)"),
         ("--json", None, "file to write the numbers to"),
     ]
@@ -131,7 +133,9 @@ def _plan(options: argparse.Namespace) -> list[str]:
     # What the theory says of it.
     target = None if options.target is None else beta_for_mean(float(options.target), successes, trials, **settings)
     betas = [target.beta] if target else [float(beta) for beta in options.beta]
-    plans = plan(successes, trials, betas, confidence=confidence, **settings)
+    speed = _run_speed(Path(source)) if options.speed is None and source else options.speed
+    speed = None if speed is None else float(speed)
+    plans = plan(successes, trials, betas, confidence=confidence, speed=speed, **settings)
     sweep = recommended_range(successes, trials, **settings)
     # The files.
     if options.json is not None:
@@ -140,6 +144,7 @@ def _plan(options: argparse.Namespace) -> list[str]:
             "group_size": group_size,
             "prompts": len(successes),
             "confidence": confidence,
+            "speed": speed,
             "rows": [row._asdict() for row in plans],
             "recommended": sweep and {end: beta._asdict() for end, beta in sweep._asdict().items()},
             "target": target and target._asdict(),
@@ -157,9 +162,9 @@ def _plan(options: argparse.Namespace) -> list[str]:
         f"fixed point   {objective.fixed_point}",
         *_measured_lines(plans[0], len(successes), trials, confidence),
         "",
-        *_table(plans),
+        *_table(plans, speed),
         "",
-        *_legend(plans[0]),
+        *_legend(plans[0], speed),
         *(_target_lines(target, options.target) if target else ()),
         *_sweep_lines(sweep, plans[0], kl),
     ]
@@ -246,6 +251,19 @@ def _read_counts(path: Path) -> tuple[Sequence[int], Sequence[int], dict[str, An
     return [successes for successes, _ in rows], [trials for _, trials in rows], config
 
 
+def _run_speed(path: Path) -> Decimal | None:
+    """The κ that a finished run measured; None where there is none."""
+    result = path / "result.json"
+    if not result.exists():
+        return None
+    speed: Any = _json_object(result.read_bytes(), str(result)).get("speed")
+    try:
+        kappa = speed["kappa"]["mean"]
+    except (KeyError, TypeError):
+        return None
+    return None if kappa is None else _number("--speed", kappa)
+
+
 def _json_object(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8-sig"))
@@ -312,21 +330,22 @@ def _measured_lines(row: PlanRow, prompts: int, trials: Sequence[int] | None, co
         behind = f"{each} trials each: p_ref = {p_ref} ({confidence:.4g} intervals)"
     return [
         f"measured      {prompts} prompt{'s' if prompts > 1 else ''}, {behind}",
-        f"KL budget     {row.kl_budget:.4g} nats per completion, the mean of ln(1/p_ref) where any success was seen",
+        f"KL budget     {row.kl_budget:.4g} nats per completion, the mean of ln(1/p_ref)",
         f"dead groups   {row.dead_groups_start:.1%} at p_ref; {row.dead:.1%} of prompts hardly ever see a success",
     ]
 
 
-def _table(rows: list[PlanRow]) -> list[str]:
-    cells = [_cells(row) for row in rows]
+def _table(rows: list[PlanRow], speed: float | None) -> list[str]:
+    cells = [_cells(row, speed) for row in rows]
     lines = [list(cells[0]), *(list(row.values()) for row in cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
-def _cells(row: PlanRow) -> dict[str, str]:
+def _cells(row: PlanRow, speed: float | None) -> dict[str, str]:
     """One line of the table, by the heads of its columns."""
     steps, step_kl = row.mirror_steps, row.mirror_step_kl
+    training = {} if speed is None else {"training": "never" if row.training is None else str(row.training)}
     return {
         "β": f"{row.beta:.4g}",
         "p*": _band(row.p_star, row.p_star_low, row.p_star_high),
@@ -340,14 +359,20 @@ def _cells(row: PlanRow) -> dict[str, str]:
         "→ p": f"{row.p_exact:.3f}",
         "mirror: steps": "-" if steps is None else f"{steps:.3g}" if steps >= 1 else "< 1",
         "KL/step": "-" if step_kl is None else f"{step_kl:.3g}",
+        **training,
     }
 
 
-def _legend(row: PlanRow) -> list[str]:
+def _legend(row: PlanRow, speed: float | None) -> list[str]:
     lines = [
         "columns       saturate: p* > 0.99 · oscillate and exact: were each iteration solved exactly · on a fold: p* jumps",
         "              within the interval of p_ref · mirror: small steps of mirror GRPO to 95 % of the gain",
     ]
+    if speed is not None:
+        lines.append(
+            "training      iterations until the mean is within 5 % of its gain, "
+            f"at κ = {speed:.3g} an iteration (peak learning rate)"
+        )
     if row.dead:
         lines.append(
             f"stay dead     {row.dead:.1%} see no success in over 99 % of groups: what p* says of them may take for ever"

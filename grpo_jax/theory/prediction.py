@@ -1,33 +1,40 @@
 """From counted successes of the reference policy to where training will end, with intervals."""
 
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from grpo_jax.theory.dynamics import bernoulli_kl, log_odds_slope
+from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, log_odds_slope
 from grpo_jax.theory.forward_kl import forward_kl_multiplier
 from grpo_jax.theory.limits import flow_point, forward_kl_fixed_point
-from grpo_jax.theory.roots import fold_between
-from grpo_jax.theory.weights import Weights, log_odds
+from grpo_jax.theory.posteriors import Jumps, Mean, Posterior, expectations, mean_of, posterior_of, quantiles
+from grpo_jax.theory.roots import POINTS, REACH, bisect
+from grpo_jax.theory.weights import Weights, upward
 
+KLS = ("reverse", "forward", "none")
 SATURATED = 0.99
+BESIDE = 1e-9  # how near to a fold, on either side, it is
 
 
 class Prediction(NamedTuple):
     """What training at one β will do to Q prompts.
 
+    The success probability of a prompt under the reference is known up to a posterior (`posterior_of`), and so is its end.
+
     p_ref, p_ref_low, p_ref_high: [Q] measured success probabilities and their Wilson intervals.
-    p_star, p_star_low, p_star_high: [Q] predicted ones, and where the ends of the interval of p_ref are sent.
-    saturates: [Q] bool, p_star > 0.99.
-    stable: [Q] bool, p_star also attracts exactly solved iterations: its multiplier is between −1 and 1.
-    fold: [Q] bool, p_star jumps within the interval of p_ref: p_star_low and p_star_high are values on two branches,
-      and some of what lies between them is the end of no p_ref.
-    mean_p_ref, mean_p_ref_low, mean_p_ref_high: over the prompts.
-    mean_p_star, mean_p_star_low, mean_p_star_high: over the prompts.
-    mean_kl: KL(π*‖π_ref) in nats per sequence, over the prompts.
+    p_star, p_star_low, p_star_high: [Q] posterior mean of p*, and the central interval of its posterior. On a fold the mean
+      lies between two branches, where no p_ref ends.
+    saturates: [Q] bool, p* > 0.99 is more likely than not.
+    stable: [Q] bool, the p* of the median p_ref also attracts exactly solved iterations: its multiplier is between −1 and 1.
+    fold: [Q] bool, p* jumps within its interval: p_star_low and p_star_high are values on two branches.
+    mean_p_ref, mean_p_ref_low, mean_p_ref_high: over the prompts, measured.
+    mean_p_star, mean_p_star_low, mean_p_star_high: posterior mean and interval of the mean of p* over the prompts.
+    mean_kl: posterior mean of KL(π*‖π_ref) in nats per sequence, over the prompts.
     """
 
     p_ref: jax.Array
@@ -48,6 +55,29 @@ class Prediction(NamedTuple):
     mean_kl: float
 
 
+class Ends(NamedTuple):
+    """What p_ref, known by counts, is sent to.
+
+    p_star: the mean over the prompts, with its interval.
+    kl: KL(π*‖π_ref) in nats, mean over the prompts.
+    kl_budget: the most it can be, ln(1/p_ref), mean over the prompts.
+    saturates: the share of prompts with p* > 0.99.
+    prompts: [3, D] for each of the different counts the mean of p* and its interval, or more.
+    median: [D] p* of the median p_ref.
+    stable: [D] bool, that end attracts exactly solved iterations.
+    fold: [D] bool, p* jumps within the interval.
+    """
+
+    p_star: Mean
+    kl: float
+    kl_budget: float
+    saturates: float
+    prompts: np.ndarray
+    median: np.ndarray
+    stable: np.ndarray
+    fold: np.ndarray
+
+
 def predict(
     successes: ArrayLike,
     trials: ArrayLike,
@@ -59,10 +89,10 @@ def predict(
 ) -> Prediction:
     """Predicted success probabilities of Q prompts from the successes that the reference policy had on them.
 
-    p_ref = successes/trials is mapped through `flow_point` (or `forward_kl_fixed_point`), and so are the ends of its
-    Wilson interval, which is right because p* rises with p_ref. The intervals of the means add the one-sided errors
-    in quadrature. A prompt with no success is predicted to stay at 0; its interval says how little that means.
-    Computed in double precision on the host.
+    p* = `flow_point` (or `forward_kl_fixed_point`) of p_ref is averaged over the posterior of p_ref: p* is curved and jumps
+    at folds, so that the p* of k/n is not its mean. The posterior knows all prompts (`posterior_of`): where few samples say
+    little of one of them, the others do. A prompt with no success is not predicted to stay at 0, and one with no failure not
+    at 1. Computed in double precision on the host, by sums over fixed nodes.
 
     Args:
       successes: [Q] counts of correct completions.
@@ -78,14 +108,14 @@ def predict(
     Raises:
       ValueError: names the argument that is not a count, not in range, or of the wrong shape.
 
-    Source: derived from arXiv 2503.06639, Thm 2; intervals as in `wilson_interval` and `mean_interval`.
+    Source: derived from arXiv 2503.06639, Thm 2; coverage measured by experiments/coverage.py.
 
     >>> from grpo_jax.theory import Group
     >>> result = predict([0, 20, 50], 100, beta=1.0, weights=Group(8))
-    >>> [round(float(p), 4) for p in result.p_star]
-    [0.0, 0.6249, 0.9142]
-    >>> round(result.mean_p_star, 4), result.saturates.tolist()
-    (0.513, [False, False, False])
+    >>> [round(float(p), 3) for p in result.p_star]
+    [0.028, 0.621, 0.91]
+    >>> round(result.mean_p_star, 3), result.saturates.tolist()
+    (0.52, [False, False, False])
     """
     if isinstance(beta, jax.Array) and beta.ndim:
         raise ValueError(f"beta must be one number, got shape {beta.shape}")
@@ -98,24 +128,53 @@ def predict(
         k, n = _counts(successes, trials)
         if k.ndim != 1:
             raise ValueError(f"successes must have one axis, over the prompts, got shape {k.shape}")
-        # Each prompt's estimate and the two ends of its interval, [3, Q], and where training takes all three.
-        measured = jnp.stack([k / n, *wilson_interval(k, n, confidence)])
-        reference = log_odds(measured)
-        solve = flow_point if kl == "reverse" else forward_kl_fixed_point
-        star = solve(reference, beta=float(beta), weights=weights, logits=True)
-        reached = jax.nn.sigmoid(star)
-        if kl == "reverse":
-            scale = jnp.asarray(float(beta))
-            stable = jnp.abs(log_odds_slope(star[0], weights)) < scale
-            fold = fold_between(star[1], star[2], scale, weights)
-        else:
-            multiplier = forward_kl_multiplier(star[0], beta=float(beta), weights=weights, logits=True)
-            stable, fold = jnp.abs(multiplier) < 1, jnp.zeros_like(star[0], bool)
-        mean_p_ref, mean_p_star = ((rows[0].mean(), *mean_interval(*rows)) for rows in (measured, reached))
-        mean_kl = bernoulli_kl(star[0], reference[0], logits=True).mean()
-        means = map(float, (*mean_p_ref, *mean_p_star, mean_kl))
-        saturates = reached[0] > SATURATED
-        return Prediction._make([*measured.astype(dtype), *reached.astype(dtype), saturates, stable, fold, *means])
+        low, high = wilson_interval(k, n, confidence)
+        measured = jnp.stack([k / n, low, high])
+        mean_p_ref = (measured[0].mean(), *mean_interval(*measured))
+        posterior = posterior_of(np.asarray(k), np.asarray(n))
+        ends = ends_of(posterior, beta=float(beta), weights=weights, confidence=confidence, kl=kl)
+        row = posterior.row
+        reached = jnp.asarray(ends.prompts[:, row], dtype)
+        flags = (jnp.asarray(flag[row]) for flag in (ends.median > SATURATED, ends.stable, ends.fold))
+        means = [*map(float, mean_p_ref), *ends.p_star, ends.kl]
+        return Prediction._make([*measured.astype(dtype), *reached, *flags, *means])
+
+
+def ends_of(posterior: Posterior, *, beta: float, weights: Weights, confidence: float, kl: str) -> Ends:
+    """Where training takes prompts of which counts are known.
+
+    Args:
+      posterior: of the prompts.
+      beta, weights, confidence: as for `predict`.
+      kl: also "none", where every success probability but 0 runs to 1.
+
+    Returns:
+      `Ends`.
+
+    >>> from grpo_jax.theory import MeanOnly
+    >>> counts = posterior_of(np.array([50]), np.array([100]))
+    >>> ends = ends_of(counts, beta=1.0, weights=MeanOnly(), confidence=0.95, kl="reverse")
+    >>> round(ends.p_star.mean, 2), round(float(ends.median[0]), 3)  # 1/(1 + 1/e) = 0.731 at p_ref = ½
+    (0.73, 0.731)
+    """
+    at, values, stable, jump, height = map(np.asarray, _solved(jnp.asarray(posterior.points), beta, weights, kl))
+    function = Jumps(at, values, float(jump), height)
+    expected = expectations(posterior, function)  # [H, D, (p*, p*², KL, its budget, saturated)]
+    tails = (1 - confidence) / 2
+    references = quantiles(posterior, [tails, 0.5, 1 - tails])  # [3, D]
+    low, median, high = function(references)[0]
+    mean = posterior.shares @ expected[..., 0]  # [D]
+    share = posterior.times / posterior.times.sum()
+    return Ends(
+        p_star=mean_of(posterior, expected[..., 0], expected[..., 1], confidence),
+        kl=float(posterior.shares @ expected[..., 2] @ share),
+        kl_budget=float(posterior.shares @ expected[..., 3] @ share),
+        saturates=float(posterior.shares @ expected[..., 4] @ share),
+        prompts=np.stack([mean, np.minimum(low, mean), np.maximum(high, mean)]),
+        median=median,
+        stable=stable[np.clip(np.searchsorted(at, references[1]), 0, len(at) - 1)],
+        fold=(references[0] <= jump) & (jump < references[2]),
+    )
 
 
 def wilson_interval(successes: ArrayLike, trials: ArrayLike, confidence: float = 0.95) -> tuple[jax.Array, jax.Array]:
@@ -200,3 +259,45 @@ def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[jax.Array, jax.Arr
     if bool((k > n).any()):
         raise ValueError("successes must not exceed trials")
     return k, n
+
+
+@partial(jax.jit, static_argnames="kl")
+def _solved(points: jax.Array, beta: ArrayLike, weights: Weights, kl: str) -> tuple[jax.Array, ...]:
+    """p*, p*², the KL, its budget and whether p* > 0.99, at log-odds [P] of p_ref and on both sides of the jump.
+
+    Returns what `Jumps` takes, with the flags of stability third.
+    """
+    beta = jnp.asarray(beta, points.dtype)
+    jump = _fold(beta, weights, points.dtype) if kl == "reverse" else jnp.asarray(-jnp.inf, points.dtype)
+    beside = BESIDE * jnp.maximum(1.0, jnp.abs(jump))
+    edges = jnp.where(jump > -jnp.inf, jnp.stack([jump - beside, jump + beside]), points[:2])
+    at = jnp.sort(jnp.concatenate([points, edges]))
+    if kl == "none":
+        star, multiplier = jnp.full_like(at, jnp.inf), jnp.zeros_like(at)
+    elif kl == "forward":
+        star = forward_kl_fixed_point(at, beta=beta, weights=weights, logits=True)
+        multiplier = forward_kl_multiplier(star, beta=beta, weights=weights, logits=True)
+    else:
+        star = flow_point(at, beta=beta, weights=weights, logits=True)
+        multiplier = log_odds_slope(star, weights) / beta
+    p = jax.nn.sigmoid(star)
+    spent, most = bernoulli_kl(star, at, logits=True), kl_budget(at, logits=True)
+    values = jnp.stack([p, p**2, spent, most, (p > SATURATED).astype(p.dtype)])
+    above = jnp.searchsorted(at, jump, side="right")
+    height = jnp.where(jump > -jnp.inf, values[:, above] - values[:, above - 1], 0.0)
+    smooth = values - height[:, None] * (at > jump).astype(p.dtype)[None]
+    return at, smooth, jnp.abs(multiplier) < 1, jump, height
+
+
+def _fold(beta: jax.Array, weights: Weights, dtype: jnp.dtype) -> jax.Array:
+    """The log-odds of p_ref at which `flow_point` jumps; −∞ where it does nowhere.
+
+    The reference that ends at L is L − Ω/β. Where that falls with L it has passed a top, and the flow jumps from there.
+    """
+    sign, better = upward(weights)
+    grid = jnp.linspace(-REACH, REACH, POINTS, dtype=dtype)
+    reference = grid - better.omega(grid) / beta
+    falls = reference < jax.lax.cummax(reference)
+    cell = jnp.argmax(falls)
+    top = bisect(lambda x: log_odds_slope(x, better) - beta, grid[jnp.maximum(cell - 2, 0)], grid[cell])
+    return jnp.where(falls.any(), sign * (top - better.omega(top) / beta), -jnp.inf)

@@ -69,9 +69,10 @@ def test_a_plan_is_the_prediction_prompt_by_prompt_also_over_several_blocks_and_
     expected = predict(k, 300, beta=0.7, weights=Group(32), kl=kl, confidence=0.9)
     for name in ("p_ref", "p_ref_low", "p_ref_high", "p_star", "p_star_low", "p_star_high", "kl"):
         assert getattr(row, name) == pytest.approx(getattr(expected, f"mean_{name}"), rel=1e-10), name
-    assert row.saturates == pytest.approx(float(expected.saturates.mean()), rel=1e-6)
+    assert row.saturates == pytest.approx(float(expected.saturates.mean()), abs=0.02)
     assert row.folds == pytest.approx(float(expected.fold.mean()), rel=1e-6)
     assert row.folds > 0 or kl == "forward"
+    assert row.p_exact >= row.p_ref
 
 
 def test_dead_prompts_and_dead_groups():
@@ -89,7 +90,7 @@ def test_dead_prompts_and_dead_groups():
 
 def test_prompts_at_the_ends_stay_and_spend_nothing():
     for kl in ("reverse", "forward", "none"):
-        (row,) = plan([0, 10, 0, 10], 10, [0.5], weights=Group(8), kl=kl)
+        (row,) = plan([0.0, 1.0, 0.0, 1.0], None, [0.5], weights=Group(8), kl=kl)
         assert (row.p_ref, row.p_star, row.p_exact, row.kl, row.kl_budget) == (0.5, 0.5, 0.5, 0.0, 0.0)
         assert (row.dead, row.saturates, row.iterations) == (0.5, 0.5, 0)
         assert row.mirror_steps is row.mirror_step_kl is None
@@ -126,10 +127,12 @@ def test_oscillating_prompts_are_counted():
     assert plan([1e-3, 5e-3], None, [3.0], weights=Group(4))[0].oscillates == 0
 
 
-def test_oscillating_prompts_of_one_rate_but_different_trials_are_all_counted():
-    """1 of 1000 and 2 of 2000 are two prompts with one p_ref."""
+def test_oscillating_prompts_of_counts_are_counted_by_how_likely_they_oscillate():
+    """At β = 3 prompts with p_ref below .0025 or so do: 1 of 1000 and 2 of 2000 probably, 40 of 2000 never."""
     (row,) = plan([1, 2, 40], [1000, 2000, 2000], [3.0], weights=Whitened(1e-5))
-    assert row.oscillates == pytest.approx(2 / 3)
+    assert 0.3 < row.oscillates < 0.66
+    (sure,) = plan([1000, 2000, 40_000], [1_000_000, 2_000_000, 2_000_000], [3.0], weights=Whitened(1e-5))
+    assert sure.oscillates == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_oscillation_under_k3_is_counted_by_its_own_map():
@@ -168,7 +171,7 @@ def test_the_beta_of_a_single_prompt_is_the_closed_form():
     st.floats(0.05, 0.95),
     st.sampled_from(["reverse", "forward"]),
 )
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_the_beta_of_a_mean_is_verified_by_the_plan(counts, share, kl):
     start, most = sum(counts) / 20 / len(counts), sum(k > 0 for k in counts) / len(counts)
     if most - start < 1e-6:
@@ -207,9 +210,35 @@ def test_the_mean_falls_with_beta_and_the_kl_never_exceeds_its_budget():
     rows = plan([1, 3, 10, 40, 63], 64, [0.1 * 1.3**i for i in range(20)], weights=Group(16, epsilon=1e-4))
     stars = [row.p_star for row in rows]
     assert stars == sorted(stars, reverse=True)
-    assert all(0 < row.kl <= row.kl_budget for row in rows)
+    assert all(0 < row.kl <= row.kl_budget * (1 + 1e-9) for row in rows)
     assert all(row.p_star_low <= row.p_star <= row.p_star_high for row in rows)
     assert all(row.p_exact > row.p_ref for row in rows)
+
+
+@pytest.mark.parametrize(("kl", "beta"), [("reverse", 1.0), ("reverse", 1.15), ("forward", 2.0), ("none", 1.0)])
+def test_iterations_of_training_are_those_of_the_differential_equation(kl, beta):
+    """Against Euler's method in steps of a thousandth; β = 1.15 is slow, just above the fold of p_ref = 0.3 (ε = 0, 1.0819)."""
+    p_refs, speed, weights = [0.05, 0.3, 1.0], 0.1, Whitened(1e-5)
+    (row,) = plan(p_refs, None, [beta], weights=weights, kl=kl, speed=speed)
+    start, path, ends = [logit(p) for p in p_refs[:2]], [], []
+    x = [*start]
+    for _ in range(200_000):
+        path.append(sum(map(sigmoid, x)) / 3 + 1 / 3)
+        for i, (now, first) in enumerate(zip(x, start, strict=True)):
+            v = sigmoid(now) * sigmoid(-now)
+            ahead = {"reverse": now - first, "forward": (sigmoid(now) - sigmoid(first)) / v, "none": 0.0}[kl]
+            x[i] = min(now + 1e-3 * (1 / math.sqrt(v + 1e-5) / beta - ahead), 30.0)
+    ends = row.p_star
+    away = max(i for i, p in enumerate(path) if abs(p - ends) > 0.05 * (ends - path[0]))
+    expected = away * 1e-3 / (speed * (1.0 if kl == "none" else beta)) * (beta if kl == "none" else 1.0)
+    assert row.training == pytest.approx(expected, abs=1.5, rel=0.02)
+    assert plan(p_refs, None, [beta], weights=weights, kl=kl)[0].training is None
+
+
+def test_training_takes_no_time_where_nothing_moves_and_scales_with_the_speed():
+    assert plan([0.0, 1.0], None, [1.0], weights=Group(8), speed=0.1)[0].training == 0
+    slow, fast = (plan([1, 30, 200], 400, [1.0], weights=Group(8), speed=s)[0].training for s in (0.001, 0.01))
+    assert slow == pytest.approx(10 * fast, abs=10)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +254,8 @@ def test_the_mean_falls_with_beta_and_the_kl_never_exceeds_its_budget():
         ("beta", lambda: plan([1], 10, [1.0, 0.0], weights=Group(8))),
         ("beta", lambda: plan([1], 10, [math.nan], weights=Group(8))),
         ("kl", lambda: plan([1], 10, [1.0], weights=Group(8), kl="k3")),
+        ("speed", lambda: plan([1], 10, [1.0], weights=Group(8), speed=0.0)),
+        ("speed", lambda: plan([1], 10, [1.0], weights=Group(8), speed=math.nan)),
         ("confidence", lambda: plan([1], 10, [1.0], weights=Group(8), confidence=1.0)),
         ("target", lambda: beta_for_mean(0.1, [2], 10, weights=Group(8))),
         ("target", lambda: beta_for_mean(0.2, [2], 10, weights=Group(8))),

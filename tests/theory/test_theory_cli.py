@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.theory import Group, flow_point
+from grpo_jax.theory import Group, MeanOnly, flow_point, plan, predict
 from grpo_jax.theory.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -77,9 +77,10 @@ def test_a_run_directory_gives_the_counts_the_group_size_the_objective_and_the_c
         4,
         0.9,
     )
-    ends = [0.0] + [float(flow_point(p, beta=1.0, weights=Group(4, epsilon=1e-4))) for p in (0.05, 0.2, 0.5)]
-    assert written["rows"][0]["p_star"] == pytest.approx(sum(ends) / 4, rel=1e-5)
-    assert written["rows"][0]["dead"] == 0.25
+    expected = predict([0, 5, 20, 50], 100, beta=1.0, weights=Group(4, epsilon=1e-4), confidence=0.9)
+    assert written["rows"][0]["p_star"] == pytest.approx(expected.mean_p_star, rel=1e-9)
+    assert written["rows"][0]["p_star_low"] == pytest.approx(expected.mean_p_star_low, rel=1e-9)
+    assert 0.05 < written["rows"][0]["dead"] < 0.25  # the prompt without a success, if p_ref < .0025
     other = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1", "--group_size=16", "--objective=DR_GRPO")
     assert (other["objective"], other["group_size"]) == ("DR_GRPO", 16)
 
@@ -90,15 +91,16 @@ def test_keys_of_the_run_change_its_objective(run_directory, tmp_path):
         json.dumps(config | {"objective.scale": "none", "objective.baseline": "leave_one_out"}), encoding="utf-8"
     )
     row = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=2")["rows"][0]
-    ends = [p / (p + (1 - p) * math.exp(-0.5)) for p in (0.05, 0.2, 0.5)]  # Ω = 1
-    assert row["p_star"] == pytest.approx(sum(ends) / 4, rel=1e-9)
+    expected = predict([0, 5, 20, 50], 100, beta=2.0, weights=MeanOnly(), confidence=0.9)  # Ω = 1
+    assert row["p_star"] == pytest.approx(expected.mean_p_star, rel=1e-5)
 
 
 def test_rows_of_a_file(tmp_path):
     path = tmp_path / "counts.jsonl"
     path.write_text('{"successes": 5, "trials": 100, "prompt": "x"}\n\n{"trials": 10.0, "successes": 2}\n', "utf-8")
     row = numbers(tmp_path, "plan", f"--from={path}", "--beta=1e9")["rows"][0]
-    assert row["p_star"] == pytest.approx((0.05 + 0.2) / 2, rel=1e-6)
+    assert row["p_ref"] == pytest.approx((0.05 + 0.2) / 2, rel=1e-12)
+    assert row["p_star"] == pytest.approx(predict([5, 2], [100, 10], beta=1e9, weights=Group(8)).mean_p_star, rel=1e-6)
 
 
 def test_the_objectives_lead_where_their_kl_does(tmp_path, capsys):
@@ -124,6 +126,25 @@ def test_a_target_is_solved_for_and_verified(tmp_path, capsys):
 def test_nothing_to_sweep(capsys):
     assert main(["plan", "--p_ref=0,1", "--beta=1"]) == 0
     assert "always or never succeed" in capsys.readouterr().out
+
+
+def test_iterations_of_training_are_shown_where_the_speed_is_known(run_directory, tmp_path, capsys):
+    without = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1")
+    assert without["speed"] is None and "training" not in capsys.readouterr().out
+    for unknown in ({}, {"speed": None}, {"speed": {"kappa": None}}, {"speed": {"kappa": {"mean": None}}}):
+        (run_directory / "result.json").write_text(json.dumps(unknown), encoding="utf-8")
+        assert main(["plan", f"--from={run_directory}", "--beta=1"]) == 0
+        assert "training" not in capsys.readouterr().out
+    kappa = {"mean": 0.08, "low": 0.07, "high": 0.1}
+    (run_directory / "result.json").write_text(json.dumps({"speed": {"kappa": kappa}}), encoding="utf-8")
+    measured = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1")
+    assert "at κ = 0.08 an iteration" in capsys.readouterr().out
+    (expected,) = plan([0, 5, 20, 50], 100, [1.0], weights=Group(4, epsilon=1e-4), speed=0.08)
+    assert measured["rows"][0]["training"] == expected.training > 10
+    given = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1", "--speed=0.8")
+    assert given["speed"] == 0.8 and given["rows"][0]["training"] <= math.ceil(expected.training / 10)
+    capsys.readouterr()
+    refused(["plan", "--p_ref=0.2", "--beta=1", "--speed=0"], "--speed=0 must be positive", capsys)
 
 
 def test_the_figure_is_a_picture(run_directory, tmp_path):
@@ -287,9 +308,10 @@ def test_a_file_of_many_rows_costs_what_its_distinct_counts_do(tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(f'{{"successes": {i}, "trials": 100}}\n' for i in range(101)), encoding="utf-8")
     many, once = (numbers(tmp_path, "plan", f"--from={p}", "--beta=1")["rows"][0] for p in (path, few))
-    assert many["p_star"] == pytest.approx(once["p_star"], rel=1e-12)
+    # A thousand times the prompts know (a, b) better, which moves what is known of each of them a little.
+    assert many["p_star"] == pytest.approx(once["p_star"], abs=5e-4)
     narrower = (once["p_star_high"] - once["p_star"]) / (many["p_star_high"] - many["p_star"])
-    assert narrower == pytest.approx(math.sqrt(1000), rel=1e-6)
+    assert narrower == pytest.approx(math.sqrt(1000), rel=0.05)
 
 
 def test_the_module_runs_as_a_command_and_needs_no_more_than_jax():
