@@ -11,7 +11,11 @@ from grpo_jax.report.forecast import interval_dict, mean_with_interval
 
 
 def make_result(
-    config: Any, before: dict[str, Any], after: dict[str, Any], forecast: theory.Prediction | None
+    config: Any,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    forecast: theory.Prediction | None,
+    average: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What result.json holds, from the counts before and after training.
 
@@ -19,6 +23,7 @@ def make_result(
       config: of the run.
       before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts".
       forecast: the prediction made from ``before``; None where the objective has none.
+      average: of the averaged parameters, as ``after``, and the "iterations" they are averaged over; None without an average.
 
     Returns:
       JSON-able. The prediction interval of p̂ − p* combines two errors in quadrature, on the side of the difference: p*'s band
@@ -65,6 +70,11 @@ def make_result(
             "saturating": int(forecast.saturates.sum()),
         }
         prompts |= {k: getattr(forecast, k) for k in ("p_star", "p_star_low", "p_star_high")}
+    if average is not None:
+        counts = np.array(average["successes"])
+        p_average = mean_with_interval(counts, average["trials"], confidence)
+        result["average"] = {"iterations": average["iterations"], "p_final": p_average, "after": _accuracies(average)}
+        prompts["p_average"] = counts / average["trials"]
     return result | {"prompts": {name: np.asarray(values).tolist() for name, values in prompts.items()}}
 
 
