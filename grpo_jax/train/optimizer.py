@@ -63,7 +63,7 @@ class Average(NamedTuple):
     updates: jax.Array
 
 
-def average_tail(start: int) -> optax.GradientTransformation:
+def average_tail(start: int | jax.Array) -> optax.GradientTransformation:
     """Averages the parameters after every update from ``start`` + 1 on, with equal weights (Polyak–Ruppert).
 
     Last in a chain, it sees the updates as they are applied, and leaves them as they are. With the k-th parameters θ_k and their
