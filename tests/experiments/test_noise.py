@@ -9,7 +9,7 @@ import pytest
 
 from experiments import noise
 
-SETTING = {"beta": 0.8, "group_size": 4}
+SETTING = {"beta": 1.0, "group_size": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +21,12 @@ def double():
 @pytest.fixture(scope="module")
 def policy():
     with jax.enable_x64(True):
-        return noise.random_policy(3, prompts=1, outcomes=3, rank=2)
+        return noise.random_policy(3, prompts=1, outcomes=4, rank=2)
 
 
 def every_group(policy, theta):
     """Probabilities of all groups of one prompt, and the gradient of each."""
-    groups = np.array(list(itertools.product(range(3), repeat=4)))
+    groups = np.array(list(itertools.product(range(4), repeat=4)))
     weights = np.exp(np.asarray(policy.logps(theta))[0][groups].sum(1))
     of_group = jax.jit(jax.vmap(lambda outcomes: noise.gradient(policy, theta, outcomes[None], **SETTING)))
     return weights, np.asarray(of_group(jnp.asarray(groups)))
@@ -52,8 +52,6 @@ def test_the_pieces_of_a_policy(policy):
         other = noise.exact(policy, jnp.asarray(theta), **SETTING)
         assert other.objective < best.objective
         assert 0 <= other.excess < other.kl
-    of_table = noise.exact(policy, noise.rest_point(noise.tabular(policy), **SETTING)[:2], **SETTING)
-    assert of_table.objective < best.objective  # another policy's parameters
     table = noise.tabular(policy)
     free = noise.exact(table, noise.rest_point(table, **SETTING), **SETTING)
     assert free.excess < 1e-9 and free.objective > best.objective + 1e-3
@@ -67,8 +65,8 @@ def test_runs_lose_what_the_law_says(policy):
     sampled = noise.covariance(policy, rest, groups=2, draws=4000, **SETTING)
     np.testing.assert_allclose(sampled, covariance / 2, atol=0.05 * np.trace(covariance))
     slowest = np.linalg.eigvalsh(noise.curvature(policy, rest, **SETTING)).min()
-    keys, lost = jax.random.split(jax.random.key(0), 512), {}
-    for groups, rate in ((1, 0.04), (1, 0.08), (2, 0.08)):
+    keys, lost = jax.random.split(jax.random.key(0), 256), {}
+    for groups, rate in ((1, 0.05), (1, 0.1), (2, 0.1)):
         count = round(6 / (rate * slowest))
         found = noise.trained(policy, rest, keys, rate, count, optimizer="SGD", groups=groups, **SETTING)
         lost[groups, rate] = float((noise.exact(policy, rest, **SETTING).objective - found["objective"]).mean())
@@ -77,8 +75,8 @@ def test_runs_lose_what_the_law_says(policy):
         assert 0 < averaged < 0.5 * lost[groups, rate]
         balance = np.asarray(found["virial"] + rate * found["squared"] / 2)
         assert abs(balance.mean()) < 4 * balance.std() / np.sqrt(len(keys))
-    assert lost[1, 0.08] / lost[1, 0.04] == pytest.approx(2, rel=0.15)
-    assert lost[1, 0.08] / lost[2, 0.08] == pytest.approx(2, rel=0.15)
+    assert lost[1, 0.1] / lost[1, 0.05] == pytest.approx(2, rel=0.15)
+    assert lost[1, 0.1] / lost[2, 0.1] == pytest.approx(2, rel=0.15)
 
 
 def test_adam_has_the_law_of_its_own():
