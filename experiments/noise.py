@@ -7,7 +7,9 @@ A softmax policy over the outcomes of a few prompts, with features that the prom
 of a policy is a sum over its outcomes. OUT/noise.png, noise.json and noise.md are the outcome. The law is derived in
 docs/networks.md: steps of size η at rest, along gradients of covariance C, cost
 
-    J* − E[J] = η tr(C)/4 for SGD,    η Σ_j √C_jj / 4 for Adam,    and, where p stays, X − X* = (J* − E[J])/β nats.
+    J* − E[J] = η tr(C)/4 for SGD,    η Σ_j √C_jj / 4 for Adam,    tr(H⁻¹C)/(2n) for the average of n updates, H = −∇∇J,
+
+and, as long as p stays where it is, they are β(X − X*).
 """
 
 import itertools
@@ -45,8 +47,9 @@ CAPTION = (
     "Derived here. A softmax policy, 8 prompts of 16 outcomes and 24 shared features, G = 8, β = 1, at constant rates; means of"
     " 64 runs from the point where small steps without noise rest, every number a sum over outcomes. Left: what noise costs"
     " on the objective, over the learning rate; lines are the law η tr(C)/4 for SGD and η Σ√C/4 for Adam, with the covariance C"
-    " of one update's gradient at the rest point; hollow: the average of the parameters. Right: the same runs over the cost that"
-    " the law names: the nats go into X, which buys no success, and p hardly moves."
+    " of one update's gradient at the rest point; hollow, and pale lines: the average of the parameters over n updates, and its"
+    " law tr(H⁻¹C)/2n. Right: the same runs over the cost that the law names: the nats go into X, which buys no success, and p"
+    " hardly moves."
 )
 
 
@@ -171,6 +174,11 @@ def law(optimizer: str, rate: float, covariance: np.ndarray) -> float:
     return rate * float(spread) / 4
 
 
+def average_law(count: int, curvature: np.ndarray, covariance: np.ndarray) -> float:
+    """J* − E[J] of the average over many updates, tr(H⁻¹C)/(2n): neither rate nor optimizer is in it."""
+    return float(np.trace(np.linalg.solve(curvature, covariance))) / (2 * count)
+
+
 @partial(jax.jit, static_argnames=("optimizer", "groups", "beta", "group_size"))
 def trained(
     policy: Policy,
@@ -255,6 +263,7 @@ def compute(*, chains: int, relaxations: float, draws: int = 20_000) -> dict[str
             found = trained(policy, start, keys, rate, count, optimizer=optimizer, groups=groups)
             row = {"optimizer": optimizer, "completions": groups * policy.success.shape[0] * GROUP, "rate": rate}
             row |= {"updates": count, "law": law(optimizer, rate, spread)}
+            row["law of the average"] = average_law(count, hessian, spread)
             means = {name: float(x.mean()) for name, x in found.items()}
             errors = {name: float(x.std(ddof=1) / np.sqrt(chains)) for name, x in found.items()}
             rows.append(row | {"mean": means, "error": errors})
@@ -306,14 +315,15 @@ def _page(numbers: dict[str, Any]) -> list[str]:
         f"Rest point without noise: p {rest['p']:.4f} (p_ref {float(reference['p']):.4f}), KL {rest['kl']:.4f}, "
         f"X {rest['excess']:.4f}, J {rest['objective']:.4f}, at β = {numbers['beta']:g}.",
         "",
-        "| optimizer, completions, rate | J lost: law | measured | by the average | X − X* | p − p* | −θ·∇J | η‖g‖²/2 |",
-        "|---|---|---|---|---|---|---|---|",
+        "| optimizer, B, rate | J lost: law | measured | by the average: law | measured | X − X* | p − p* | −θ·∇J | η‖g‖²/2 |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     columns = ((-1, "objective"), (-1, "averaged objective"), (1, "excess"), (1, "p"))
     for row in numbers["rows"]:
         mean, error = row["mean"], row["error"]
         shown = [f"{row['optimizer']}, {row['completions']}, {row['rate']:g}", f"{row['law']:.5f}"]
-        shown += [f"{sign * (mean[k] - rest[k.split()[-1]]):.5f} ± {error[k]:.5f}" for sign, k in columns]
+        measured = [f"{sign * (mean[k] - rest[k.split()[-1]]):.5f} ± {error[k]:.5f}" for sign, k in columns]
+        shown += [measured[0], f"{row['law of the average']:.5f}", *measured[1:]]
         shown.append(f"{-mean['virial']:.5f} ± {error['virial']:.5f}")
         shown.append(f"{row['rate'] * mean['squared'] / 2:.5f}" if row["optimizer"] == "SGD" else "")
         lines.append(f"| {' | '.join(shown)} |")
@@ -337,6 +347,7 @@ def _costs(panel: Axes, rows: list[dict[str, Any]], rest: dict[str, float]) -> N
             [rest["objective"] - row["mean"][name] for row in series] for name in ("objective", "averaged objective")
         )
         panel.plot(rates, [row["law"] for row in series], **figures.line(k))
+        panel.plot(rates, [row["law of the average"] for row in series], **figures.line(k), alpha=0.5)
         panel.plot(rates, lost, **points, label=label)
         panel.plot(rates, by_average, **points, markerfacecolor="none")
     panel.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="J at rest − J, nats")

@@ -64,7 +64,8 @@ def test_runs_lose_what_the_law_says(policy):
     covariance = (weights[:, None] * gradients).T @ gradients
     sampled = noise.covariance(policy, rest, groups=2, draws=4000, **SETTING)
     np.testing.assert_allclose(sampled, covariance / 2, atol=0.05 * np.trace(covariance))
-    slowest = np.linalg.eigvalsh(noise.curvature(policy, rest, **SETTING)).min()
+    hessian = noise.curvature(policy, rest, **SETTING)
+    slowest = np.linalg.eigvalsh(hessian).min()
     keys, lost = jax.random.split(jax.random.key(0), 256), {}
     for groups, rate in ((1, 0.05), (1, 0.1), (2, 0.1)):
         count = round(6 / (rate * slowest))
@@ -72,7 +73,9 @@ def test_runs_lose_what_the_law_says(policy):
         lost[groups, rate] = float((noise.exact(policy, rest, **SETTING).objective - found["objective"]).mean())
         assert lost[groups, rate] == pytest.approx(noise.law("SGD", rate, covariance / groups), rel=0.15)
         averaged = noise.exact(policy, rest, **SETTING).objective - found["averaged objective"].mean()
-        assert 0 < averaged < 0.5 * lost[groups, rate]
+        by_law = noise.average_law(count, hessian, covariance / groups)
+        assert averaged == pytest.approx(by_law, rel=0.3)
+        assert by_law < 0.5 * lost[groups, rate]
         balance = np.asarray(found["virial"] + rate * found["squared"] / 2)
         assert abs(balance.mean()) < 4 * balance.std() / np.sqrt(len(keys))
     assert lost[1, 0.1] / lost[1, 0.05] == pytest.approx(2, rel=0.15)
