@@ -31,7 +31,7 @@ _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate", "estimate"], "train or resume; measure a checkpoint; or bytes per device."
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "With --mode=evaluate: latest (default), reference, or the number of an iteration."
+    "checkpoint", None, "With --mode=evaluate: latest (default), reference, average, or an iteration."
 )
 _NAME = flags.DEFINE_string("name", None, "With --mode=evaluate: folder in the run directory's evaluations/.")
 _DEVICES = flags.DEFINE_integer(

@@ -127,6 +127,10 @@ def get_config() -> ConfigDict:
             },
             "train": {
                 "iterations": 300,  # refreshes of the sampling policy
+                # The share of the last iterations whose parameters are averaged, with equal weights; the average is measured
+                # beside the last iterate. 0.0: none. It is for a rate that stays high: one that decays to 0 has let the noise die
+                # out by itself, and an average then only reaches back towards the start.
+                "average": 0.0,
                 "inner_epochs": 1,  # passes over a rollout
                 "minibatches": 1,  # updates per pass, on equal parts of the prompts
                 "microbatch_tokens": 32768,  # completion tokens per device and gradient, a group at least: memory, same result

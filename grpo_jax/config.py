@@ -99,6 +99,17 @@ def decoder_options(config: Any) -> dict[str, Any]:
     return {key: value for key, value in config.model.items() if key not in excluded}
 
 
+def averaged_iterations(config: Any) -> int:
+    """How many of the last iterations ``train.average`` averages over: its share of them, rounded, at least one; 0 for 0.0.
+
+    >>> from ml_collections import ConfigDict
+    >>> [averaged_iterations(ConfigDict({"train": {"iterations": 150, "average": x}})) for x in (0.0, 0.001, 0.25, 1.0)]
+    [0, 1, 38, 150]
+    """
+    share, iterations = config.train.average, config.train.iterations
+    return max(1, round(share * iterations)) if share else 0
+
+
 def _description(config: Any) -> dict[str, Any]:
     """The weights of the terms are arguments of the loss, not part of the objective's description."""
     weights = ("beta", "beta_mirror", "entropy_bonus")
@@ -135,6 +146,8 @@ def _number_conflicts(config: Any) -> Iterator[str]:
     for key in ("optimizer.b1", "optimizer.b2"):
         if not 0 <= values[key] < 1:
             yield f"{key}={values[key]} must be in [0, 1)"
+    if not 0 <= values["train.average"] <= 1:
+        yield f"train.average={values['train.average']} must be in [0, 1]: the share of the last iterations"
     for key in ("warm_start.target", "evaluate.confidence"):
         if not 0 < values[key] < 1:
             yield f"{key}={values[key]} must be inside (0, 1)"

@@ -38,6 +38,13 @@ def test_ranges_of_the_cuts(key, wrong, words):
     assert conflicts(training=False, rollout__top_p=1.0, rollout__min_p=0.0, rollout__top_k=1) == []
 
 
+def test_the_averaged_share_is_one():
+    for value in (-0.1, 1.5):
+        words = "must be in [0, 1]: the share of the last iterations"
+        assert conflicts(train__average=value) == [f"train.average={value} {words}"]
+    assert conflicts(train__average=1.0) == []
+
+
 def test_a_completion_fits_a_row_and_a_row_a_microbatch():
     assert conflicts(train__microbatch_tokens=3, train__row_length=3) == []  # completions have 3 tokens at most
     (line,) = conflicts(train__microbatch_tokens=2)

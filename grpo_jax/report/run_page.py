@@ -32,7 +32,24 @@ def start_lines(config: Any, objective: Objective, *, num_prompts: int, task: st
     if c.entropy_bonus:
         bonus = f"{c.entropy_bonus:g}: moves the end away from the fixed point, so no p* is predicted"
         lines.append(("entropy bonus", bonus))
+    lines.append(("noise", noise_words(config)))
     return lines
+
+
+def noise_words(config: Any) -> str:
+    """What the settings say of the noise that is left at the end: completions behind an update, schedule, average.
+
+    How large it is they do not say: for AdamW that takes the spread of each parameter's gradient (docs/networks.md).
+    """
+    c, rate = config.train, config.optimizer.learning_rate
+    completions = config.data.prompts_per_iteration * config.rollout.group_size // c.minibatches
+    end = {
+        "constant": f"the rate stays at {rate:g}, and the run keeps its noise to the end",
+        "linear": f"linear from {rate:g} to 0, where it dies out",
+        "cosine": f"cosine from {rate:g} to 0, where it dies out",
+    }[config.optimizer.schedule]
+    average = f"; the last {c.average:.0%} of the iterations are averaged beside" if c.average else ""
+    return f"{completions:,} completions an update; {end}{average}"
 
 
 def prediction_lines(
@@ -92,6 +109,12 @@ def result_lines(result: dict[str, Any]) -> Lines:
         ("truncated", "truncated", ".1%"),
     ):
         lines.append((name, f"{before[key]:{form}} before   {after[key]:{form}} after"))
+    if "average" in result:
+        average = result["average"]
+        averaged = average["after"]
+        others = f"KL {averaged['kl']:.4f}   greedy {averaged['greedy']:.4f}   pass@8 {averaged['pass@8']:.4f}"
+        lines.append((f"average of the last {average['iterations']}: p̂", interval_text(average["p_final"], confidence)))
+        lines.append(("of the average", others))
     if after["verdicts"]:
         lines.append(("verdicts after", verdict_counts(after["verdicts"])))
     return [*lines, ("in words", in_words(result))]

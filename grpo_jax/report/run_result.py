@@ -8,7 +8,6 @@ import numpy as np
 
 from grpo_jax import theory
 from grpo_jax.report.forecast import interval_dict, mean_with_interval
-from grpo_jax.report.ledger import Ledger
 from grpo_jax.report.standing import standing
 
 PER_PROMPT = ("kl", "useful", "within_successes", "within_failures", "at_rest", "objective")  # of the ledger
@@ -19,15 +18,16 @@ def make_result(
     before: dict[str, Any],
     after: dict[str, Any],
     forecast: theory.Prediction | None,
-    ledger: Ledger | None = None,
+    average: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What result.json holds, from the counts before and after training.
 
     Args:
       config: of the run.
-      before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts".
+      before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts"; after training
+        also "ledger", a `Ledger` or None.
       forecast: the prediction made from ``before``; None where the objective has none.
-      ledger: of the policy after training; None where no log-ratios were measured.
+      average: of the averaged parameters, as ``after``, and the "iterations" they are averaged over; None without an average.
 
     Returns:
       JSON-able. The prediction interval of p̂ − p* combines two errors in quadrature, on the side of the difference: p*'s band
@@ -74,9 +74,16 @@ def make_result(
             "saturating": int(forecast.saturates.sum()),
         }
         prompts |= {k: getattr(forecast, k) for k in ("p_star", "p_star_low", "p_star_high")}
-    if ledger is not None:
+    if ledger := after.get("ledger"):
         result["ledger"] = ledger.means
         prompts |= {name: ledger.prompts[name] for name in PER_PROMPT if name in ledger.prompts}
+    if average is not None:
+        counts = np.array(average["successes"])
+        p_average = mean_with_interval(counts, average["trials"], confidence)
+        result["average"] = {"iterations": average["iterations"], "p_final": p_average, "after": _accuracies(average)}
+        if ledger := average.get("ledger"):
+            result["average"]["ledger"] = ledger.means
+        prompts["p_average"] = counts / average["trials"]
     result["standing"] = standing(result, before)
     return result | {"prompts": {name: np.asarray(values).tolist() for name, values in prompts.items()}}
 

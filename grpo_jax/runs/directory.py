@@ -16,6 +16,9 @@ CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "referenc
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
 CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "train.iterations_per_program")
 
+# Keys that run directories of older versions lack, with the value that does what those versions did.
+YOUNGER = {"train.average": 0.0}
+
 
 @contextmanager
 def open_run_directory(
@@ -97,6 +100,7 @@ def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...
     except ValueError as error:
         raise RunDirectoryError(f"{path / CONFIG} is not readable as JSON ({error})") from error
     config = json.loads(json.dumps(config))  # as it would come back: tuples are lists
+    stored = {key: value for key, value in YOUNGER.items() if key in config} | stored
     keys = sorted(set(stored) | set(config))
     free = tuple(key for key in changeable if key.endswith("."))
     differing = [k for k in keys if k not in changeable and not k.startswith(free) and stored.get(k) != config.get(k)]

@@ -91,7 +91,7 @@ def evaluate(
         in the keys of train that change only time and memory.
       workdir: the run directory. Where it holds no run, the config's own initial model is measured.
       console: where progress is shown; the terminal by default.
-      checkpoint: "latest", "reference", or the number of an iteration that was saved.
+      checkpoint: "latest", "reference", "average" (see ``train.average``), or the number of an iteration that was saved.
       name: of the directory inside ``workdir``/evaluations; by default made of checkpoint, task and split, and of a
         digest of all settings where another evaluation has that name.
 

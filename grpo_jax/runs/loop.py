@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from grpo_jax import theory
-from grpo_jax.config import flat, validate
+from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.report import forecast, run_figure, run_page, run_result
@@ -30,6 +30,7 @@ from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
+from grpo_jax.train.optimizer import averaged_params
 from grpo_jax.train.sharding import sharded_shapes
 from grpo_jax.train.step import TrainState
 
@@ -103,13 +104,17 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
 
     # The iterations. Without a KL to the reference, its parameters are not kept; they are read again at the end.
     ref_params = reference_params(run) if objective.holds_to_reference else None
-    params = run_iterations(run, ref_params, before, prediction)
+    params, average_params = run_iterations(run, ref_params, before, prediction)
 
     # The policy at the end: measured, compared with the prediction, and shown.
     ref_params = reference_params(run) if ref_params is None else ref_params
-    after, tally = measure_in_full(run, params, ref_params, config.train.iterations)
-    ledger = ledger_of_run(config, objective, before, tally)
-    result = run_result.make_result(config, before, after, prediction, ledger)
+    after = _measure_end(run, params, ref_params, before)
+    average = None
+    if average_params is not None:
+        over = {"iterations": averaged_iterations(config)}
+        say(console, f"the same of the parameters' average over the last {over['iterations']} iterations")
+        average = _measure_end(run, average_params, ref_params, before) | over
+    result = run_result.make_result(config, before, after, prediction, average)
     probes = [row for row in read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
     probes.append(forecast.probe_row(config.train.iterations, after, c.confidence))
     recursion = None
@@ -145,8 +150,8 @@ def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[st
 
 def run_iterations(
     run: Run, ref_params: Any | None, before: dict[str, Any], prediction: theory.Prediction | None
-) -> Any:
-    """All iterations, from the newest checkpoint on; the parameters after the last.
+) -> tuple[Any, Any | None]:
+    """All iterations, from the newest checkpoint on; the parameters after the last, and their average if one is kept.
 
     Args:
       run: see `Run`.
@@ -208,7 +213,7 @@ def run_iterations(
                     checkpoints.save(n, state, {"data_position": n, "base_key": key})
                     if n < c.train.iterations:
                         check_preempted(run)
-        return state.params
+        return state.params, averaged_params(state.params, state.opt_state)
     finally:
         log.close()
         checkpoints.close()
@@ -272,6 +277,12 @@ def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
     for i in range(count):
         index[i] = prompt_order(config.seed, done + i, num_prompts=num_prompts, batch=batch)
     return index
+
+
+def _measure_end(run: Run, params: Any, ref_params: Any, before: dict[str, Any]) -> dict[str, Any]:
+    """The measurement after training, with its ledger."""
+    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations)
+    return measured | {"ledger": ledger_of_run(run.config, run.setup.recipe.objective, before, tally)}
 
 
 def _perf(run: Run, row: dict[str, float], seconds: float) -> dict[str, float]:

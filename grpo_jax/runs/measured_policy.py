@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from grpo_jax.config import flat, task_options, validate
+from grpo_jax.config import averaged_iterations, flat, task_options, validate
 from grpo_jax.files import read_json, read_jsonl
 from grpo_jax.runs.checkpoints import Checkpoints, digests
 from grpo_jax.runs.directory import CONFIG, EVALUATIONS, REFERENCE, RESULT, check_same, contents
@@ -19,6 +19,7 @@ from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
 from grpo_jax.runs.setup import Setup, make_tokenizer
 from grpo_jax.tasks import Task
 from grpo_jax.tasks.identity import task_identity
+from grpo_jax.train.optimizer import averaged_params
 from grpo_jax.train.sharding import sharded_shapes
 
 # Config keys in which an evaluation may differ from its run: what is measured, when the run saved, and how arrays are
@@ -36,8 +37,8 @@ class MeasuredPolicy(NamedTuple):
     """The policy to measure.
 
     Attributes:
-      name: "initial", "reference" or "iteration-N".
-      iteration: of the measurement's key; 0 for the first two.
+      name: "initial", "reference", "iteration-N" or "average-N".
+      iteration: N, of the measurement's key; 0 for the first two.
       params, ref_params: of the policy, and of the reference where that is another.
     """
 
@@ -69,29 +70,41 @@ def find_policy(config: Any, setup: Setup, workdir: Path, checkpoint: str, *, ha
     Args:
       config, setup: of the measurement.
       workdir: the run directory, locked.
-      checkpoint: "latest", "reference", or the number of an iteration.
+      checkpoint: "latest", "reference", "average" (of the parameters, in the newest checkpoint), or the number of an iteration.
       has_run: the directory holds a run; without one, the config's initial model is the policy.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     number = int(checkpoint) if re.fullmatch("[0-9]{1,9}", checkpoint) else None
-    if number is None and checkpoint not in ("latest", "reference"):
-        raise CheckpointError(f"--checkpoint={checkpoint!r} must be latest, reference, or the number of an iteration")
+    if number is None and checkpoint not in ("latest", "reference", "average"):
+        raise CheckpointError(
+            f"--checkpoint={checkpoint!r} must be latest, reference, average, or the number of an iteration"
+        )
     if not has_run:
-        if number is not None:
-            raise CheckpointError(f"--checkpoint={number}: there is no run in {workdir}")
+        if number is not None or checkpoint == "average":
+            raise CheckpointError(f"--checkpoint={checkpoint}: there is no run in {workdir}")
         return MeasuredPolicy("initial", 0, setup.initial_params(config.seed), None)
     reference = _restore(workdir / "reference", setup.shapes)
     if reference is None:
         raise CheckpointError(f"the run in {workdir} has no reference policy yet: start it again to go on with it")
+    if checkpoint == "average" and not config.train.average:
+        raise CheckpointError("--checkpoint=average: the run keeps no average of its parameters (train.average is 0)")
     if checkpoint == "reference":
         return MeasuredPolicy("reference", 0, reference[1], None)
     like = jax.eval_shape(setup.compiled.start, setup.shapes)
     state = _restore(workdir / "checkpoints", sharded_shapes(like, setup.mesh), number)
     if state is None:
         return MeasuredPolicy("reference", 0, reference[1], None)
-    return MeasuredPolicy(f"iteration-{state[0]}", state[0], state[1].params, reference[1])
+    done, params = state[0], state[1].params
+    if checkpoint == "average":
+        begins = config.train.iterations - averaged_iterations(config)
+        if done <= begins:
+            raise CheckpointError(
+                f"--checkpoint=average: the average begins after iteration {begins}, and the newest checkpoint is {done}"
+            )
+        return MeasuredPolicy(f"average-{done}", done, averaged_params(params, state[1].opt_state), reference[1])
+    return MeasuredPolicy(f"iteration-{done}", done, params, reference[1])
 
 
 def check_alphabet(config: Any, setup: Setup, stored: dict[str, Any] | None) -> None:

@@ -17,6 +17,7 @@ from grpo_jax.runs.run import say, show
 from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe
 from grpo_jax.tasks import Task
 from grpo_jax.train.iteration import Recipe
+from grpo_jax.train.optimizer import Average
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, row_shards, sharded_shapes
 from grpo_jax.train.step import init_state
 
@@ -25,8 +26,8 @@ class Memory(NamedTuple):
     """Bytes per device.
 
     Attributes:
-      lasting: of what stays for all iterations, by name: parameters, optimizer, and the reference where the objective has a
-        KL to it.
+      lasting: of what stays for all iterations, by name: parameters, optimizer, the average where one is kept, and the reference
+        where the objective has a KL to it.
       working: of what a program adds while it runs, by name; only one runs at a time.
     """
 
@@ -54,10 +55,14 @@ def estimate(config: Any, console: Console | None = None) -> Memory:
 
 
 def lasting_memory(recipe: Recipe, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Bytes per device of parameters, optimizer state and the reference, if one is kept, from shapes with shardings."""
+    """Bytes per device of parameters, optimizer state, and what else is kept of an average and the reference, from shapes with
+    shardings.
+    """
     state = jax.eval_shape(lambda params: init_state(params, recipe.optimizer(0.0)), shapes)
     parameters = per_device(shapes)
     lasting = {"parameters": parameters, "optimizer": per_device(sharded_shapes(state, mesh)) - parameters}
+    if isinstance(state.opt_state[-1], Average):
+        lasting |= {"optimizer": lasting["optimizer"] - parameters, "average": parameters}
     return lasting | ({"reference": parameters} if recipe.objective.holds_to_reference else {})
 
 

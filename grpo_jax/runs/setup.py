@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax.config import decoder_options
+from grpo_jax.config import averaged_iterations, decoder_options
 from grpo_jax.data import (
     ByteTokenizer,
     CharTokenizer,
@@ -163,13 +163,16 @@ def make_recipe(
     """The recipe of a validated config, for one device; arguments as of `Recipe` and `sample_groups`."""
     c = config.train
     optimizer = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
+    updates = c.inner_epochs * c.minibatches  # of an iteration
     return Recipe(
         policy=policy,
         objective=objective,
         sample=partial(
             sample_groups, policy, stop_ids=stop_ids, pad_id=pad_id, stop_table=stop_table, **config.rollout
         ),
-        optimizer=make_optimizer(updates=c.iterations * c.inner_epochs * c.minibatches, **optimizer),
+        optimizer=make_optimizer(
+            updates=c.iterations * updates, averaged_updates=averaged_iterations(config) * updates, **optimizer
+        ),
         layout=Layout(c.microbatch_tokens, c.row_length, chunk_size=c.chunk_size),
         temperature=config.rollout.temperature,
         beta_mirror=config.objective.beta_mirror,

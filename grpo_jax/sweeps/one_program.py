@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
-from grpo_jax.config import flat, validate
+from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.files import read_json, write_json
 from grpo_jax.report import forecast, run_page, run_result
 from grpo_jax.report.ledger import ledger_of_run
@@ -38,6 +38,7 @@ from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, si
 from grpo_jax.runs.setup import make_setup, probed_rows, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.iteration import role_key
+from grpo_jax.train.optimizer import averaged_params
 from grpo_jax.train.step import TrainState
 from grpo_jax.train.sweep_program import (
     POINTS,
@@ -134,6 +135,9 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
     table = jax.device_put(put_table(setup), NamedSharding(mesh, WHOLE))
     states, worst = _iterate(run, plan, functions, mesh, runs, table)
     after = _measure(run, functions, mesh, runs, states.params, table)  # [seed][point]
+    averages, average_params = None, averaged_params(states.params, states.opt_state)
+    if average_params is not None:
+        averages = _measure(run, functions, mesh, runs, average_params, table)
 
     # Each against its own prediction.
     setting = {"objective": objective, "group_size": config.rollout.group_size}
@@ -144,9 +148,17 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
         if not config.objective.entropy_bonus:
             options = setting | {"beta": plan.betas[point], "confidence": config.evaluate.confidence}
             prediction = forecast.make_forecast(successes, trials, **options)
-        of_point, measured = plan.config(config, seed, point), after[seed][point]
-        ledger = ledger_of_run(of_point, objective, before[seed], measured.tally())
-        result = run_result.make_result(of_point, before[seed], measured.record(greedy=None), prediction, ledger)
+        of_point = plan.config(config, seed, point)
+
+        def with_ledger(measured: Measurement, of_point: Any = of_point, counts: Any = before[seed]) -> dict[str, Any]:
+            ledger = ledger_of_run(of_point, objective, counts, measured.tally())
+            return measured.record(greedy=None) | {"ledger": ledger}
+
+        average = None
+        if averages is not None:
+            average = with_ledger(averages[seed][point]) | {"iterations": averaged_iterations(config)}
+        at_end = with_ledger(after[seed][point])
+        result = run_result.make_result(of_point, before[seed], at_end, prediction, average)
         more = {"learning_rate": plan.learning_rates[point]}
         results.append(result | more | {"diverged": bool(worst[seed][point] > config.train.max_skipped)})
     return results

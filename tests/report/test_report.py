@@ -130,3 +130,11 @@ def test_the_figure_is_drawn_with_and_without_a_prediction(tmp_path, objective):
     content = (tmp_path / "figure.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 20_000
+
+
+def test_the_header_says_what_the_settings_say_of_noise():
+    config = tiny_config(optimizer__schedule="constant", train__minibatches=2, train__average=0.25)
+    words = "16 completions an update; the rate stays at 0.001, and the run keeps its noise to the end; "
+    assert run_page.noise_words(config) == f"{words}the last 25% of the iterations are averaged beside"
+    words = "32 completions an update; cosine from 0.001 to 0, where it dies out"
+    assert run_page.noise_words(tiny_config()) == words

@@ -38,6 +38,13 @@ def test_another_config_is_refused_with_every_difference(tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
+def test_a_run_directory_from_before_a_key_is_that_of_its_old_behaviour(tmp_path):
+    (use(tmp_path / "run") / "metrics.jsonl").touch()
+    use(tmp_path / "run", train__average=0.0)
+    with pytest.raises(RunDirectoryError, match=r"train\.average: 0\.0 there, 0\.5 now"):
+        use(tmp_path / "run", train__average=0.5)
+
+
 def test_a_start_that_failed_binds_nobody(tmp_path):
     use(tmp_path / "run")
     (tmp_path / "run" / ".config.json.tmp").touch()  # as kill −9 leaves it

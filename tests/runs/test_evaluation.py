@@ -261,8 +261,10 @@ def test_a_numbered_checkpoint_and_one_that_is_not_there(run):
     assert evaluate(run, checkpoint="2", **few)["checkpoint"] == "iteration-2"
     with pytest.raises(CheckpointError, match=r"--checkpoint=99: .* does not hold it; there are 2, 3"):
         evaluate(run, checkpoint="99", **few)
-    with pytest.raises(CheckpointError, match="must be latest, reference, or the number"):
+    with pytest.raises(CheckpointError, match="must be latest, reference, average, or the number"):
         evaluate(run, checkpoint="newest", **few)
+    with pytest.raises(CheckpointError, match=r"--checkpoint=average: the run keeps no average"):
+        evaluate(run, checkpoint="average", **few)
 
 
 REFUSED = {

@@ -4,15 +4,26 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
-from grpo_jax.runs.errors import Diverged, Preempted
+from grpo_jax.config import validate
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.errors import CheckpointError, Diverged, Preempted
 from grpo_jax.runs.loop import stretch, train
+from grpo_jax.runs.measured_policy import find_policy
 from grpo_jax.runs.memory import lasting_memory
+from grpo_jax.runs.setup import make_setup
+from grpo_jax.train.sharding import sharded_shapes
 from tests.tiny_run import on_one_device, tiny_config
 
-QUICK = {"warm_start__target": 0.01, "warm_start__interval": 1, "warm_start__samples": 8}
+QUICK = {
+    "warm_start__target": 0.01,
+    "warm_start__interval": 1,
+    "warm_start__samples": 8,
+    "train__average": 0.7,  # of 7 iterations: the last 5
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,8 +63,13 @@ def finished(path, **changes):
 
 
 @pytest.fixture(scope="module")
-def one_by_one(tmp_path_factory):
-    return finished(tmp_path_factory.mktemp("runs") / "one", train__iterations_per_program=1)
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs") / "one"
+
+
+@pytest.fixture(scope="module")
+def one_by_one(directory):
+    return finished(directory, train__iterations_per_program=1, checkpoint__interval=1, checkpoint__keep=9)
 
 
 def test_the_rows_are_the_same_however_many_iterations_a_setup_holds(one_by_one, tmp_path):
@@ -83,9 +99,31 @@ def test_a_run_that_is_stopped_within_a_setup_goes_on_behind_it(one_by_one, tmp_
     with pytest.raises(Preempted):
         finished(tmp_path / "run", **changes)
     monkeypatch.setattr(loop, "advance", advance)
-    *_, text = finished(tmp_path / "run", **changes)
+    result, _, text = finished(tmp_path / "run", **changes)
     assert text == one_by_one[2]
+    assert result == one_by_one[0]  # the average too, of which one iteration was done
     assert len(calls) == 2  # iterations 1 and 2, then 3, which ends at a probe
+
+
+def test_the_average_is_that_of_the_last_iterations(one_by_one, directory):
+    """It is the mean of the parameters in the checkpoints; what an evaluation finds; and measured beside the last iterate."""
+    result = one_by_one[0]
+    assert result["average"]["iterations"] == 5
+    assert result["average"]["p_final"] != result["p_final"]
+    assert result["average"]["p_final"]["mean"] == pytest.approx(np.mean(result["prompts"]["p_average"]))
+    config = tiny_config(mesh__data=8, **QUICK)
+    setup = make_setup(config, *validate(config, num_devices=8))
+    like = sharded_shapes(jax.eval_shape(setup.compiled.start, setup.shapes), setup.mesh)
+    checkpoints = Checkpoints(directory / "checkpoints", keep=None)
+    paths = [checkpoints.restore(n, like)[0].params for n in (3, 4, 5, 6, 7)]
+    checkpoints.close()
+    mean = jax.tree.map(lambda *x: np.mean(np.array(x, np.float64), axis=0), *paths)
+    policy = find_policy(config, setup, directory, "average", has_run=True)
+    assert (policy.name, policy.iteration) == ("average-7", 7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), policy.params, mean)
+    longer = tiny_config(train__average=0.3, train__iterations=10)
+    with pytest.raises(CheckpointError, match="the average begins after iteration 7, and the newest checkpoint is 7"):
+        find_policy(longer, setup, directory, "average", has_run=True)
 
 
 def test_divergence_ends_at_its_iteration_whatever_the_program(tmp_path, monkeypatch):

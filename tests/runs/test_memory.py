@@ -17,7 +17,7 @@ from grpo_jax.runs.memory import (
     per_device,
 )
 from grpo_jax.runs.setup import make_setup
-from tests.tiny_run import tiny_config
+from tests.tiny_run import on_one_device, tiny_config
 
 QWEN = {
     "model_type": "qwen2",
@@ -51,6 +51,17 @@ def test_what_lasts_is_what_the_arrays_of_a_run_take_on_a_device(fsdp, tensor):
     lasting = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
     assert lasting["parameters"] == lasting["reference"] == on_first_device(params) == per_device(setup.shapes)
     assert lasting["parameters"] + lasting["optimizer"] == on_first_device(state)
+
+
+def test_an_average_is_one_more_copy_of_the_parameters():
+    plain, averaged = (lasting_memory(s.recipe, s.shapes, s.mesh) for _, s in map(setups, (0.0, 0.5)))
+    assert list(averaged) == ["parameters", "optimizer", "average", "reference"]
+    assert averaged["average"] == plain["parameters"]
+    assert averaged["optimizer"] - plain["optimizer"] == 4  # it counts the updates
+
+
+def setups(average):
+    return on_one_device(train__average=average)
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
     run = Run(config, setup, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
     before = measured_reference(run)
     assert before == json.loads((directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json").read_text())
-    params = run_iterations(run, reference_params(run), before, None)
+    params, _ = run_iterations(run, reference_params(run), before, None)
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] == "train"]
@@ -220,13 +220,21 @@ def test_killed_between_checkpoints_and_resumed_is_the_unbroken_sweep(eight, dir
 
 def test_without_a_reference_points_differ_by_learning_rate(tmp_path):
     rates = (1e-2, 1e-3)
-    changes = {"objective__name": "DAPO", "objective__beta": 0.0}
+    changes = {"objective__name": "DAPO", "objective__beta": 0.0, "train__average": 1.0}
     results, rows = swept(tmp_path / "dapo", seeds=(0,), betas=(0.0,), learning_rates=rates, **changes)
     assert [r["learning_rate"] for r in results] == list(rates)
     norms = np.array([row["loss/grad_norm"] for row in rows])
     assert norms[0, 0, 0] == pytest.approx(norms[0, 0, 1], rel=1e-6)
     assert "kl/sequence" not in rows[0]
     assert "p_star" not in results[0]
+    # Averaged over all five iterations, each point for itself.
+    assert [r["average"]["iterations"] for r in results] == [5, 5]
+    for result in results:
+        assert result["average"]["p_final"]["mean"] == pytest.approx(np.mean(result["prompts"]["p_average"]))
+    assert results[0]["prompts"]["p_average"] not in (
+        results[0]["prompts"]["p_final"],
+        results[1]["prompts"]["p_average"],
+    )
 
 
 def test_what_cannot_be_swept_is_refused(tmp_path):
