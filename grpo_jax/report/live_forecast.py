@@ -14,18 +14,17 @@ the means of p_i and v_i along the flow over the prompts of the batch, ε the no
 process noise, a common shift of log-odds that relaxes as the flow does. L_ref has the posterior of the reference's counts,
 under a beta distribution over the prompts that is fitted to them.
 
-The posterior of (κ, ρ, a, size of δ, …) is a set of weighted points, by importance sampling in a few rounds from fixed
-quasi-random numbers: a function of the rows so far and of nothing else, so that a resumed run says the same, bit for bit.
+The posterior of (κ, ρ, a, size of δ) is a set of points, by sequential Monte Carlo with fixed random numbers: a function of the
+rows so far and of nothing else, so that a resumed run says the same, bit for bit.
 """
 
 import math
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import betaln, ndtr, ndtri
+from scipy.special import betaln, ndtr
 from scipy.stats import beta as beta_distribution
 
 from grpo_jax import theory
@@ -44,9 +43,8 @@ TIMES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 97)])
 _FINE = np.linspace(-40.0, 40.0, 4001)  # log-odds at which Ω is tabulated
 
 _QUANTILES = 9  # of the posterior of a prompt's p_ref that stand for it
-_POINTS, _ROUNDS = 1024, 15
-_UNKNOWNS = 4
-_COUNTED = 0.25  # a round is good if the weights count as many as this share of the points
+_POINTS, _UNKNOWNS = 512, 4
+_MOVES, _LAST_MOVES = 2, 8  # of every point, at each step of the likelihood and at the last
 _SLOWEST = 0.3  # process noise relaxes at κ max(β, this)
 
 
@@ -191,60 +189,71 @@ def make_course(
 
 
 class Posterior(NamedTuple):
-    """Weighted points of the unknowns after some rows.
+    """Equally likely points of the unknowns after some rows.
 
     iteration: of the last row.
-    weights: [M], their sum is 1.
     kappa, rho, exponent, noise: [M] κ, ρ, a and the standard deviation of δ at rest.
     mean, variance: [M] of δ now.
-    effective: how many equally weighted points the weights are worth.
     """
 
     iteration: int
-    weights: np.ndarray
     kappa: np.ndarray
     rho: np.ndarray
     exponent: np.ndarray
     noise: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
-    effective: float
 
 
 def fit(course: Course, rows: list[dict[str, Any]], *, exponent: float | None = None) -> Posterior:
     """The posterior after the rows of metrics.jsonl so far, at least one of them of an iteration.
 
-    Adaptive importance sampling: each round draws from a normal distribution fitted to the weighted points of the round before,
-    whose weights are flattened as far as needed to be worth a share of the points; the last round needs no flattening.
+    Sequential Monte Carlo: points of the prior; the likelihood is raised in steps, at each of which the points are drawn again by
+    their weights, and moved by differences of other points (differential evolution, a Metropolis method that needs no scale).
 
     Args:
       course: of the run.
       rows: dicts with "phase", "iteration", and "reward/mean" or "success/mean".
       exponent: a, if it is given.
+
+    Source: Del Moral et al., J. R. Stat. Soc. B 68 (2006), 411; ter Braak, Stat. Comput. 16 (2006), 239.
     """
     seen = _observations(course, rows)
     shares = seen.shares[:1] if (seen.shares == seen.shares[0]).all() else seen.shares
     tables = _mean_over(course.flow, shares)  # [K or 1, R, A, S, 2]
-    normal = _normal_points(_UNKNOWNS)
-    center: np.ndarray = np.zeros(_UNKNOWNS)
-    root: np.ndarray = 1.3 * np.eye(_UNKNOWNS)
-    for number in range(_ROUNDS):
-        u = center + normal @ root.T
-        kappa, rho, a, noise = _unknowns(u, fixed_rho=course.flow.beta == 0, exponent=exponent)
-        likelihood, mean, variance = _filter(course, seen, tables, kappa, rho, a, noise)
-        log_weights = (
-            likelihood - (u**2).sum(-1) / 2 + (normal**2).sum(-1) / 2
-        )  # prior over proposal, but for a constant
-        weights, power = _flattened(log_weights)
-        if power == 1.0:
-            break
-        if number < _ROUNDS - 1:
-            center = weights @ u
-            covariance = (weights[:, None] * (u - center)).T @ (u - center)
-            root = 1.25 * np.linalg.cholesky(covariance + 1e-6 * np.eye(_UNKNOWNS))
+
+    def evaluate(u: np.ndarray) -> np.ndarray:
+        """[M, 7] what `Posterior` holds of points u [M, 4], and before it the log-likelihood."""
+        unknowns = _unknowns(u, fixed_rho=course.flow.beta == 0, exponent=exponent)
+        likelihood, mean, variance = _filter(course, seen, tables, *unknowns)
+        return np.stack([likelihood, *unknowns, mean, variance], axis=1)
+
+    generator = np.random.default_rng(0)
+    u = generator.normal(size=(_POINTS, _UNKNOWNS))
+    values, power = evaluate(u), 0.0
+    while power < 1.0:
+        step = _largest_step(values[:, 0], 1.0 - power)
+        power = 1.0 if step == 1.0 - power else power + step
+        weights = np.exp(step * (values[:, 0] - values[:, 0].max()))
+        places = (generator.random() + np.arange(_POINTS)) / _POINTS * weights.sum()
+        chosen = np.minimum(np.searchsorted(np.cumsum(weights), places), _POINTS - 1)
+        # In a random order, so that each half is moved by differences of the other.
+        chosen = generator.permutation(chosen)
+        u, values = u[chosen], values[chosen]
+        for _ in range(_MOVES if power < 1.0 else _LAST_MOVES):
+            for half in (slice(0, _POINTS // 2), slice(_POINTS // 2, _POINTS)):
+                others = u[_POINTS // 2 :] if half.start == 0 else u[: _POINTS // 2]
+                first, second = generator.integers(len(others), size=(2, len(others)))
+                scale = np.where(generator.random(len(others)) < 0.2, 1.0, generator.uniform(0.3, 0.9, len(others)))
+                jump = scale[:, None] * (others[first] - others[second])
+                moved = u[half] + jump + 1e-4 * generator.normal(size=jump.shape)
+                new = evaluate(moved)
+                gain = power * (new[:, 0] - values[half, 0]) - ((moved**2).sum(-1) - (u[half] ** 2).sum(-1)) / 2
+                accepted = np.log(generator.random(len(others))) < gain
+                u[half] = np.where(accepted[:, None], moved, u[half])
+                values[half] = np.where(accepted[:, None], new, values[half])
     iteration = max(row["iteration"] for row in rows if row["phase"] == "train")
-    effective = float(1 / (weights**2).sum())
-    return Posterior(iteration, weights, kappa, rho, a, noise, mean, variance, effective)
+    return Posterior(iteration, *values[:, 1:].T)
 
 
 def ahead(course: Course, posterior: Posterior, iterations: np.ndarray, confidence: float) -> dict[str, np.ndarray]:
@@ -266,8 +275,7 @@ def ahead(course: Course, posterior: Posterior, iterations: np.ndarray, confiden
     place = np.log(m) - np.log1p(-m) + scale * shift
     levels = {"mean": 0.5, "low": (1 - confidence) / 2, "high": (1 + confidence) / 2}
     return {
-        name: 1 / (1 + np.exp(-_mixture_quantile(place, np.sqrt(variance), posterior.weights, level)))
-        for name, level in levels.items()
+        name: 1 / (1 + np.exp(-_mixture_quantile(place, np.sqrt(variance), level))) for name, level in levels.items()
     }
 
 
@@ -323,10 +331,10 @@ def record(course: Course, rows: list[dict[str, Any]], confidence: float) -> dic
         forecasts.append(_summary(course, posterior, confidence) | {"path": path})
     whole, simple = fit(course, rows), fit(course, rows, exponent=0.0)
     speed = {
-        "kappa": _interval(simple.kappa, simple.weights, confidence),
-        "rho": None if course.flow.beta == 0 else _interval(whole.rho, whole.weights, confidence),
-        "exponent": float(whole.weights @ whole.exponent),
-        "noise": float(whole.weights @ whole.noise),
+        "kappa": _interval(simple.kappa, confidence),
+        "rho": None if course.flow.beta == 0 else _interval(whole.rho, confidence),
+        "exponent": float(whole.exponent.mean()),
+        "noise": float(whole.noise.mean()),
         "iterations_to_go": _iterations_to_go(course, whole),
     }
     return {"forecasts": forecasts, "speed": speed}
@@ -334,22 +342,20 @@ def record(course: Course, rows: list[dict[str, Any]], confidence: float) -> dic
 
 def _summary(course: Course, posterior: Posterior, confidence: float) -> dict[str, Any]:
     end = ahead(course, posterior, np.array([len(course.pace) - 1]), confidence)
-    interval = partial(_interval, weights=posterior.weights, confidence=confidence)
     return {
         "iteration": posterior.iteration,
         "end": interval_dict(**{name: values[0] for name, values in end.items()}),
-        "rho": None if course.flow.beta == 0 else interval(posterior.rho),
-        "kappa": interval(posterior.kappa),
+        "rho": None if course.flow.beta == 0 else _interval(posterior.rho, confidence),
+        "kappa": _interval(posterior.kappa, confidence),
     }
 
 
 def _iterations_to_go(course: Course, posterior: Posterior) -> float | None:
     """At the peak learning rate, until a share of the whole gain is reached, for the mean of the unknowns."""
-    w = posterior.weights
-    kappa = _interval(posterior.kappa, w, 0.95)
+    kappa = _interval(posterior.kappa, 0.95)
     if kappa["high"] > 10 * kappa["low"]:
         return None
-    rho, exponent = (np.array([w @ x]) for x in (posterior.rho, posterior.exponent))
+    rho, exponent = (np.array([x.mean()]) for x in (posterior.rho, posterior.exponent))
     table = _mean_over(course.flow, course.measured[None])
     path = _at(table, rho, exponent, TIMES[None])[0][0]  # [S]
     now = kappa["mean"] * course.pace[posterior.iteration]
@@ -488,48 +494,33 @@ def _fit_beta(counts: np.ndarray, number: np.ndarray, trials: int) -> tuple[floa
     return float(a[best]), float(b[best])
 
 
-@cache
-def _normal_points(dimensions: int) -> np.ndarray:
-    """[M, d] standard normal numbers of low discrepancy: the additive recurrence of the generalised golden ratio."""
-    root = 1.5
-    for _ in range(50):
-        root = (1 + root) ** (1 / (dimensions + 1))
-    index = np.arange(1, _POINTS + 1)[:, None]
-    return ndtri((0.5 + index * root ** -np.arange(1.0, dimensions + 1)) % 1.0)
-
-
-def _flattened(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights to the largest power up to 1 at which they are worth a share of the points; and that power."""
-
-    def to_power(power: float) -> np.ndarray:
-        weights = np.exp(power * (log_weights - log_weights.max()))
-        return weights / weights.sum()
+def _largest_step(likelihood: np.ndarray, most: float) -> float:
+    """The power of the likelihoods [M] up to ``most`` at which they are worth half of the points, as weights."""
 
     def is_enough(power: float) -> bool:
-        return bool(1 / (to_power(power) ** 2).sum() >= _COUNTED * len(log_weights))
+        weights = np.exp(power * (likelihood - likelihood.max()))
+        return bool(weights.sum() ** 2 >= len(weights) / 2 * (weights**2).sum())
 
-    if is_enough(1.0):
-        return to_power(1.0), 1.0
-    low, high = 0.0, 1.0
+    if is_enough(most):
+        return most
+    low, high = 0.0, most
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if is_enough(middle) else (low, middle)
-    return to_power(low), low
+    return max(low, 1e-6)
 
 
-def _interval(values: np.ndarray, weights: np.ndarray, confidence: float) -> dict[str, float]:
-    """The mean and the interval of weighted points."""
-    order = np.argsort(values)
-    below = np.cumsum(weights[order]) - weights[order] / 2
-    ends = np.interp([(1 - confidence) / 2, (1 + confidence) / 2], below, values[order])
-    return interval_dict(weights @ values, *ends)
+def _interval(values: np.ndarray, confidence: float) -> dict[str, float]:
+    """The mean and the interval of equally likely points."""
+    ends = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return interval_dict(values.mean(), *ends)
 
 
-def _mixture_quantile(mean: np.ndarray, deviation: np.ndarray, weights: np.ndarray, level: float) -> np.ndarray:
-    """[n] quantiles of mixtures [M, n] of normal distributions, by bisection."""
+def _mixture_quantile(mean: np.ndarray, deviation: np.ndarray, level: float) -> np.ndarray:
+    """[n] quantiles of equal mixtures [M, n] of normal distributions, by bisection."""
     low, high = (mean - 9 * deviation).min(0), (mean + 9 * deviation).max(0)
     for _ in range(50):
         middle = (low + high) / 2
-        below = weights @ ndtr((middle - mean) / deviation) < level
+        below = ndtr((middle - mean) / deviation).mean(0) < level
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return (low + high) / 2
