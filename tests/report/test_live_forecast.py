@@ -151,11 +151,9 @@ def test_the_speed_and_what_is_left():
     assert speed["kappa"]["low"] < 0.1 < speed["kappa"]["high"]
     assert speed["iterations_to_go"] is None
     one = np.ones(1)
-    known = live.Posterior(60, one, 0.02 * one, one, 0 * one, one, one, one, 1.0)
+    known = live.Posterior(60, 0.02 * one, one, 0 * one, one, one, one)
     assert live._iterations_to_go(here, known) == pytest.approx(3 / (0.02 * 2) - 60, abs=5)
-    unknown = known._replace(
-        weights=np.ones(3) / 3, kappa=np.array([1e-3, 0.02, 0.4]), rho=np.ones(3), exponent=np.zeros(3)
-    )
+    unknown = known._replace(kappa=np.array([1e-3, 0.02, 0.4]), rho=np.ones(3), exponent=np.zeros(3))
     assert live._iterations_to_go(here, unknown) is None
 
 
