@@ -407,9 +407,10 @@ def _unknowns(u: np.ndarray, *, fixed_rho: bool, exponent: float | None) -> tupl
 
     ρ has most of its mass near 1 and wide tails: [0.88, 1.12] holds 68 %, [0.4, 1.6] holds 95 %.
     """
+    rho = np.clip(1 + 0.05 * np.sinh(1.6 * u[:, 1]), RHOS[0], RHOS[-1])
     return (
         0.03 * np.exp(2.5 * u[:, 0]),
-        np.ones(len(u)) if fixed_rho else 1 + 0.05 * np.sinh(1.6 * u[:, 1]),
+        np.ones(len(u)) if fixed_rho else rho,
         ndtr(u[:, 2] - 0.7) if exponent is None else np.full(len(u), exponent),
         0.05 * np.exp(0.8 * u[:, 3]),
     )

@@ -98,7 +98,6 @@ def test_intervals_hold_what_the_prior_draws():
     kappa, rho, exponent, noise = live._unknowns(u, fixed_rho=False, exponent=None)
     inside = {"end": 0, "rho": 0, "kappa": 0}
     for i in range(number):
-        rho[i] = np.clip(rho[i], live.RHOS[0], live.RHOS[-1])
         truth = {"kappa": kappa[i], "rho": rho[i]}
         rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i])
         found = live._summary(here, live.fit(here, [r for r in rows if r["iteration"] <= 20]), 0.95)
