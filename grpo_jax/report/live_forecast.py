@@ -11,10 +11,11 @@ forward KL the pull back is β (p_i − p_ref,i)/v_i, and without a KL there is 
 
 What is observed are means: of the rewards of an iteration, and of the probes. The mean of a batch is m + v̄ δ + ε, with m and v̄
 the means of p_i and v_i along the flow over the prompts of the batch, ε the noise of sampling, v̄/n for n completions, and δ the
-process noise, a common shift of log-odds that relaxes as the flow does. L_ref has the posterior of the reference's counts,
+process noise, a common shift of log-odds that relaxes as the flow does: an Ornstein-Uhlenbeck process, to which the first
+updates, of an optimizer that has no memory yet, add a kick of its own size. L_ref has the posterior of the reference's counts,
 under a beta distribution over the prompts that is fitted to them.
 
-The posterior of (κ, ρ, a, size of δ) is a set of points, by sequential Monte Carlo with fixed random numbers: a function of the
+The posterior of (κ, ρ, a, noise, kick) is a set of points, by sequential Monte Carlo with fixed random numbers: a function of the
 rows so far and of nothing else, so that a resumed run says the same, bit for bit.
 """
 
@@ -43,9 +44,10 @@ TIMES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 97)])
 _FINE = np.linspace(-40.0, 40.0, 4001)  # log-odds at which Ω is tabulated
 
 _QUANTILES = 9  # of the posterior of a prompt's p_ref that stand for it
-_POINTS, _UNKNOWNS = 512, 4
+_POINTS, _UNKNOWNS = 512, 5
 _MOVES, _LAST_MOVES = 2, 8  # of every point, at each step of the likelihood and at the last
 _SLOWEST = 0.3  # process noise relaxes at κ max(β, this)
+_KICK = 5.0  # iterations at the peak learning rate over which the first updates' kick fades
 
 
 class Flow(NamedTuple):
@@ -192,7 +194,8 @@ class Posterior(NamedTuple):
     """Equally likely points of the unknowns after some rows.
 
     iteration: of the last row.
-    kappa, rho, exponent, noise: [M] κ, ρ, a and the standard deviation of δ at rest.
+    kappa, rho, exponent: [M] κ, ρ and a.
+    noise, kick: [M] standard deviation of δ at rest, and of what the first updates add to it.
     mean, variance: [M] of δ now.
     """
 
@@ -201,6 +204,7 @@ class Posterior(NamedTuple):
     rho: np.ndarray
     exponent: np.ndarray
     noise: np.ndarray
+    kick: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
 
@@ -223,7 +227,7 @@ def fit(course: Course, rows: list[dict[str, Any]], *, exponent: float | None = 
     tables = _mean_over(course.flow, shares)  # [K or 1, R, A, S, 2]
 
     def evaluate(u: np.ndarray) -> np.ndarray:
-        """[M, 7] what `Posterior` holds of points u [M, 4], and before it the log-likelihood."""
+        """[M, 8] what `Posterior` holds of points u [M, 5], and before it the log-likelihood."""
         unknowns = _unknowns(u, fixed_rho=course.flow.beta == 0, exponent=exponent)
         likelihood, mean, variance = _filter(course, seen, tables, *unknowns)
         return np.stack([likelihood, *unknowns, mean, variance], axis=1)
@@ -268,6 +272,7 @@ def ahead(course: Course, posterior: Posterior, iterations: np.ndarray, confiden
     keep = np.exp(-kappa * max(course.flow.beta, _SLOWEST) * (later - now))
     full = posterior.noise[:, None] ** 2
     shift, variance = keep * posterior.mean[:, None], full + keep**2 * (posterior.variance[:, None] - full)
+    variance = variance + _kick(posterior.kick[:, None], now, later)
     # In log-odds of the mean, which stays below 1: a common shift δ moves them by δ v̄/m(1 − m).
     scale = v / (m * (1 - m))
     v_ref = float(course.flow.moments[0, 0, 0, :, 1] @ course.measured)
@@ -403,7 +408,7 @@ def _observations(course: Course, rows: list[dict[str, Any]]) -> _Observations:
 
 
 def _unknowns(u: np.ndarray, *, fixed_rho: bool, exponent: float | None) -> tuple[np.ndarray, ...]:
-    """The prior: κ, ρ, a and the noise [M] as functions of standard normal u [M, 4].
+    """The prior: κ, ρ, a, noise and kick [M] as functions of standard normal u [M, 5].
 
     ρ has most of its mass near 1 and wide tails: [0.88, 1.12] holds 68 %, [0.4, 1.6] holds 95 %.
     """
@@ -413,6 +418,7 @@ def _unknowns(u: np.ndarray, *, fixed_rho: bool, exponent: float | None) -> tupl
         np.ones(len(u)) if fixed_rho else rho,
         ndtr(u[:, 2] - 0.7) if exponent is None else np.full(len(u), exponent),
         0.05 * np.exp(0.8 * u[:, 3]),
+        0.05 * np.exp(1.5 * u[:, 4]),
     )
 
 
@@ -424,8 +430,9 @@ def _filter(
     rho: np.ndarray,
     exponent: np.ndarray,
     noise: np.ndarray,
+    kick: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The Kalman filter of δ, an Ornstein-Uhlenbeck process: log-likelihood (but for a constant), mean and variance now, [M]."""
+    """The Kalman filter of δ: log-likelihood (but for a constant), mean and variance now, [M] each."""
     m, v = _at(tables, rho, exponent, kappa[:, None] * seen.time)  # [M, K] each
     v = np.maximum(v, 1e-4)
     sampling = v / seen.completions + seen.spread * np.maximum(m * (1 - m) - v, 0.0)
@@ -433,13 +440,19 @@ def _filter(
     mean, variance, total, last = np.zeros(len(m)), np.zeros(len(m)), np.zeros(len(m)), 0.0
     for k, time in enumerate(seen.time):
         keep = np.exp(-rate * (time - last))
-        mean, variance, last = keep * mean, full + keep**2 * (variance - full), time
+        mean, variance = keep * mean, full + keep**2 * (variance - full) + _kick(kick, last, time)
+        last = time
         expected = v[:, k] ** 2 * variance + sampling[:, k]
         gap = seen.mean[k] - m[:, k] - v[:, k] * mean
         total -= (gap**2 / expected + np.log(expected)) / 2
         gain = v[:, k] * variance / expected
         mean, variance = mean + gain * gap, variance * (1 - gain * v[:, k])
     return total, mean, variance
+
+
+def _kick(kick: np.ndarray, before: Any, after: Any) -> np.ndarray:
+    """The variance that the first updates' kick adds to δ between two times s."""
+    return kick**2 * (np.exp(-before / _KICK) - np.exp(-after / _KICK))
 
 
 def _mean_over(flow: Flow, shares: np.ndarray) -> np.ndarray:

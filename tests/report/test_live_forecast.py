@@ -31,7 +31,7 @@ def course(objective=GRPO, *, beta=1.0, successes=None, visits=None, prompts=40,
     )
 
 
-def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0):
+def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0, kick=0.0):
     """Rows of a run that obeys the model, and the mean at its end."""
     generator, rows, shift = np.random.default_rng(number), [], 0.0
     keep = np.exp(-kappa * max(course.flow.beta, 0.3))
@@ -49,7 +49,8 @@ def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0):
 
     for n in range(ITERATIONS):
         rows.append({"phase": "train", "iteration": n + 1, "reward/mean": measured(n, course.completions)})
-        shift = keep * shift + noise * np.sqrt(1 - keep**2) * generator.normal()
+        added = noise**2 * (1 - keep**2) + live._kick(kick, course.pace[n], course.pace[n + 1])
+        shift = keep * shift + np.sqrt(added) * generator.normal()
         if (n + 1) % 10 == 0 and n + 1 < ITERATIONS:
             rows.append({"phase": "probe", "iteration": n + 1, "success/mean": measured(n + 1, course.probe)})
     return rows, measured(ITERATIONS, course.final)
@@ -94,12 +95,12 @@ def test_with_all_of_the_pull_the_flow_ends_at_the_fixed_point(kl):
 def test_intervals_hold_what_the_prior_draws():
     """Unknowns drawn from the prior, runs simulated with them: a 95 % interval holds the end, ρ and κ about 95 times of 100."""
     here, number = course(), 40
-    u = np.random.default_rng(1).normal(size=(number, 4))
-    kappa, rho, exponent, noise = live._unknowns(u, fixed_rho=False, exponent=None)
+    u = np.random.default_rng(1).normal(size=(number, 5))
+    kappa, rho, exponent, noise, kick = live._unknowns(u, fixed_rho=False, exponent=None)
     inside = {"end": 0, "rho": 0, "kappa": 0}
     for i in range(number):
         truth = {"kappa": kappa[i], "rho": rho[i]}
-        rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i])
+        rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i], kick=kick[i])
         found = live._summary(here, live.fit(here, [r for r in rows if r["iteration"] <= 20]), 0.95)
         for name, value in (truth | {"end": end}).items():
             inside[name] += found[name]["low"] <= value <= found[name]["high"]
@@ -150,7 +151,7 @@ def test_the_speed_and_what_is_left():
     assert speed["kappa"]["low"] < 0.1 < speed["kappa"]["high"]
     assert speed["iterations_to_go"] is None
     one = np.ones(1)
-    known = live.Posterior(60, 0.02 * one, one, 0 * one, one, one, one)
+    known = live.Posterior(60, 0.02 * one, one, 0 * one, one, one, one, one)
     assert live._iterations_to_go(here, known) == pytest.approx(3 / (0.02 * 2) - 60, abs=5)
     unknown = known._replace(kappa=np.array([1e-3, 0.02, 0.4]), rho=np.ones(3), exponent=np.zeros(3))
     assert live._iterations_to_go(here, unknown) is None
