@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.report.figure import INK, MEASURED, PREDICTED, new_figure, save_figure
+from grpo_jax.report.figure import FORECAST, INK, MEASURED, PREDICTED, new_figure, save_figure
 
 
 def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
     """Writes a PNG with two panels.
 
-    Left: measured success probability with its intervals, the exact iterates, p_ref, p* and its band. Right: the prompts'
-    measured final success probability over their measured p_ref, with the predicted curve.
+    Left: measured success probability with its intervals, the exact iterates, p_ref, p* and its band, and the live forecasts
+    that were made first. Right: the prompts' measured final success probability over their measured p_ref, with the
+    predicted curve.
 
     Args:
       path: of the PNG.
@@ -45,6 +46,15 @@ def _plot_iterations(
     if iterates is not None:
         label = r"exact iterates $p_n=h(p_{n-1})$"
         axes.plot(iterates[: last + 1], color=PREDICTED, linestyle="--", linewidth=1, label=label)
+
+    # What was forecast early in the run: the later, the darker.
+    for forecast, alpha in zip(result.get("forecasts", [])[:2], (0.18, 0.38), strict=False):
+        path, made = forecast["path"], forecast["iteration"]
+        label = f"forecast made at iteration {made}, {result['confidence']:.0%}"
+        axes.fill_between(
+            path["iteration"], path["low"], path["high"], color=FORECAST, alpha=alpha, linewidth=0, label=label
+        )
+        axes.plot(path["iteration"], path["mean"], color=FORECAST, linewidth=0.8, alpha=0.8)
 
     # What was measured.
     axes.errorbar(

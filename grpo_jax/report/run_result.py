@@ -19,6 +19,7 @@ def make_result(
     after: dict[str, Any],
     forecast: theory.Prediction | None,
     average: dict[str, Any] | None = None,
+    progressed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What result.json holds, from the counts before and after training.
 
@@ -28,6 +29,7 @@ def make_result(
         also "ledger", a `Ledger` or None.
       forecast: the prediction made from ``before``; None where the objective has none.
       average: of the averaged parameters, as ``after``, and the "iterations" they are averaged over; None without an average.
+      progressed: "trend" of `standing.trend`, and "forecasts" and "speed" of `live_forecast.record`, where there are.
 
     Returns:
       JSON-able. The prediction interval of p̂ − p* combines two errors in quadrature, on the side of the difference: p*'s band
@@ -84,6 +86,7 @@ def make_result(
         if ledger := average.get("ledger"):
             result["average"]["ledger"] = ledger.means
         prompts["p_average"] = counts / average["trials"]
+    result |= progressed or {}
     result["standing"] = standing(result, before)
     return result | {"prompts": {name: np.asarray(values).tolist() for name, values in prompts.items()}}
 

@@ -14,12 +14,13 @@ from grpo_jax import theory
 from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.files import read_json, write_json, write_text
-from grpo_jax.report import forecast, run_figure, run_page, run_result
+from grpo_jax.report import forecast, live_forecast, run_figure, run_page, run_result, standing
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.course import course_of, pace
 from grpo_jax.runs.directory import RESULT, open_run_directory
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
@@ -104,7 +105,10 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
 
     # The iterations. Without a KL to the reference, its parameters are not kept; they are read again at the end.
     ref_params = reference_params(run) if objective.holds_to_reference else None
-    params, average_params = run_iterations(run, ref_params, before, prediction)
+    course = course_of(config, objective, before, setup.probed, num_prompts=len(setup.task.examples))
+    if isinstance(course, str):
+        say(console, f"no live forecast: {course}")
+    params, average_params = run_iterations(run, ref_params, before, prediction, course)
 
     # The policy at the end: measured, compared with the prediction, and shown.
     ref_params = reference_params(run) if ref_params is None else ref_params
@@ -114,9 +118,14 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         over = {"iterations": averaged_iterations(config)}
         say(console, f"the same of the parameters' average over the last {over['iterations']} iterations")
         average = _measure_end(run, average_params, ref_params, before) | over
-    result = run_result.make_result(config, before, after, prediction, average)
-    probes = [row for row in read_metrics(run.directory / METRICS) if row["phase"] == "probe"]
-    probes.append(forecast.probe_row(config.train.iterations, after, c.confidence))
+    rows = read_metrics(run.directory / METRICS)
+    rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
+    rows.append(forecast.probe_row(config.train.iterations, after, c.confidence))
+    progressed = {"trend": standing.trend(rewards, pace(config), c.confidence)}
+    if not isinstance(course, str):
+        progressed |= live_forecast.record(course, rows, c.confidence)
+    result = run_result.make_result(config, before, after, prediction, average, progressed)
+    probes = [row for row in rows if row["phase"] == "probe"]
     recursion = None
     if predictable:
         visited = config.data.prompts_per_iteration / len(setup.task.examples)
@@ -149,7 +158,11 @@ def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[st
 
 
 def run_iterations(
-    run: Run, ref_params: Any | None, before: dict[str, Any], prediction: theory.Prediction | None
+    run: Run,
+    ref_params: Any | None,
+    before: dict[str, Any],
+    prediction: theory.Prediction | None,
+    course: live_forecast.Course | str,
 ) -> tuple[Any, Any | None]:
     """All iterations, from the newest checkpoint on; the parameters after the last, and their average if one is kept.
 
@@ -158,6 +171,7 @@ def run_iterations(
       ref_params: of the reference policy; None where the objective has no KL to it.
       before: its measurement, the first probe row.
       prediction: shown beside the current success probability.
+      course: of the live forecast, or why there is none.
 
     Raises:
       Preempted, Diverged, CheckpointError.
@@ -177,6 +191,7 @@ def run_iterations(
         say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
     table = put_table(setup) if setup.compiled.iterate else None
     log = MetricsLog(run.directory, after=n or None)
+    history = read_metrics(run.directory / METRICS)
     try:
         if n == 0:
             log.write(forecast.probe_row(0, before, c.evaluate.confidence))
@@ -190,7 +205,8 @@ def run_iterations(
                 seconds = (time.monotonic() - begun) / len(rows)
                 for row, in_a_row in zip(rows, skipped, strict=True):
                     n += 1
-                    log.write({"iteration": n, "phase": "train"} | row)
+                    history.append({"iteration": n, "phase": "train"} | row)
+                    log.write(history[-1])
                     log.write({"iteration": n, "phase": "train"} | _perf(run, row, seconds), file=PERF)
                     if in_a_row > c.train.max_skipped:
                         raise Diverged(
@@ -202,8 +218,15 @@ def run_iterations(
                     probe = measure(run, state.params, ref_params, n)
                     probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
                     ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally())
-                    log.write(probe_row | ({} if ledger is None else ledger.row()))
+                    probe_row |= {} if ledger is None else ledger.row()
                     success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
+                    if not isinstance(course, str):
+                        probe_row |= live_forecast.probe_metrics(course, [*history, probe_row], c.evaluate.confidence)
+                        success += f"{live_forecast.words(probe_row)} · "
+                        if warning := live_forecast.warning(course, [*history, probe_row]):
+                            say(run.console, warning)
+                    history.append(probe_row)
+                    log.write(probe_row)
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
                 line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")
                 # Save, where it is time, and when the run must stop.

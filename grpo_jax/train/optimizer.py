@@ -1,6 +1,7 @@
 """The two optimizers of a run: that of GRPO, a function of a learning rate that may be traced, and that of the warm start."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,23 +33,33 @@ def make_optimizer(
     Returns:
       learning rate -> optax transformation; its state is the same for every learning rate.
     """
-    decay = max(updates - warmup_updates, 1)
-    after_warmup = {
-        "cosine": lambda peak: optax.cosine_decay_schedule(peak, decay),
-        "linear": lambda peak: optax.linear_schedule(peak, 0.0, decay),
-        "constant": optax.constant_schedule,
-    }[schedule]
+    rates = partial(learning_rates, updates=updates, schedule=schedule, warmup_updates=warmup_updates)
 
     def optimizer(learning_rate: Any) -> optax.GradientTransformation:
-        rates = after_warmup(learning_rate)
-        if warmup_updates:
-            warmup = optax.linear_schedule(0.0, learning_rate, warmup_updates)
-            rates = optax.join_schedules([warmup, rates], [warmup_updates])
-        adamw = optax.adamw(rates, b1=b1, b2=b2, weight_decay=weight_decay)
+        adamw = optax.adamw(rates(learning_rate), b1=b1, b2=b2, weight_decay=weight_decay)
         average = [average_tail(updates - averaged_updates)] if averaged_updates else []
         return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw, *average)
 
     return optimizer
+
+
+def learning_rates(peak: Any, *, updates: int, schedule: str, warmup_updates: int) -> optax.Schedule:
+    """The learning rate of each update, from 0 on; arguments as of `make_optimizer`.
+
+    >>> rates = learning_rates(1.0, updates=6, schedule="linear", warmup_updates=2)
+    >>> [float(rates(n)) for n in range(6)]
+    [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
+    """
+    decay = max(updates - warmup_updates, 1)
+    rates = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, decay),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[schedule]()
+    if warmup_updates:
+        warmup = optax.linear_schedule(0.0, peak, warmup_updates)
+        rates = optax.join_schedules([warmup, rates], [warmup_updates])
+    return rates
 
 
 class Average(NamedTuple):

@@ -126,6 +126,8 @@ def test_the_figure_is_drawn_with_and_without_a_prediction(tmp_path, objective):
         )
         assert iterates[0] == pytest.approx(0.35)
         assert iterates[-1] == pytest.approx(result["p_star"]["mean"], abs=1e-3)
+    path = {"iteration": [1, 10], "mean": [0.4, 0.6], "low": [0.3, 0.5], "high": [0.5, 0.7]}
+    result["forecasts"] = [{"iteration": 1, "path": path}] * 3
     plot_run(tmp_path / "figure.png", rows=probes, result=result, iterates=iterates)
     content = (tmp_path / "figure.png").read_bytes()
     assert content.startswith(b"\x89PNG")

@@ -75,7 +75,10 @@ def one_by_one(directory):
 def test_the_rows_are_the_same_however_many_iterations_a_setup_holds(one_by_one, tmp_path):
     result, rows, written = one_by_one
     assert [r["iteration"] for r in rows if r["phase"] == "train"] == list(range(1, 8))
-    assert [r["iteration"] for r in rows if r["phase"] == "probe"] == [0, 3, 6]
+    probes = [r for r in rows if r["phase"] == "probe"]
+    assert [r["iteration"] for r in probes] == [0, 3, 6]
+    assert all(r["forecast/low"] < r["forecast/mean"] < r["forecast/high"] for r in probes[1:])
+    assert [forecast["iteration"] for forecast in result["forecasts"]] == [1, 2, 4]
     for number in (2, 10):
         found, _, text = finished(tmp_path / str(number), train__iterations_per_program=number)
         assert text == written, number
