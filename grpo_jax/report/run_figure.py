@@ -9,11 +9,11 @@ from grpo_jax.report.figure import FORECAST, INK, MEASURED, PREDICTED, new_figur
 
 
 def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
-    """Writes a PNG with two panels.
+    """Writes a PNG with two panels, or three where the probes have a ledger.
 
     Left: measured success probability with its intervals, the exact iterates, p_ref, p* and its band, and the live forecasts
     that were made first. Right: the prompts' measured final success probability over their measured p_ref, with the
-    predicted curve.
+    predicted curve. Between them: the KL of the probes, what of it bought success, and what a rest point would spend.
 
     Args:
       path: of the PNG.
@@ -21,8 +21,12 @@ def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], 
       result: the run's result (see `train`).
       iterates: [n + 1] mean success probability of exact iterates, or None where there is no prediction.
     """
-    figure, (left, right) = new_figure((11, 4.4), ncols=2, width_ratios=(1.5, 1))
+    accounts = [row for row in rows if "ledger/useful" in row]
+    ratios = (1.5, 1, 1) if accounts else (1.5, 1)
+    figure, (left, *middle, right) = new_figure((15.5 if accounts else 11, 4.4), ncols=len(ratios), width_ratios=ratios)
     _plot_iterations(left, rows, result, iterates)
+    for axes in middle:
+        _plot_ledger(axes, accounts)
     _plot_prompts(right, result)
     for axes in (left, right):
         axes.set_ylim(-0.02, 1.02)
@@ -66,6 +70,22 @@ def _plot_iterations(
     symbols = {"β": result["beta"], r"$β_\mathrm{mirror}$": result["beta_mirror"]}
     weights = "".join(f"{symbol} = {weight:g}, " for symbol, weight in symbols.items() if weight)
     axes.set_title(f"{weights}G = {result['group_size']}, {result['objective']}, seed {result['seed']}")
+    axes.legend(frameon=False, loc="best", fontsize=9)
+
+
+def _plot_ledger(axes: Any, rows: list[dict[str, Any]]) -> None:
+    def column(name: str) -> np.ndarray:
+        return np.array([0.0, *(row[name] for row in rows)])
+
+    n, kl, useful = (column(name) for name in ("iteration", "kl/sequence", "ledger/useful"))
+    axes.plot(n, kl, color=INK, linewidth=1.2, label=r"KL$(\pi\Vert\pi_\mathrm{ref})$")
+    axes.plot(n, useful, color=MEASURED, linewidth=1.2, label=r"useful, kl$(\hat p\Vert p_\mathrm{ref})$")
+    axes.fill_between(n, useful, kl, color=INK, alpha=0.12, linewidth=0, label="bought no success")
+    if all("ledger/at_rest" in row for row in rows):
+        resting = useful + column("ledger/at_rest")
+        axes.plot(n, resting, color=PREDICTED, linestyle=":", linewidth=1.2, label="useful + at rest")
+    axes.set(title="what the KL was spent on", xlabel="iteration n", ylabel="nats per completion, mean over prompts")
+    axes.set_ylim(bottom=min(0.0, *useful, *kl))
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 

@@ -101,6 +101,9 @@ def result_lines(result: dict[str, Any]) -> Lines:
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
     lines += ledger_lines(result.get("ledger", {}), confidence)
 
+    for made in result.get("forecasts", []):
+        lines.append((f"forecast at iteration {made['iteration']}", interval_text(made["end"], confidence)))
+
     for name, key, form in (
         ("greedy accuracy", "greedy", ".4f"),
         ("sampled accuracy, pass@1", "pass@1", ".4f"),
@@ -145,7 +148,12 @@ def page(result: dict[str, Any], header: Lines, examples: dict[str, list[dict[st
     weights = {"β": result["beta"], "β_mirror": result["beta_mirror"], "entropy bonus": result["entropy_bonus"]}
     shown = ", ".join(f"{label} = {weight:g}" for label, weight in weights.items() if weight)
     title = f"{result['objective']}{' at ' if shown else ''}{shown}, seed {result['seed']}"
-    lines = page_start(title, header, result_lines(result), "success probability over iterations, and prompt by prompt")
+    lines = page_start(
+        title,
+        header,
+        result_lines(result),
+        "success probability over iterations, what the KL was spent on, and prompt by prompt",
+    )
     for before, after in zip(examples["before"], examples["after"], strict=True):
         lines += [f"### `{inline(before['prompt'])}` → `{inline(before['target'])}`", ""]
         for name, example in (("before", before), ("after", after)):

@@ -120,7 +120,8 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         average = _measure_end(run, average_params, ref_params, before) | over
     rows = read_metrics(run.directory / METRICS)
     rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
-    rows.append(forecast.probe_row(config.train.iterations, after, c.confidence))
+    of_ledger = {} if after["ledger"] is None else after["ledger"].row()
+    rows.append(forecast.probe_row(config.train.iterations, after, c.confidence) | of_ledger)
     progressed = {"trend": standing.trend(rewards, pace(config), c.confidence)}
     if not isinstance(course, str):
         progressed |= live_forecast.record(course, rows, c.confidence)

@@ -75,9 +75,10 @@ def test_kl_is_measured_against_another_policy_alone(tmp_path):
     params = run.setup.initial_params(0)
     assert measure(run, params, None, 0, samples=2).kl is None
     assert measure(run, params, params, 0, samples=2).kl == 0.0
-    recorded = measure_in_full(run, moved(params), params, 0)
+    recorded, tally = measure_in_full(run, moved(params), params, 0)
     assert recorded["kl"] != 0.0 and 0.0 <= recorded["greedy"] <= 1.0
     assert len(recorded["successes"]) == 16 and len(recorded["examples"]) == 2
+    assert tally.successes.tolist() == recorded["successes"] and tally.log_ratio_sums.shape == (16, 2, 4)
     assert all(len(example["completions"]) == 4 for example in recorded["examples"])
 
 
