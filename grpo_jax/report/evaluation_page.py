@@ -36,7 +36,7 @@ def result_lines(result: dict[str, Any]) -> Lines:
     if kl := result["kl"]:
         error = "" if kl["half_width"] is None else f"   {confidence:.0%} ±{kl['half_width']:.4f}"
         lines.append(("KL(π‖π_ref), nats", f"{kl['mean']:.4f}{error}"))
-        unknown = "not known: --checkpoint=reference measures the reference on these prompts"
+        unknown = "not known: measure --checkpoint=reference on these prompts, then this again with --name=NAME"
         lines += ledger_lines(result["ledger"], confidence) if "ledger" in result else [("… useful", unknown)]
     completions = result["prompts"] * result["samples"]
     verdicts = [f"{name} {count:,} ({count / completions:.1%})" for name, count in result["verdicts"].items()]

@@ -24,9 +24,11 @@ from scipy.special import digamma
 from grpo_jax import theory
 from grpo_jax.objective import Objective
 from grpo_jax.report.forecast import group_weights, interval_dict
+from grpo_jax.theory.posteriors import mixture, posterior_of
 
 POWERS = 4  # of the log-ratios that are summed: the variance of a variance needs the fourth
 FEWEST = 3  # samples of a prompt from which its ledger can be estimated
+POSTERIOR = 512  # success probabilities that stand for what the counts allow
 
 
 class Tally(NamedTuple):
@@ -65,7 +67,7 @@ def ledger_of_prompts(
     ref_successes: np.ndarray,
     ref_trials: int,
     *,
-    weights: theory.Weights | None,
+    weights: theory.Group | None,
     beta: float | None,
 ) -> Estimates:
     """The ledger of each prompt.
@@ -81,8 +83,10 @@ def ledger_of_prompts(
       ``at_rest``: `theory.rest_excess` at this p.  ``beyond_rest``: X − at_rest, with X = kl − useful.
       ``objective``: `theory.objective_gain`.  ``slope``: Ω Cov(r, ℓ) − β Var(ℓ), the slope of the objective along the ray from
       the reference through the policy (exact for log-linear policies): positive before a rest point, negative beyond it.
-      ``hold``: β Var(ℓ), so that the push Ω Cov(r, ℓ) is slope + hold.  ``gain``: v (L − L_ref).  ``pull``: v Ω/β.
-      Where the reference never solved a prompt, ``useful`` is a lower bound.
+      ``hold``: β Var(ℓ), so that the push Ω Cov(r, ℓ) is slope + hold.  ``followed``: has the mean Σ v(L − L_ref) / Σ v Ω/β over
+      the prompts, the share of the pull that the policy has followed; absent where nothing pulls.
+      Parts can come out negative by chance. Intervals hold where the reference solved most prompts five times and more; of
+      prompts that it hardly ever solved, ``useful`` is a lower bound, and what it lacks stands in ``within_successes``.
 
     Raises:
       ValueError: fewer than three samples of a prompt.
@@ -180,7 +184,7 @@ def _balance(
     m: int,
     moments: _Moments,
     useful: np.ndarray,
-    weights: theory.Weights,
+    weights: theory.Group,
     beta: float,
 ) -> Estimates:
     """What was climbed, and whether the policy is before a rest point, at it, or beyond it."""
@@ -219,6 +223,8 @@ def _balance(
     pushed = n * push(k, n, first, total) - (n - 1) * (k * without_success + (n - k) * without_failure) / n
 
     values = {name: value for name, (value, _, _) in counted.items()}
+    gained, pulled = values.pop("gain"), values.pop("pull")
+    share = gained.sum() / pulled.sum() if pulled.sum() > 0 else None
     values["beyond_rest"] = moments.mean - useful - values["at_rest"]
     values["objective"] = values.pop("rise") - beta * moments.mean
     values["hold"] = beta * moments.var
@@ -238,14 +244,18 @@ def _balance(
     at = omega[n][k.astype(int)]
     of_slope = at**2 * moments.m22 - 2 * beta * at * moments.m31 + beta**2 * moments.m40 - values["slope"] ** 2
     errors = {
-        "gain": error("gain"),
-        "pull": error("pull"),
         "at_rest": error("at_rest"),
         "beyond_rest": error("at_rest", -delta, 1.0, (p - p_ref) / (p_ref * (1 - p_ref))),
         "objective": error("rise", 0.0, -beta),
         "slope": np.sqrt(np.maximum(of_slope, 0) / n),
         "hold": beta * np.sqrt(np.maximum(moments.m40 - moments.var**2, 0) / n),
     }
+    # The ratio of two sums, as a mean of values whose errors add up as those of a mean do.
+    if share is not None:
+        values["followed"] = share + (gained - share * pulled) / pulled.mean()
+        by_p = counted["gain"][1] - share * counted["pull"][1]
+        variance = by_p**2 * moments.var_r / n + counted["gain"][2] ** 2 * p_ref * (1 - p_ref) / m
+        errors["followed"] = np.sqrt(np.maximum(variance, 0)) / pulled.mean()
     return Estimates(values, errors)
 
 
@@ -263,9 +273,8 @@ class Ledger(NamedTuple):
     """The ledger of a measured policy.
 
     Attributes:
-      means: name -> mean over the prompts with its interval, of the quantities of `ledger_of_prompts`. ``gain`` and ``pull`` are
-        given as ``followed``, Σ gain / Σ pull: the share of the pull that the policy has followed. At p* it is 1, at rest it
-        is ρ of the network. ``objective_optimum``, a number, is the objective of the optimal policy.
+      means: name -> mean over the prompts with its interval, of the quantities of `ledger_of_prompts`, and
+        ``objective_optimum``, a number: the objective at p*, where small steps of a table end.
       prompts: name -> [Q].
     """
 
@@ -278,36 +287,42 @@ class Ledger(NamedTuple):
         return {f"ledger/{name}": self.means[name]["mean"] for name in shown if name in self.means}
 
 
-def ledger_of_run(config: Any, objective: Objective, before: dict[str, Any], tally: Tally | None) -> Ledger | None:
+def ledger_of_run(
+    config: Any, objective: Objective, before: dict[str, Any], tally: Tally | None, *, group_size: int | None = None
+) -> Ledger | None:
     """The ledger of a policy of a run.
 
     Args:
       config, objective: of the run. Where not KL(π‖π_ref) alone decides where training ends, the ledger is the split of the KL.
       before: counts of the reference: "successes", "trials".
       tally: of the policy; None where no log-ratios were measured.
+      group_size: G with which it was trained; that of the config by default.
 
     Returns:
-      The ledger; None without log-ratios, or with too few samples of a prompt.
+      The ledger; None without log-ratios, where they are not finite, or with too few samples of a prompt.
     """
-    if tally is None or min(tally.trials, before["trials"]) < FEWEST:
+    if tally is None or min(tally.trials, before["trials"]) < FEWEST or not np.isfinite(tally.log_ratio_sums).all():
         return None
-    weights = group_weights(objective, config.rollout.group_size)
+    weights = group_weights(objective, group_size or config.rollout.group_size)
     setting: dict[str, Any] = {"weights": weights, "beta": config.objective.beta}
     if objective.kl_direction != "reverse" or weights is None or config.objective.entropy_bonus:
         setting = {"weights": None, "beta": None}
     counts = np.array(before["successes"])
     estimates = ledger_of_prompts(tally, counts, before["trials"], **setting)
     means: dict[str, Any] = mean_over_prompts(estimates, config.evaluate.confidence)
-    if "pull" in means:
-        gain, pull = means.pop("gain"), means.pop("pull")["mean"]
-        if pull > 0:
-            means["followed"] = {end: x / pull for end, x in gain.items()}
-        p_ref = counts / before["trials"]
-        with jax.enable_x64(True):
-            star = theory.flow_point(p_ref, **setting)
-            optimum = theory.objective_gain(star, p_ref, theory.bernoulli_kl(star, p_ref), **setting)
-            means["objective_optimum"] = float(optimum.mean())
+    if setting["weights"] is not None:
+        means["objective_optimum"] = _objective_at_star(counts, before["trials"], **setting)
     return Ledger(means, estimates.values)
+
+
+def _objective_at_star(successes: np.ndarray, trials: int, *, weights: theory.Group, beta: float) -> float:
+    """The mean of J at p* over the prompts, averaged over what their counts allow, as `theory.predict` averages p*."""
+    logits, times = mixture(posterior_of(successes, np.full(successes.shape, trials)), size=POSTERIOR)
+    setting: dict[str, Any] = {"beta": beta, "weights": weights, "logits": True}
+    with jax.enable_x64(True):
+        star = theory.flow_point(logits, **setting)
+        gain = theory.objective_gain(star, logits, theory.bernoulli_kl(star, logits, logits=True), **setting)
+        return float(np.asarray(gain) @ times / times.sum())
 
 
 def _log_share(count: np.ndarray, of: int) -> np.ndarray:

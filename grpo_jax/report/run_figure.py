@@ -80,12 +80,15 @@ def _plot_ledger(axes: Any, rows: list[dict[str, Any]]) -> None:
     n, kl, useful = (column(name) for name in ("iteration", "kl/sequence", "ledger/useful"))
     axes.plot(n, kl, color=INK, linewidth=1.2, label=r"KL$(\pi\Vert\pi_\mathrm{ref})$")
     axes.plot(n, useful, color=MEASURED, linewidth=1.2, label=r"useful, kl$(\hat p\Vert p_\mathrm{ref})$")
-    axes.fill_between(n, useful, kl, color=INK, alpha=0.12, linewidth=0, label="bought no success")
+    spent = kl >= useful  # an estimate of no KL within can be negative
+    axes.fill_between(n, useful, kl, where=spent, color=INK, alpha=0.12, linewidth=0, label="bought no success")
+    lowest = [0.0, *useful, *kl]
     if all("ledger/at_rest" in row for row in rows):
         resting = useful + column("ledger/at_rest")
         axes.plot(n, resting, color=PREDICTED, linestyle=":", linewidth=1.2, label="useful + at rest")
+        lowest += [*resting]
     axes.set(title="what the KL was spent on", xlabel="iteration n", ylabel="nats per completion, mean over prompts")
-    axes.set_ylim(bottom=min(0.0, *useful, *kl))
+    axes.set_ylim(bottom=min(lowest))
     axes.legend(frameon=False, loc="best", fontsize=9)
 
 

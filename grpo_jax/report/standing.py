@@ -9,6 +9,7 @@ ARRIVED, UNFINISHED, NOISY, LIMITED, ABOVE = "arrived", "not arrived", "noise", 
 COLLAPSED, HOPELESS, UNKNOWN = "collapsed", "nothing to learn", "unknown"
 
 CLOSE = 0.1  # a share of the hold, of the KL, or of the way to p*, below which a difference is not worth a word
+UNSURE = 3  # times that share: a wider interval of push − hold does not tell whether they are in balance
 BLOCKS = 5  # of a quarter of a run, whose means tell how far chance moves the mean of the quarter
 
 
@@ -16,41 +17,45 @@ def standing(result: dict[str, Any], before: dict[str, Any]) -> str:
     """One word for where a run stands.
 
     At rest, the push of the reward along the ray from the reference to the policy equals the hold of the KL, whatever the
-    network lets through. So a policy short of p* has not arrived where the push is larger, or where its success still rises;
-    it is shaken by noise where the hold is larger; and where they are equal it is held back by what the network lets through.
+    network lets through. So a policy has not arrived where the push is larger, or where its success still rises; it is shaken
+    by noise where the hold is larger; and short of p* with the two in balance it is held back by what the network lets through.
 
     Args:
       result: p_ref, p_final, and where there are: difference, ledger, trend.
       before: counts of the reference.
 
     Returns:
-      "nothing to learn": the reference solved all prompts always or none ever.  "collapsed": success fell.  "arrived": p̂ is
-      inside the prediction interval.  "above": beyond it.  "not arrived", "noise", "limited": below it, for that reason.
-      "unknown": there is no prediction, or no log-ratios were measured.
+      "nothing to learn": the reference solved each prompt always or never, and nothing was gained.  "collapsed": success fell by
+      a tenth or more.  "arrived": p̂ is inside the prediction interval, and the push is not clearly larger.  "above": p̂ is
+      beyond it.  "not arrived", "noise", "limited": p̂ is below it, for that reason.  "unknown": there is no prediction, push
+      and hold are not known, or too few samples tell them apart.
     """
     successes, trials = before["successes"], before["trials"]
-    if all(k in (0, trials) for k in successes):
+    p_ref, p_final = result["p_ref"], result["p_final"]
+    if all(k in (0, trials) for k in successes) and p_final["low"] <= p_ref["mean"]:
         return HOPELESS
-    if result["p_final"]["high"] < result["p_ref"]["low"]:
+    if p_final["high"] < p_ref["low"] and p_final["mean"] < (1 - CLOSE) * p_ref["mean"]:
         return COLLAPSED
     difference, ledger = result.get("difference"), result.get("ledger", {})
     if difference is None:
         return UNKNOWN
-    if difference["inside"]:
-        return ARRIVED
-    if difference["mean"] > 0:
-        return ABOVE
-    if "slope" not in ledger:
-        return UNKNOWN
-    slope, hold = ledger["slope"], ledger["hold"]["mean"]
-    rising, to_go = result.get("trend"), -difference["mean"]
-    if slope["low"] > 0 and slope["mean"] > CLOSE * hold:
+
+    # Push and hold, where they are known: slope is their difference.
+    slope = ledger.get("slope", {"mean": 0.0, "low": -np.inf, "high": np.inf})
+    close = CLOSE * ledger["hold"]["mean"] if "hold" in ledger else 0.0
+    pushed = slope["low"] > 0 and slope["mean"] > close
+    held = slope["high"] < 0 and slope["mean"] < -close
+    if difference["inside"] or difference["mean"] > 0:
+        return UNFINISHED if pushed else ARRIVED if difference["inside"] else ABOVE
+    if pushed:
         return UNFINISHED
-    if rising and rising["low"] > 0 and rising["mean"] > CLOSE * to_go:
-        return UNFINISHED
-    if slope["high"] < 0 and slope["mean"] < -CLOSE * hold and ledger["beyond_rest"]["low"] > 0:
+    if held:
         return NOISY
-    return LIMITED
+    rising = result.get("trend")
+    if rising and rising["low"] > 0 and rising["mean"] > CLOSE * -difference["mean"]:
+        return UNFINISHED
+    is_known = -UNSURE * close < slope["low"] and slope["high"] < UNSURE * close
+    return LIMITED if is_known else UNKNOWN
 
 
 def trend(rewards: np.ndarray, pace: np.ndarray, confidence: float) -> dict[str, float] | None:
@@ -74,7 +79,7 @@ def trend(rewards: np.ndarray, pace: np.ndarray, confidence: float) -> dict[str,
     """
     half, three_quarters = (int(np.searchsorted(pace[1:], share * pace[-1])) for share in (0.5, 0.75))
     quarters = [rewards[half:three_quarters], rewards[three_quarters:]]
-    if min(map(len, quarters)) < BLOCKS:
+    if min(map(len, quarters)) < BLOCKS or not np.isfinite(rewards).all():
         return None
     means = [np.array([block.mean() for block in np.array_split(quarter, BLOCKS)]) for quarter in quarters]
     change = float(means[1].mean() - means[0].mean())
@@ -86,56 +91,65 @@ def trend(rewards: np.ndarray, pace: np.ndarray, confidence: float) -> dict[str,
 def in_words(result: dict[str, Any]) -> str:
     """The sentence that goes with the word of `standing`, from the numbers of a result."""
     ledger, standing = result.get("ledger", {}), result["standing"]
-    p_ref, p_final = result["p_ref"]["mean"], result["p_final"]["mean"]
-    followed = f"{ledger['followed']['mean']:.2f} of the pull of the reward" if "followed" in ledger else ""
+    p_ref, p_final, rising = result["p_ref"]["mean"], result["p_final"]["mean"], result.get("trend")
+    followed = f"the policy has followed {ledger['followed']['mean']:.2f} of the pull" if "followed" in ledger else ""
+    parted = f"; {followed}" if followed else ""
+    moved = f"{rising['mean']:+.3f} from the third quarter of the run to the last" if rising else ""
     if standing == HOPELESS:
-        side = "never solved" if p_ref < 0.5 else "always solved"
-        if 0 < p_ref < 1:
-            side = "either always or never solved"
-        return f"nothing to learn: every prompt was {side}, and groups of equal rewards teach nothing"
-    if standing == COLLAPSED:
-        climbed = f" and the objective is at {ledger['objective']['mean']:+.3f}, below its start" * _is_below_start(
-            ledger
+        counted = (
+            "no completion"
+            if p_ref == 0
+            else "every completion"
+            if p_ref == 1
+            else "of each prompt all or no completions"
         )
+        return f"nothing to learn: {counted} of the reference succeeded, and groups of equal rewards teach nothing"
+    if standing == COLLAPSED:
+        below = "objective" in ledger and ledger["objective"]["high"] < 0
+        climbed = f" and the objective is at {ledger['objective']['mean']:+.3f}, below its start" if below else ""
         advice = (
             "lower optimizer.learning_rate, raise objective.beta, or look at the samples for what is rewarded instead"
         )
         return f"collapsed: success fell from {p_ref:.3f} to {p_final:.3f}{climbed}; {advice}"
     if standing == UNKNOWN:
-        why = "log-ratios were not measured" if "difference" in result else "there is no prediction to compare with"
+        why = "too few samples tell push from hold: raise evaluate.final_samples"
+        if "difference" not in result:
+            why = "there is no prediction to compare with"
+        elif "slope" not in ledger:
+            why = "push and hold are known only where KL(π‖π_ref) decides the end"
+            why = why if "kl" in ledger else "there are too few log-ratios, or they are not finite"
         return f"where it stands is not known: {why}"
     if standing == ARRIVED:
-        return f"arrived: the success probability is where β takes it{_wasted(ledger)}"
+        return f"arrived: p̂ is where β takes it, within ±{result['difference']['half_width']:.4f}{_wasted(ledger)}"
     if standing == ABOVE:
         return (
             f"above p*: prompts that share parameters helped each other, or p_ref was measured too low{_wasted(ledger)}"
         )
     if standing == UNFINISHED:
-        to_go = result.get("speed", {}).get("iterations_to_go")
+        to_go = (result.get("speed") or {}).get("iterations_to_go")
         more = f": about {to_go:,.0f} iterations to go at the speed of this run" if to_go else ""
-        why = "the objective still rises on the way from the reference"
-        if not ledger["slope"]["low"] > 0:
-            why = f"success still rises, by {result['trend']['mean']:+.3f} over the last quarter of the run"
-        return (
-            f"not arrived yet{more}. It has followed {followed}, and {why}: more iterations or a larger learning rate take it "
-            "further"
+        is_pushed = "slope" in ledger and ledger["slope"]["low"] > 0
+        why = (
+            "the objective still rises on the way from the reference" if is_pushed else f"success still rises, {moved}"
         )
+        return f"not arrived yet{more}{parted}, and {why}: more iterations or a larger learning rate take it further"
     if standing == NOISY:
-        start = ", and the objective is below its start" * _is_below_start(ledger)
-        return (
-            f"noise: {ledger['beyond_rest']['mean']:.3f} nats of KL more than a rest point with this success spends{start}. "
-            "A rate that decays or is lower, larger batches or train.average take them back; more iterations do not. What keeps "
-            f"success below p* is what the network lets through: it has followed {followed}"
+        beyond, still = ledger["beyond_rest"], ""
+        nats = f", with {beyond['mean']:.3f} nats of KL more than a rest point with this success spends" * (
+            beyond["low"] > 0
         )
-    still = f", and success moved by {result['trend']['mean']:+.3f} in the last quarter" if result.get("trend") else ""
+        below = ", below the start on its objective" * (ledger["objective"]["high"] < 0)
+        if rising and rising["low"] > 0:
+            still = f" Success still rises, {moved}."
+        return (
+            f"noise: the policy is beyond a rest point{nats}{below}. A learning rate that decays, larger batches or "
+            f"train.average bring it back.{still} It is short of p*{parted}"
+        )
+    still = f", and success moved by {moved}" if moved else ""
     return (
-        f"limited by the network: push and hold are in balance{still}. What it lets through at this learning rate is "
-        f"{followed}: more iterations like these do not take it further; a larger model, or another rate, may"
+        f"limited by the network: push and hold are in balance{still}{parted}. More iterations like the last do not take it "
+        "further; a larger model, or another learning rate, may"
     )
-
-
-def _is_below_start(ledger: dict[str, Any]) -> bool:
-    return "objective" in ledger and ledger["objective"]["high"] < 0
 
 
 def _wasted(ledger: dict[str, Any]) -> str:

@@ -171,11 +171,13 @@ def measure_and_write(
         **{key: c.rollout[key] for key in TRUNCATIONS},
         "max_completion": c.rollout.max_completion,
     }
-    if before is not None and rows[0]["log_ratio_sums"] is not None:
+    # The ledger, where it means what it says: a cut distribution is not the one whose KL is measured.
+    is_whole = all(c.rollout[key] is None for key in TRUNCATIONS)
+    if before is not None and is_whole and rows[0].get("log_ratio_sums") is not None:
         counts = np.array([row["successes"] for row in rows])
         tally = Tally(counts, result["samples"], np.array([row["log_ratio_sums"] for row in rows]))
-        ledger = ledger_of_run(c, run.setup.recipe.objective, before, tally)
-        result |= {} if ledger is None else {"ledger": ledger.means}
+        ledger = ledger_of_run(c, run.setup.recipe.objective, before, tally, group_size=before["group_size"])
+        result |= {} if ledger is None else {"ledger": ledger.means, "reference": before["source"]}
     shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
     write_jsonl(directory / "prompts.jsonl", rows)
     write_jsonl(directory / "samples.jsonl", samples)

@@ -148,15 +148,19 @@ def identity_of(config: Any, task: Task, policy: MeasuredPolicy) -> dict[str, An
 def reference_counts(
     workdir: Path, setup: Setup, identity: dict[str, Any], stored: dict[str, Any] | None
 ) -> dict[str, Any] | None:
-    """The counts of the reference on the prompts that are measured: {"successes" [Q], "trials"}, or None where there are none.
+    """The counts of the reference on the prompts that are measured, or None where there are none.
 
-    They are those of an evaluation of the reference that differs in nothing else, or those of the run itself.
+    They are those of the run itself or of an evaluation of the reference that differs in no other prompt or sampling option,
+    whichever has more samples.
 
     Args:
       workdir: the run directory.
       setup: of the measurement.
       identity: see `identity_of`.
       stored: the run's config, or None.
+
+    Returns:
+      {"successes": [Q], "trials", "group_size" of the run, "source": name of the directory or file they are from}.
     """
     groups = ("model.", "data.", "rollout.", "task.examples", "task.verify", "seed", "evaluate.prompts")
     deciding = {k: v for k, v in identity.items() if k.startswith(groups) and k != "rollout.group_size"}
@@ -164,15 +168,21 @@ def reference_counts(
     def same(other: dict[str, Any]) -> bool:
         return all(other.get(key) == json.loads(json.dumps(value)) for key, value in deciding.items())
 
+    counts = []
+    if stored is None:
+        return None
+    if same(stored) and (workdir / REFERENCE).exists():
+        counts.append(read_json(workdir / REFERENCE) | {"source": REFERENCE})
     for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULT}")):
         other = read_json(path.with_name(CONFIG))
         if other["checkpoint.name"] == "reference" and same(other):
             rows = {row["index"]: row for row in read_jsonl(path.with_name("prompts.jsonl"))}
             counted = [rows[index] for index in setup.probed.tolist()]
-            return {"successes": [row["successes"] for row in counted], "trials": counted[0]["trials"]}
-    if stored is not None and same(stored) and (workdir / REFERENCE).exists():
-        return read_json(workdir / REFERENCE)
-    return None
+            successes = [row["successes"] for row in counted]
+            counts.append({"successes": successes, "trials": counted[0]["trials"], "source": path.parent.name})
+    if not counts:
+        return None
+    return max(counts, key=lambda x: x["trials"]) | {"group_size": stored["rollout.group_size"]}
 
 
 def choose_directory(

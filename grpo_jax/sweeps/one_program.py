@@ -26,9 +26,11 @@ from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.files import read_json, write_json
 from grpo_jax.report import forecast, run_page, run_result
 from grpo_jax.report.ledger import ledger_of_run
-from grpo_jax.report.metrics_log import MetricsLog
+from grpo_jax.report.metrics_log import METRICS, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
+from grpo_jax.report.standing import trend
 from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.course import pace
 from grpo_jax.runs.directory import RESULT, open_run_directory
 from grpo_jax.runs.loop import stretch, visits
 from grpo_jax.runs.measurement import Measurement
@@ -86,8 +88,8 @@ def sweep(
         default together, except on a CPU.
 
     Returns:
-      One dict per seed and point, seed by seed: what result.json of a single run holds (see `run_result.make_result`; greedy
-      accuracy is not measured), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
+      One dict per seed and point, seed by seed: what result.json of a single run holds (see `run_result.make_result`; without
+      greedy accuracy and live forecasts), ``learning_rate``, and ``diverged``: updates were skipped more often in a row than
       ``train.max_skipped`` allows.
 
     Raises:
@@ -140,6 +142,9 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
         averages = _measure(run, functions, mesh, runs, average_params, table)
 
     # Each against its own prediction.
+    rewards = np.array(
+        [row["reward/mean"] for row in read_metrics(run.directory / METRICS)], np.float64
+    )  # [n, seeds, points]
     setting = {"objective": objective, "group_size": config.rollout.group_size}
     results = []
     for seed, point in itertools.product(range(len(runs)), range(len(plan.betas))):
@@ -158,7 +163,8 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
         if averages is not None:
             average = with_ledger(averages[seed][point]) | {"iterations": averaged_iterations(config)}
         at_end = with_ledger(after[seed][point])
-        result = run_result.make_result(of_point, before[seed], at_end, prediction, average)
+        progressed = {"trend": trend(rewards[:, seed, point], pace(config), config.evaluate.confidence)}
+        result = run_result.make_result(of_point, before[seed], at_end, prediction, average, progressed)
         more = {"learning_rate": plan.learning_rates[point]}
         results.append(result | more | {"diverged": bool(worst[seed][point] > config.train.max_skipped)})
     return results

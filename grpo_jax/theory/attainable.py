@@ -82,7 +82,7 @@ def attainable_point(
 
     Args:
       p_ref: [...] success probability of the reference policy; 0 and 1 are returned unchanged, with zero gradient.
-      beta: weight of the KL, > 0; a scalar, or of the shape of ``p_ref``.
+      beta: weight of the KL, > 0; a scalar, or of the shape of ``p_ref``. Otherwise p† is nan.
       weights: the normaliser.
       r2: share of the variance of the reward that a linear regression on the scores explains under π_ref, in [0, 1]; a
         scalar, or of the shape of ``p_ref``. Outside it p† is nan.
@@ -100,7 +100,7 @@ def attainable_point(
     reference = log_odds(p_ref, logits=logits)
     beta, r2 = (jnp.broadcast_to(jnp.asarray(x, reference.dtype), reference.shape) for x in (beta, r2))
     sign, better = upward(jax.tree.map(lambda leaf: jnp.asarray(leaf, reference.dtype), weights))
-    at_end, allowed = jnp.isinf(reference), (r2 >= 0) & (r2 <= 1)
+    at_end, allowed = jnp.isinf(reference), (r2 >= 0) & (r2 <= 1) & (beta > 0)
 
     def solve(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         start, scale, share = inputs

@@ -20,7 +20,7 @@ from grpo_jax.theory.weights import Weights, as_float, log_odds, variance
 
 
 class KLSplit(NamedTuple):
-    """The three parts of KL(π‖π_ref), in nats per completion, each [...] and none negative.
+    """The three parts of KL(π‖π_ref), in nats per completion, each [...].
 
     useful: kl(p‖p_ref).
     within_successes: p KL(π_S‖π_ref,S).
@@ -101,7 +101,8 @@ def split_kl(
       logits: probabilities are given as log-odds.
 
     Returns:
-      `KLSplit`; its sum is KL(π‖π_ref). Infinite where π has what the reference never does.
+      `KLSplit`; its sum is KL(π‖π_ref). Where the reference never succeeds (or fails) and π does, ``useful`` is infinite, and the
+      part within is 0, as there is nothing to compare with.
 
     Source: the chain rule of the KL divergence; checked on explicit policies in tests/theory.
 
@@ -114,8 +115,9 @@ def split_kl(
     def within(log_ratio: ArrayLike, logit: jax.Array, reference: jax.Array) -> jax.Array:
         share = jax.nn.sigmoid(logit)
         least = jax.nn.log_sigmoid(logit) - jax.nn.log_sigmoid(reference)  # what this share costs without any KL inside
-        excess = as_float(log_ratio).astype(logit.dtype) - jnp.where(share == 0, 0.0, least)
-        return jnp.where(share == 0, 0.0, share * jnp.where(share == 0, 0.0, excess))
+        absent = (share == 0) | jnp.isinf(least)  # nothing of this class under π, or none under the reference
+        excess = as_float(log_ratio).astype(logit.dtype) - jnp.where(absent, 0.0, least)
+        return jnp.where(absent, 0.0, share * jnp.where(absent, 0.0, excess))
 
     return KLSplit(
         bernoulli_kl(logit, reference, logits=True),
@@ -130,13 +132,13 @@ def rest_excess(
     """X = KL − kl(p‖p_ref) that a policy at rest with this p spends, to second order: ½ v Δ (Ω(p)/β − Δ), Δ = L − L_ref.
 
     At rest, J has no slope along the ray from the reference to the policy. For log-linear policies that says exactly
-    Σ_i Ω_i Cov_i(r, ℓ) = β Σ_i Var_i(ℓ), and with ℓ nearly Gaussian inside successes and failures ΣX_i is the sum of these. It is
-    a statement about the sum over prompts that share parameters. A policy that spends more is shaken by noise, one that
-    spends less has not arrived. At p = p* it is 0.
+    Σ_i Ω_i Cov_i(r, ℓ) = β Σ_i Var_i(ℓ), and where ℓ is nearly Gaussian, with one variance in successes and in failures, ΣX_i is
+    the sum of these. It is a statement about the sum over prompts that share parameters. Spending clearly more suggests noise,
+    clearly less that the policy has not arrived; with few outcomes and small β it is no guide. At p = p* it is 0.
 
     Args:
       p, p_ref: [...] success probabilities of the policy and of the reference.
-      beta: weight of the KL, > 0.
+      beta: weight of the KL, > 0; else the result is nan.
       weights: the normaliser.
       logits: probabilities are given as log-odds.
 
@@ -153,5 +155,6 @@ def rest_excess(
     at_end = jnp.isinf(logit) | jnp.isinf(reference)
     logit, reference = (jnp.where(at_end, 0.0, x) for x in (logit, reference))
     gain = logit - reference
-    full = weights.omega(logit) / jnp.asarray(beta, logit.dtype)
+    beta = jnp.asarray(beta, logit.dtype)
+    full = weights.omega(logit) / jnp.where(beta > 0, beta, jnp.nan)
     return jnp.where(at_end, 0.0, variance(logit) * gain * (full - gain) / 2)

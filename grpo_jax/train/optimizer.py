@@ -79,7 +79,8 @@ def average_tail(start: int | jax.Array) -> optax.GradientTransformation:
 
     Last in a chain, it sees the updates as they are applied, and leaves them as they are. With the k-th parameters θ_k and their
     mean m_k it keeps d_k = m_k − θ_k = (1 − 1/k)(d_{k−1} − (θ_k − θ_{k−1})). In float32 its error is relative to d, which is
-    small, and not to θ, so that a thousandth part of a small step is not lost.
+    small, and not to θ, so that a thousandth part of a small step is not lost. Updates that are skipped do not count, and leave
+    the average so much shorter.
 
     Source: Polyak and Juditsky, SIAM J. Control Optim. 30 (1992) 838; the recursion is ours.
 

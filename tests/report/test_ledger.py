@@ -49,8 +49,7 @@ class Policies:
             "objective": np.asarray(theory.objective_gain(p, p_ref, kl, **SETTING)),
             "slope": omega * (mean(self.right * self.ratio) - p * kl) - var,
             "hold": var,
-            "gain": gain,
-            "pull": p * (1 - p) * omega,
+            "followed": np.full_like(p, gain.sum() / (p * (1 - p) * omega).sum()),
         }
 
     def sampled(self, trials, ref_trials):
@@ -136,3 +135,4 @@ def test_without_log_ratios_or_samples_there_is_no_ledger():
     config, before = tiny_config(), {"successes": [1, 2], "trials": 8}
     assert ledger_of_run(config, GRPO, before, None) is None
     assert ledger_of_run(config, GRPO, before, Tally(np.array([1, 1]), 2, np.zeros((2, 2, 4)))) is None
+    assert ledger_of_run(config, GRPO, before, Tally(np.array([1, 1]), 8, np.full((2, 2, 4), np.inf))) is None

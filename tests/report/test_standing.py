@@ -11,7 +11,7 @@ def interval(mean, half=0.01):
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def made(*, p_final=0.5, p_star=0.7, slope=0.0, hold=0.3, objective=0.1, **more):
+def made(*, p_final=0.5, p_star=0.7, slope=0.0, error=0.01, hold=0.3, objective=0.1, **more):
     """A result with the numbers that the words are made from; p_ref is 0.3."""
     difference = {"mean": p_final - p_star, "half_width": 0.02, "inside": abs(p_final - p_star) < 0.02}
     parts = {
@@ -21,7 +21,7 @@ def made(*, p_final=0.5, p_star=0.7, slope=0.0, hold=0.3, objective=0.1, **more)
         "within_failures": interval(0.08),
     }
     balance = {
-        "slope": interval(slope),
+        "slope": interval(slope, error),
         "hold": interval(hold),
         "objective": interval(objective),
         "beyond_rest": interval(-slope / 2),
@@ -33,20 +33,39 @@ def made(*, p_final=0.5, p_star=0.7, slope=0.0, hold=0.3, objective=0.1, **more)
 
 CASES = [
     ({"p_final": 0.71}, standing.ARRIVED, "0.200 of its 0.300 nats of KL bought no success"),
+    (
+        {"p_final": 0.71, "slope": 0.2},
+        standing.UNFINISHED,
+        "the objective still rises",
+    ),  # the interval is wide, the push clear
     ({"p_final": 0.9}, standing.ABOVE, "above p*"),
-    ({"slope": 0.2}, standing.UNFINISHED, "not arrived yet. It has followed 0.40"),
+    (
+        {"slope": 0.2},
+        standing.UNFINISHED,
+        "not arrived yet; the policy has followed 0.40 of the pull, and the objective",
+    ),
     ({"slope": 0.2, "speed": {"iterations_to_go": 1234.5}}, standing.UNFINISHED, "about 1,234 iterations to go"),
-    ({"slope": -0.2}, standing.NOISY, "noise: 0.100 nats of KL more than a rest point"),
-    ({"slope": -0.2, "objective": -0.05}, standing.NOISY, "the objective is below its start"),
+    ({"slope": -0.2}, standing.NOISY, "noise: the policy is beyond a rest point, with 0.100 nats of KL more"),
+    ({"slope": -0.2, "objective": -0.05}, standing.NOISY, "below the start on its objective"),
+    ({"slope": -0.2, "trend": interval(0.05)}, standing.NOISY, "Success still rises, +0.050 from the third quarter"),
     ({"slope": 0.005}, standing.LIMITED, "limited by the network: push and hold are in balance"),
     ({"slope": 0.02}, standing.LIMITED, "limited"),  # significant, and small beside the hold
     ({"slope": -0.02}, standing.LIMITED, "limited"),
+    ({"slope": 0.005, "trend": interval(0.05)}, standing.UNFINISHED, "success still rises, +0.050"),
+    (
+        {"slope": 0.005, "trend": interval(0.005, 0.001)},
+        standing.LIMITED,
+        "success moved by +0.005 from the third quarter",
+    ),
+    ({"slope": 0.005, "trend": interval(0.05, 0.06)}, standing.LIMITED, "limited"),  # it may not have risen at all
+    ({"slope": 0.005, "error": 0.2}, standing.UNKNOWN, "too few samples tell push from hold"),
     (
         {"p_final": 0.1, "objective": -0.3},
         standing.COLLAPSED,
         "fell from 0.300 to 0.100 and the objective is at -0.300",
     ),
     ({"p_final": 0.1}, standing.COLLAPSED, "fell from 0.300 to 0.100; lower"),
+    ({"p_final": 0.28, "slope": 0.2}, standing.UNFINISHED, "not arrived"),  # a fall that is not worth the word
 ]
 
 
@@ -61,15 +80,20 @@ def test_the_word_and_the_sentence_follow_from_the_numbers(numbers, word, words)
 @pytest.mark.parametrize(
     ("successes", "p_ref", "words"),
     [
-        ([0, 0], 0.0, "every prompt was never solved"),
-        ([9, 9], 1.0, "always solved"),
-        ([0, 9], 0.5, "either always or never"),
+        ([0, 0], 0.0, "no completion of the reference succeeded"),
+        ([9, 9], 1.0, "every completion of the reference succeeded"),
+        ([0, 9], 0.5, "of each prompt all or no completions"),
     ],
 )
 def test_groups_of_equal_rewards_teach_nothing(successes, p_ref, words):
-    result = made() | {"p_ref": interval(p_ref)}
+    result = made(p_final=p_ref) | {"p_ref": interval(p_ref)}
     result["standing"] = standing.standing(result, counts(successes, 9))
     assert result["standing"] == standing.HOPELESS and words in standing.in_words(result)
+
+
+def test_what_was_learned_all_the_same_is_not_hopeless():
+    result = made(p_final=0.875) | {"p_ref": interval(0.0)}
+    assert standing.standing(result, counts([0, 0], 64)) != standing.HOPELESS
 
 
 def test_a_trend_is_told_from_chance():
@@ -85,7 +109,13 @@ def test_a_trend_is_told_from_chance():
 
 
 def test_without_a_prediction_or_log_ratios_it_is_not_known():
-    for missing, words in (("difference", "no prediction"), ("ledger", "log-ratios were not measured")):
-        result = {name: value for name, value in made().items() if name != missing}
+    whole = made()
+    split = {name: whole["ledger"][name] for name in ("kl", "useful", "within_successes", "within_failures")}
+    for changes, words in (
+        ({"difference": None}, "no prediction"),
+        ({"ledger": None}, "too few log-ratios"),
+        ({"ledger": split}, "known only where KL(π‖π_ref) decides the end"),  # as of k3
+    ):
+        result = {name: value for name, value in (whole | changes).items() if value is not None}
         result["standing"] = standing.standing(result, counts([300, 200], 1000))
         assert result["standing"] == standing.UNKNOWN and words in standing.in_words(result)
