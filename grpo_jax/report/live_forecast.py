@@ -19,6 +19,7 @@ The posterior of (κ, ρ, a, noise, kick) is a set of points, by sequential Mont
 rows so far and of nothing else, so that a resumed run says the same, bit for bit.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -305,17 +306,24 @@ def words(row: dict[str, Any]) -> str:
     return "forecast {forecast/mean:.3f} [{forecast/low:.3f}, {forecast/high:.3f}]".format(**row)
 
 
-def warning(course: Course, rows: list[dict[str, Any]]) -> str | None:
-    """The early warning, at the first probe that establishes that the run will not reach p*; else None."""
-    if course.flow.beta == 0:
+def warning(rows: list[dict[str, Any]]) -> str | None:
+    """The early warning, once: at the first two probes in a row whose interval of ρ lies clearly below 1; else None.
+
+    >>> low = {"phase": "probe", "forecast/rho": 0.5, "forecast/rho_low": 0.4, "forecast/rho_high": 0.6, "forecast/mean": 0.7}
+    >>> warning([low, low])
+    'as it goes, this run will not reach p*: ρ = 0.50 [0.40, 0.60] of the pull gets through, and it will end near 0.700'
+    >>> warning([low]), warning([low, low, low])
+    (None, None)
+    """
+    if rows[-1]["phase"] != "probe" or "forecast/rho" not in rows[-1]:
         return None
-    established = [row for row in rows if row["phase"] == "probe" and row.get("forecast/rho_high", 2.0) < LIMITED]
-    if len(established) != 1 or established[0] is not rows[-1]:
+    limited = [row.get("forecast/rho_high", 1.0) < LIMITED for row in rows if row["phase"] == "probe"]
+    pairs = [first and second for first, second in itertools.pairwise(limited)]
+    if not pairs or not pairs[-1] or any(pairs[:-1]):
         return None
-    row = rows[-1]
     return (
-        "this run will not reach p*: rewards rise as if ρ = {forecast/rho:.2f} [{forecast/rho_low:.2f}, "
-        "{forecast/rho_high:.2f}] of the pull got through; its forecast is {forecast/mean:.3f}".format(**row)
+        "as it goes, this run will not reach p*: ρ = {forecast/rho:.2f} [{forecast/rho_low:.2f}, {forecast/rho_high:.2f}] "
+        "of the pull gets through, and it will end near {forecast/mean:.3f}".format(**rows[-1])
     )
 
 

@@ -116,7 +116,7 @@ def test_a_pull_that_does_not_get_through_is_found_and_said_once(rho, is_said):
         if row["phase"] == "probe":
             row = row | live.probe_metrics(here, [*history, row], 0.95)
         history.append(row)
-        said += [row["iteration"]] if row["phase"] == "probe" and live.warning(here, history) else []
+        said += [row["iteration"]] if row["phase"] == "probe" and live.warning(history) else []
     last = [row for row in history if row["phase"] == "probe"][-1]
     assert last["forecast/rho_low"] < rho < last["forecast/rho_high"]
     assert last["forecast/low"] < end < last["forecast/high"]
@@ -168,7 +168,7 @@ def test_without_a_kl_to_the_reference_there_is_a_forecast_and_no_rho(objective)
     assert found["speed"]["rho"] is None
     row = live.probe_metrics(here, rows, 0.95)
     assert "forecast/rho" not in row
-    assert live.warning(here, [row | {"phase": "probe"}]) is None
+    assert live.warning([row | {"phase": "probe"}] * 2) is None
 
 
 def test_the_forward_kl_has_its_own_end():
