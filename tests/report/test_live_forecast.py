@@ -31,7 +31,7 @@ def course(objective=GRPO, *, beta=1.0, successes=None, visits=None, prompts=40,
     )
 
 
-def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0, kick=0.0):
+def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0):
     """Rows of a run that obeys the model, and the mean at its end."""
     generator, rows, shift = np.random.default_rng(number), [], 0.0
     keep = np.exp(-kappa * max(course.flow.beta, 0.3))
@@ -49,8 +49,7 @@ def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0, kick=0.0):
 
     for n in range(ITERATIONS):
         rows.append({"phase": "train", "iteration": n + 1, "reward/mean": measured(n, course.completions)})
-        added = noise**2 * (1 - keep**2) + live._kick(kick, course.pace[n], course.pace[n + 1])
-        shift = keep * shift + np.sqrt(added) * generator.normal()
+        shift = keep * shift + noise * np.sqrt(1 - keep**2) * generator.normal()
         if (n + 1) % 10 == 0 and n + 1 < ITERATIONS:
             rows.append({"phase": "probe", "iteration": n + 1, "success/mean": measured(n + 1, course.probe)})
     return rows, measured(ITERATIONS, course.final)
@@ -96,11 +95,11 @@ def test_intervals_hold_what_the_prior_draws():
     """Unknowns drawn from the prior, runs simulated with them: a 95 % interval holds the end, ρ and κ about 95 times of 100."""
     here, number = course(), 40
     u = np.random.default_rng(1).normal(size=(number, 5))
-    kappa, rho, exponent, noise, kick = live._unknowns(u, fixed_rho=False, exponent=None)
+    kappa, rho, exponent, noise, _ = live._unknowns(u, fixed_rho=False, exponent=None)
     inside = {"end": 0, "rho": 0, "kappa": 0}
     for i in range(number):
         truth = {"kappa": kappa[i], "rho": rho[i]}
-        rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i], kick=kick[i])
+        rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i])
         found = live._summary(here, live.fit(here, [r for r in rows if r["iteration"] <= 20]), 0.95)
         for name, value in (truth | {"end": end}).items():
             inside[name] += found[name]["low"] <= value <= found[name]["high"]
