@@ -267,10 +267,7 @@ def ahead(course: Course, posterior: Posterior, iterations: np.ndarray, confiden
 
     A measurement has the samples of the last one.
     """
-    now, later = (
-        _clock(posterior.follows, np.stack([n, course.pace[n]], axis=1))
-        for n in (np.array([posterior.iteration]), iterations)
-    )
+    now, later = (_clock(posterior.follows, _times(course, n)) for n in (np.array([posterior.iteration]), iterations))
     kappa = posterior.kappa[:, None]
     m, v = _at(_mean_over(course.flow, course.measured[None]), posterior.rho, posterior.exponent, kappa * later)
     m, v = np.clip(m, 1e-6, 1 - 1e-6), np.maximum(v, 1e-6)
@@ -401,21 +398,26 @@ class _Observations(NamedTuple):
 def _observations(course: Course, rows: list[dict[str, Any]]) -> _Observations:
     """Probes, and rewards in blocks of iterations that grow with time."""
     rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
-    clocks = np.stack([np.arange(len(course.pace)), course.pace], axis=1)  # [n + 1, 2]
     found: list[tuple[Any, ...]] = []
     first = 0
     while first < len(rewards):
         size = min(1 + first // 8, len(rewards) - first)
         block = slice(first, first + size)  # row n is of completions by the policy before its update
         prompts, number, spread = course.batches[block].mean(0), size * course.completions, course.spread / size
-        found.append((clocks[block].mean(0), prompts, rewards[block].mean(), number, spread))
+        found.append((first + (size - 1) / 2, prompts, rewards[block].mean(), number, spread))
         first += size
     for row in rows:
         if row["phase"] == "probe" and row["iteration"] > 0:
             number = course.final if row["iteration"] == len(course.pace) - 1 else course.probe
-            found.append((clocks[row["iteration"]], course.measured, row["success/mean"], number, 0.0))
-    found.sort(key=lambda x: x[0][0])
-    return _Observations(*(np.array(x) for x in zip(*found, strict=True)))
+            found.append((row["iteration"], course.measured, row["success/mean"], number, 0.0))
+    found.sort(key=lambda x: x[0])
+    iterations, *others = (np.array(x) for x in zip(*found, strict=True))
+    return _Observations(_times(course, iterations), *others)
+
+
+def _times(course: Course, iterations: np.ndarray) -> np.ndarray:
+    """[K, 2] iterations done, which may lie between two, and what they are worth at the peak learning rate."""
+    return np.stack([iterations, np.interp(iterations, np.arange(len(course.pace)), course.pace)], axis=1)
 
 
 def _clock(follows: np.ndarray, time: np.ndarray) -> np.ndarray:

@@ -177,6 +177,19 @@ def test_the_forward_kl_has_its_own_end():
     assert found["forecast/low"] < end < found["forecast/high"]
 
 
+def test_time_goes_forward_whatever_the_schedule():
+    """Blocks of rewards and the probes among them are in one order, by iterations and by what they are worth."""
+    fades = (1 + np.cos(np.pi * np.arange(600) / 600)) / 2
+    here = course()._replace(pace=np.concatenate([[0.0], np.cumsum(fades)]))
+    here = here._replace(batches=np.broadcast_to(here.measured, (600, len(here.measured))))
+    rows = [{"phase": "train", "iteration": n + 1, "reward/mean": 0.7} for n in range(600)]
+    rows += [{"phase": "probe", "iteration": n, "success/mean": 0.7} for n in range(0, 600, 7)]
+    seen = live._observations(here, rows)
+    assert (np.diff(seen.time, axis=0) >= 0).all()
+    assert seen.completions.sum() == 600 * here.completions + 85 * here.probe
+    assert np.isfinite(live.fit(here, rows).kappa).all()
+
+
 def test_prompts_that_are_a_sample_of_the_measured_ones_widen_the_interval():
     """Iterations of 4 prompts: rewards say less of the mean where nobody knows which four they were."""
     many = np.random.default_rng(2).binomial(TRIALS, np.linspace(0.02, 0.98, 40))
