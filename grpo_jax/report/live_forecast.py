@@ -1,24 +1,28 @@
 """Where the curve of a run goes, from what the run has measured so far: its end, its speed, and ρ, with intervals.
 
-The flow of the theory is given three unknowns. Prompt i, with log-odds L_i, v_i = p_i(1 − p_i) and s the iterations done, each
-weighed by its learning rate over the peak's, follows
+The flow of the theory is given unknowns. Prompt i, with log-odds L_i and v_i = p_i(1 − p_i), follows
 
-    dL_i/ds = κ (4 v_i)^a [ρ Ω(p_i) − β (L_i − L_ref,i)].
+    dL_i/ds = κ (4 v_i)^a [ρ Ω(p_i) − β (L_i − L_ref,i)],   ds/dn = 1 − w + w r_n,
 
-κ is the speed per iteration at the peak learning rate, where p = 1/2 or a = 0; a says how the speed depends on p (Adam: near 0,
-plain gradients: near 1); ρ is the share of the pull Ω/β that the network lets through: 1 ends at p*, less below it. With the
-forward KL the pull back is β (p_i − p_ref,i)/v_i, and without a KL there is none, and no ρ that could be told from κ.
+where n iterations are done and r_n is the learning rate over its peak.
+
+    κ   the speed per iteration at the peak learning rate, where p = 1/2 or a = 0
+    a   how the speed depends on p: near 0 for Adam, near 1 for plain gradients
+    w   the share of the speed that follows the learning rate: one that is too high moves the policy no faster than a lower one
+    ρ   the share of the pull Ω/β that the network lets through: 1 ends at p*, less below it
+
+With the forward KL the pull back is β (p_i − p_ref,i)/v_i. Without a KL there is none, and no ρ that could be told from κ.
 
 What is observed are means: of the rewards of an iteration, and of the probes. The mean of a batch is m + v̄ δ + ε, with m and v̄
 the means of p_i and v_i along the flow over the prompts of the batch, ε the noise of sampling, v̄/n for n completions, and δ the
-process noise, a common shift of log-odds that relaxes as the flow does: an Ornstein-Uhlenbeck process, to which the first
-updates, of an optimizer that has no memory yet, add a kick of its own size. L_ref has the posterior of the reference's counts,
-under a beta distribution over the prompts that is fitted to them.
+process noise, a common shift of log-odds that relaxes as the flow does (an Ornstein-Uhlenbeck process). L_ref has the posterior
+of the reference's counts, under a beta distribution over the prompts that is fitted to them.
 
-The posterior of (κ, ρ, a, noise, kick) is a set of points, by sequential Monte Carlo with fixed random numbers: a function of the
-rows so far and of nothing else, so that a resumed run says the same, bit for bit.
+The posterior of (κ, ρ, a, w, size of δ) is a set of points, by sequential Monte Carlo with fixed random numbers: a function of
+the rows so far and of nothing else, so that a resumed run says the same, bit for bit.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -47,7 +51,6 @@ _QUANTILES = 9  # of the posterior of a prompt's p_ref that stand for it
 _POINTS, _UNKNOWNS = 512, 5
 _MOVES, _LAST_MOVES = 2, 8  # of every point, at each step of the likelihood and at the last
 _SLOWEST = 0.3  # process noise relaxes at κ max(β, this)
-_KICK = 5.0  # iterations at the peak learning rate over which the first updates' kick fades
 
 
 class Flow(NamedTuple):
@@ -111,7 +114,7 @@ class Course(NamedTuple):
     """What is known of a run before its first iteration.
 
     flow: see `Flow`.
-    pace: [n + 1] iterations at the peak learning rate that 0 … n iterations are worth.
+    pace: [n + 1] iterations at the peak learning rate that 0 … n iterations are worth: s where w = 1.
     batches: [n, N] shares of ``NODES`` among the prompts of each iteration.
     measured: [N] likewise among the prompts that are measured.
     completions: of an iteration.
@@ -194,8 +197,7 @@ class Posterior(NamedTuple):
     """Equally likely points of the unknowns after some rows.
 
     iteration: of the last row.
-    kappa, rho, exponent: [M] κ, ρ and a.
-    noise, kick: [M] standard deviation of δ at rest, and of what the first updates add to it.
+    kappa, rho, exponent, noise, follows: [M] κ, ρ, a, the standard deviation of δ at rest, and w.
     mean, variance: [M] of δ now.
     """
 
@@ -204,7 +206,7 @@ class Posterior(NamedTuple):
     rho: np.ndarray
     exponent: np.ndarray
     noise: np.ndarray
-    kick: np.ndarray
+    follows: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
 
@@ -265,14 +267,13 @@ def ahead(course: Course, posterior: Posterior, iterations: np.ndarray, confiden
 
     A measurement has the samples of the last one.
     """
-    later, now = course.pace[iterations], course.pace[posterior.iteration]
+    now, later = (_clock(posterior.follows, _times(course, n)) for n in (np.array([posterior.iteration]), iterations))
     kappa = posterior.kappa[:, None]
     m, v = _at(_mean_over(course.flow, course.measured[None]), posterior.rho, posterior.exponent, kappa * later)
     m, v = np.clip(m, 1e-6, 1 - 1e-6), np.maximum(v, 1e-6)
     keep = np.exp(-kappa * max(course.flow.beta, _SLOWEST) * (later - now))
     full = posterior.noise[:, None] ** 2
     shift, variance = keep * posterior.mean[:, None], full + keep**2 * (posterior.variance[:, None] - full)
-    variance = variance + _kick(posterior.kick[:, None], now, later)
     # In log-odds of the mean, which stays below 1: a common shift δ moves them by δ v̄/m(1 − m).
     scale = v / (m * (1 - m))
     v_ref = float(course.flow.moments[0, 0, 0, :, 1] @ course.measured)
@@ -305,17 +306,24 @@ def words(row: dict[str, Any]) -> str:
     return "forecast {forecast/mean:.3f} [{forecast/low:.3f}, {forecast/high:.3f}]".format(**row)
 
 
-def warning(course: Course, rows: list[dict[str, Any]]) -> str | None:
-    """The early warning, at the first probe that establishes that the run will not reach p*; else None."""
-    if course.flow.beta == 0:
+def warning(rows: list[dict[str, Any]]) -> str | None:
+    """The early warning, once: at the first two probes in a row whose interval of ρ lies clearly below 1; else None.
+
+    >>> low = {"phase": "probe", "forecast/rho": 0.5, "forecast/rho_low": 0.4, "forecast/rho_high": 0.6, "forecast/mean": 0.7}
+    >>> warning([low, low])
+    'as it goes, this run will not reach p*: ρ = 0.50 [0.40, 0.60] of the pull gets through, and it will end near 0.700'
+    >>> warning([low]), warning([low, low, low])
+    (None, None)
+    """
+    if rows[-1]["phase"] != "probe" or "forecast/rho" not in rows[-1]:
         return None
-    established = [row for row in rows if row["phase"] == "probe" and row.get("forecast/rho_high", 2.0) < LIMITED]
-    if len(established) != 1 or established[0] is not rows[-1]:
+    limited = [row.get("forecast/rho_high", 1.0) < LIMITED for row in rows if row["phase"] == "probe"]
+    pairs = [first and second for first, second in itertools.pairwise(limited)]
+    if not pairs or not pairs[-1] or any(pairs[:-1]):
         return None
-    row = rows[-1]
     return (
-        "this run will not reach p*: rewards rise as if ρ = {forecast/rho:.2f} [{forecast/rho_low:.2f}, "
-        "{forecast/rho_high:.2f}] of the pull got through; its forecast is {forecast/mean:.3f}".format(**row)
+        "as it goes, this run will not reach p*: ρ = {forecast/rho:.2f} [{forecast/rho_low:.2f}, {forecast/rho_high:.2f}] "
+        "of the pull gets through, and it will end near {forecast/mean:.3f}".format(**rows[-1])
     )
 
 
@@ -363,7 +371,8 @@ def _iterations_to_go(course: Course, posterior: Posterior) -> float | None:
     rho, exponent = (np.array([x.mean()]) for x in (posterior.rho, posterior.exponent))
     table = _mean_over(course.flow, course.measured[None])
     path = _at(table, rho, exponent, TIMES[None])[0][0]  # [S]
-    now = kappa["mean"] * course.pace[posterior.iteration]
+    n = posterior.iteration
+    now = kappa["mean"] * (n + posterior.follows.mean() * (course.pace[n] - n))
     near = np.abs(path[-1] - path) <= (1 - GAIN) * abs(path[-1] - path[0])
     arrival = TIMES[np.argmax(near)]
     return None if arrival <= now else float((arrival - now) / kappa["mean"])
@@ -372,7 +381,7 @@ def _iterations_to_go(course: Course, posterior: Posterior) -> float | None:
 class _Observations(NamedTuple):
     """Means that were measured, in the order of time; [K] each.
 
-    time: s of the policy that was measured.
+    time: [K, 2] of the policy that was measured: iterations done, and what they are worth at the peak learning rate.
     shares: [K, N] of ``NODES`` among its prompts.
     mean: success.
     completions: how many.
@@ -394,21 +403,30 @@ def _observations(course: Course, rows: list[dict[str, Any]]) -> _Observations:
     while first < len(rewards):
         size = min(1 + first // 8, len(rewards) - first)
         block = slice(first, first + size)  # row n is of completions by the policy before its update
-        prompts = course.batches[block].mean(0)
-        found.append(
-            (course.pace[block].mean(), prompts, rewards[block].mean(), size * course.completions, course.spread / size)
-        )
+        prompts, number, spread = course.batches[block].mean(0), size * course.completions, course.spread / size
+        found.append((first + (size - 1) / 2, prompts, rewards[block].mean(), number, spread))
         first += size
     for row in rows:
         if row["phase"] == "probe" and row["iteration"] > 0:
-            completions = course.final if row["iteration"] == len(course.pace) - 1 else course.probe
-            found.append((course.pace[row["iteration"]], course.measured, row["success/mean"], completions, 0.0))
+            number = course.final if row["iteration"] == len(course.pace) - 1 else course.probe
+            found.append((row["iteration"], course.measured, row["success/mean"], number, 0.0))
     found.sort(key=lambda x: x[0])
-    return _Observations(*(np.array(x) for x in zip(*found, strict=True)))
+    iterations, *others = (np.array(x) for x in zip(*found, strict=True))
+    return _Observations(_times(course, iterations), *others)
+
+
+def _times(course: Course, iterations: np.ndarray) -> np.ndarray:
+    """[K, 2] iterations done, which may lie between two, and what they are worth at the peak learning rate."""
+    return np.stack([iterations, np.interp(iterations, np.arange(len(course.pace)), course.pace)], axis=1)
+
+
+def _clock(follows: np.ndarray, time: np.ndarray) -> np.ndarray:
+    """[M, K] s at times [K, 2], for w [M]."""
+    return (1 - follows)[:, None] * time[:, 0] + follows[:, None] * time[:, 1]
 
 
 def _unknowns(u: np.ndarray, *, fixed_rho: bool, exponent: float | None) -> tuple[np.ndarray, ...]:
-    """The prior: κ, ρ, a, noise and kick [M] as functions of standard normal u [M, 5].
+    """The prior: κ, ρ, a, noise and w [M] as functions of standard normal u [M, 5].
 
     ρ has most of its mass near 1 and wide tails: [0.88, 1.12] holds 68 %, [0.4, 1.6] holds 95 %.
     """
@@ -418,7 +436,7 @@ def _unknowns(u: np.ndarray, *, fixed_rho: bool, exponent: float | None) -> tupl
         np.ones(len(u)) if fixed_rho else rho,
         ndtr(u[:, 2] - 0.7) if exponent is None else np.full(len(u), exponent),
         0.05 * np.exp(0.8 * u[:, 3]),
-        0.05 * np.exp(1.5 * u[:, 4]),
+        ndtr(u[:, 4] + 1.0),
     )
 
 
@@ -430,29 +448,25 @@ def _filter(
     rho: np.ndarray,
     exponent: np.ndarray,
     noise: np.ndarray,
-    kick: np.ndarray,
+    follows: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The Kalman filter of δ: log-likelihood (but for a constant), mean and variance now, [M] each."""
-    m, v = _at(tables, rho, exponent, kappa[:, None] * seen.time)  # [M, K] each
+    clock = _clock(follows, seen.time)  # [M, K]
+    m, v = _at(tables, rho, exponent, kappa[:, None] * clock)  # [M, K] each
     v = np.maximum(v, 1e-4)
     sampling = v / seen.completions + seen.spread * np.maximum(m * (1 - m) - v, 0.0)
     rate, full = kappa * max(course.flow.beta, _SLOWEST), noise**2
-    mean, variance, total, last = np.zeros(len(m)), np.zeros(len(m)), np.zeros(len(m)), 0.0
-    for k, time in enumerate(seen.time):
-        keep = np.exp(-rate * (time - last))
-        mean, variance = keep * mean, full + keep**2 * (variance - full) + _kick(kick, last, time)
-        last = time
+    mean, variance, total, last = np.zeros((4, len(m)))
+    for k in range(len(seen.mean)):
+        keep = np.exp(-rate * (clock[:, k] - last))
+        mean, variance = keep * mean, full + keep**2 * (variance - full)
+        last = clock[:, k]
         expected = v[:, k] ** 2 * variance + sampling[:, k]
         gap = seen.mean[k] - m[:, k] - v[:, k] * mean
         total -= (gap**2 / expected + np.log(expected)) / 2
         gain = v[:, k] * variance / expected
         mean, variance = mean + gain * gap, variance * (1 - gain * v[:, k])
     return total, mean, variance
-
-
-def _kick(kick: np.ndarray, before: Any, after: Any) -> np.ndarray:
-    """The variance that the first updates' kick adds to δ between two times s."""
-    return kick**2 * (np.exp(-before / _KICK) - np.exp(-after / _KICK))
 
 
 def _mean_over(flow: Flow, shares: np.ndarray) -> np.ndarray:

@@ -224,7 +224,7 @@ def run_iterations(
                     if not isinstance(course, str):
                         probe_row |= live_forecast.probe_metrics(course, [*history, probe_row], c.evaluate.confidence)
                         success += f"{live_forecast.words(probe_row)} · "
-                        if warning := live_forecast.warning(course, [*history, probe_row]):
+                        if warning := live_forecast.warning([*history, probe_row]):
                             say(run.console, warning)
                     history.append(probe_row)
                     log.write(probe_row)

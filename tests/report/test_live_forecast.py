@@ -31,7 +31,7 @@ def course(objective=GRPO, *, beta=1.0, successes=None, visits=None, prompts=40,
     )
 
 
-def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0, kick=0.0):
+def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0):
     """Rows of a run that obeys the model, and the mean at its end."""
     generator, rows, shift = np.random.default_rng(number), [], 0.0
     keep = np.exp(-kappa * max(course.flow.beta, 0.3))
@@ -49,8 +49,7 @@ def simulated(course, number, *, kappa, rho, exponent=0.0, noise=0.0, kick=0.0):
 
     for n in range(ITERATIONS):
         rows.append({"phase": "train", "iteration": n + 1, "reward/mean": measured(n, course.completions)})
-        added = noise**2 * (1 - keep**2) + live._kick(kick, course.pace[n], course.pace[n + 1])
-        shift = keep * shift + np.sqrt(added) * generator.normal()
+        shift = keep * shift + noise * np.sqrt(1 - keep**2) * generator.normal()
         if (n + 1) % 10 == 0 and n + 1 < ITERATIONS:
             rows.append({"phase": "probe", "iteration": n + 1, "success/mean": measured(n + 1, course.probe)})
     return rows, measured(ITERATIONS, course.final)
@@ -96,11 +95,11 @@ def test_intervals_hold_what_the_prior_draws():
     """Unknowns drawn from the prior, runs simulated with them: a 95 % interval holds the end, ρ and κ about 95 times of 100."""
     here, number = course(), 40
     u = np.random.default_rng(1).normal(size=(number, 5))
-    kappa, rho, exponent, noise, kick = live._unknowns(u, fixed_rho=False, exponent=None)
+    kappa, rho, exponent, noise, _ = live._unknowns(u, fixed_rho=False, exponent=None)
     inside = {"end": 0, "rho": 0, "kappa": 0}
     for i in range(number):
         truth = {"kappa": kappa[i], "rho": rho[i]}
-        rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i], kick=kick[i])
+        rows, end = simulated(here, i, **truth, exponent=exponent[i], noise=noise[i])
         found = live._summary(here, live.fit(here, [r for r in rows if r["iteration"] <= 20]), 0.95)
         for name, value in (truth | {"end": end}).items():
             inside[name] += found[name]["low"] <= value <= found[name]["high"]
@@ -116,7 +115,7 @@ def test_a_pull_that_does_not_get_through_is_found_and_said_once(rho, is_said):
         if row["phase"] == "probe":
             row = row | live.probe_metrics(here, [*history, row], 0.95)
         history.append(row)
-        said += [row["iteration"]] if row["phase"] == "probe" and live.warning(here, history) else []
+        said += [row["iteration"]] if row["phase"] == "probe" and live.warning(history) else []
     last = [row for row in history if row["phase"] == "probe"][-1]
     assert last["forecast/rho_low"] < rho < last["forecast/rho_high"]
     assert last["forecast/low"] < end < last["forecast/high"]
@@ -168,7 +167,7 @@ def test_without_a_kl_to_the_reference_there_is_a_forecast_and_no_rho(objective)
     assert found["speed"]["rho"] is None
     row = live.probe_metrics(here, rows, 0.95)
     assert "forecast/rho" not in row
-    assert live.warning(here, [row | {"phase": "probe"}]) is None
+    assert live.warning([row | {"phase": "probe"}] * 2) is None
 
 
 def test_the_forward_kl_has_its_own_end():
@@ -176,6 +175,19 @@ def test_the_forward_kl_has_its_own_end():
     rows, end = simulated(here, 9, kappa=0.2, rho=1.0)
     found = live.probe_metrics(here, rows, 0.95)
     assert found["forecast/low"] < end < found["forecast/high"]
+
+
+def test_time_goes_forward_whatever_the_schedule():
+    """Blocks of rewards and the probes among them are in one order, by iterations and by what they are worth."""
+    fades = (1 + np.cos(np.pi * np.arange(600) / 600)) / 2
+    here = course()._replace(pace=np.concatenate([[0.0], np.cumsum(fades)]))
+    here = here._replace(batches=np.broadcast_to(here.measured, (600, len(here.measured))))
+    rows = [{"phase": "train", "iteration": n + 1, "reward/mean": 0.7} for n in range(600)]
+    rows += [{"phase": "probe", "iteration": n, "success/mean": 0.7} for n in range(0, 600, 7)]
+    seen = live._observations(here, rows)
+    assert (np.diff(seen.time, axis=0) >= 0).all()
+    assert seen.completions.sum() == 600 * here.completions + 85 * here.probe
+    assert np.isfinite(live.fit(here, rows).kappa).all()
 
 
 def test_prompts_that_are_a_sample_of_the_measured_ones_widen_the_interval():
