@@ -77,7 +77,7 @@ def trend(rewards: np.ndarray, pace: np.ndarray, confidence: float) -> dict[str,
     >>> round(change["mean"], 3), change["low"] > 0
     (0.253, True)
     """
-    half, three_quarters = (int(np.searchsorted(pace[1:], share * pace[-1])) for share in (0.5, 0.75))
+    half, three_quarters = (int(np.searchsorted(pace[1:], share * pace[-1], side="right")) for share in (0.5, 0.75))
     quarters = [rewards[half:three_quarters], rewards[three_quarters:]]
     if min(map(len, quarters)) < BLOCKS or not np.isfinite(rewards).all():
         return None

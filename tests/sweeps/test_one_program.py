@@ -114,7 +114,7 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
     run = Run(config, setup, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
     before = measured_reference(run)
     assert before == json.loads((directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json").read_text())
-    params, _ = run_iterations(run, reference_params(run), before, None)
+    params, _ = run_iterations(run, reference_params(run), before, None, "not asked for")
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] == "train"]
