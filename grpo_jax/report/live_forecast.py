@@ -435,7 +435,7 @@ def _unknowns(u: np.ndarray, *, fixed_rho: bool, exponent: float | None) -> tupl
         0.03 * np.exp(2.5 * u[:, 0]),
         np.ones(len(u)) if fixed_rho else rho,
         ndtr(u[:, 2] - 0.7) if exponent is None else np.full(len(u), exponent),
-        0.05 * np.exp(0.8 * u[:, 3]),
+        0.1 * np.exp(0.8 * u[:, 3]),
         ndtr(u[:, 4] + 1.0),
     )
 

@@ -109,7 +109,7 @@ def test_intervals_hold_what_the_prior_draws():
 @pytest.mark.parametrize(("rho", "is_said"), [(1.0, False), (0.5, True)])
 def test_a_pull_that_does_not_get_through_is_found_and_said_once(rho, is_said):
     here = course(beta=0.7)
-    rows, end = simulated(here, 3, kappa=0.15, rho=rho, noise=0.02)
+    rows, end = simulated(here, 3, kappa=0.3, rho=rho, noise=0.02)
     history, said = [], []
     for row in rows:
         if row["phase"] == "probe":
