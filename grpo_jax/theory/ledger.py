@@ -78,7 +78,9 @@ def objective_gain(
     0.15
     """
     logit, reference = jnp.broadcast_arrays(log_odds(p, logits=logits), log_odds(p_ref, logits=logits))
-    rise = jnp.where(logit == reference, 0.0, weights.potential(logit) - weights.potential(reference))
+    stays = jnp.isinf(logit) & (logit == reference)  # at an end, where Φ may be infinite
+    logit, reference = (jnp.where(stays, 0.0, x) for x in (logit, reference))
+    rise = weights.potential(logit) - weights.potential(reference)
     return rise - jnp.asarray(beta, rise.dtype) * as_float(kl).astype(rise.dtype)
 
 

@@ -149,6 +149,9 @@ def test_small_steps_climb_the_objective(size, normaliser):
     gradient = jax.vjp(log_policy, theta)[1](jax.lax.stop_gradient(coefficients))[0]
     np.testing.assert_allclose(jax.grad(objective)(theta), gradient, rtol=1e-6)  # the trainer's advantages are float32
     assert float(objective(jnp.zeros(3))) == pytest.approx(0.0, abs=1e-15)
+    # And from the reference itself, where J begins.
+    uphill = jax.grad(lambda x: theory.objective_gain(x, 0.3, 0.0, beta=beta, weights=weights))(0.3)
+    assert float(uphill) == pytest.approx(float(theory.omega(0.3, weights)), rel=1e-9)
 
 
 @pytest.mark.parametrize("p_ref", [0.05, 0.4])
