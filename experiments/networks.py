@@ -17,13 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.theory import figures
-from grpo_jax.theory import Group, Weights, attainable_point, attainable_points, bernoulli_kl, flow_point, omega
+from grpo_jax.theory import (
+    Group,
+    Weights,
+    attainable_point,
+    attainable_points,
+    flow_point,
+    omega,
+    potential,
+    rest_excess,
+    split_kl,
+)
 from grpo_jax.theory.weights import variance
 
 GROUP = 8
 WEIGHTS = Group(GROUP, epsilon=1e-4)
 STEP, TOLERANCE, MOST_STEPS, RIDGE = 0.1, 1e-7, 1000, 1e-10  # of the flow to rest
-NODES, SHARES = np.polynomial.legendre.leggauss(64)
 
 BETAS = (0.5, 1.0, 3.0)
 FAMILIES: dict[str, dict[str, Any]] = {  # what all its policies have, and their ranks
@@ -195,14 +204,6 @@ def rest(toy: Toy, beta: float, weights: Weights) -> tuple[jax.Array, jax.Array]
     return theta, left
 
 
-def potential(start: jax.Array, end: jax.Array, weights: Weights) -> jax.Array:
-    """Φ = ∫ Ω dp from log-odds start [P] to end [P]."""
-    half = (end - start)[:, None] / 2
-    at = start[:, None] + half * (1 + jnp.asarray(NODES))[None, :]
-    rate = omega(at, weights, logits=True) * jax.nn.sigmoid(at) * jax.nn.sigmoid(-at)
-    return (half * rate * jnp.asarray(SHARES)[None, :]).sum(-1)
-
-
 @jax.jit
 def ledger(toy: Toy, state: State, start: jax.Array, beta: float, weights: Weights) -> Ledger:
     """Where the nats went, by enumeration; ``start`` [P] are the log-odds of π_ref."""
@@ -211,22 +212,19 @@ def ledger(toy: Toy, state: State, start: jax.Array, beta: float, weights: Weigh
         return (state.policy * values).sum(-1)
 
     p, q = jax.nn.sigmoid(state.logit), jax.nn.sigmoid(-state.logit)
-    kl, useful = mean(state.log_ratio), bernoulli_kl(state.logit, start, logits=True)
-    # Within a class KL(π_r‖π_ref,r) = E[ℓ|r] − log(p_r/p_ref,r), times the probability p_r of the class.
-    successes = mean(toy.rewards * state.log_ratio) - p * (jax.nn.log_sigmoid(state.logit) - jax.nn.log_sigmoid(start))
-    failures = kl - useful - successes
-    pull, gain = omega(state.logit, weights, logits=True), state.logit - start
-    phi = potential(start, state.logit, weights)
-    covariance = mean(toy.rewards * state.log_ratio) - p * kl
+    kl, of_successes = mean(state.log_ratio), mean(toy.rewards * state.log_ratio)
+    split = split_kl(state.logit, start, of_successes / p, (kl - of_successes) / q, logits=True)
+    phi = potential(state.logit, weights, logits=True) - potential(start, weights, logits=True)
+    covariance = of_successes - p * kl
     return Ledger(
         objective=(phi - beta * kl).mean(),
         potential=phi.mean(),
         kl=kl.mean(),
-        useful=useful.mean(),
-        within_successes=successes.mean(),
-        within_failures=failures.mean(),
-        virial=(p * q * gain * (pull / beta - gain) / 2).mean(),
-        gain=(pull * covariance).mean(),
+        useful=split.useful.mean(),
+        within_successes=split.within_successes.mean(),
+        within_failures=split.within_failures.mean(),
+        virial=rest_excess(state.logit, start, beta=beta, weights=weights, logits=True).mean(),
+        gain=(omega(state.logit, weights, logits=True) * covariance).mean(),
         price=(beta * (mean(state.log_ratio**2) - kl**2)).mean(),
     )
 

@@ -13,7 +13,7 @@ and, as long as p stays where it is, they are β(X − X*).
 """
 
 import itertools
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,15 +82,6 @@ def _weights(group_size: int) -> theory.Group:
     return theory.Group(group_size, **GRPO.normaliser())
 
 
-@cache
-def _potential(group_size: int) -> np.ndarray:
-    """Φ_G, up to a constant, as a polynomial of p: Ω_G is one of degree G − 2."""
-    at = (1 - np.cos(np.pi * (np.arange(group_size) + 0.5) / group_size)) / 2
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
-        omega = np.asarray(theory.omega(at, _weights(group_size)))
-    return np.polyint(np.polyfit(at, omega, group_size - 2))
-
-
 def random_policy(seed: int = 0, *, prompts: int = PROMPTS, outcomes: int = OUTCOMES, rank: int = RANK) -> Policy:
     """Normal features, and a reference whose success probabilities spread over (0, 1)."""
     random = np.random.default_rng(seed)
@@ -111,10 +102,8 @@ def exact(policy: Policy, theta: jax.Array, *, beta: float = BETA, group_size: i
     logps, ref_logps = policy.logps(theta), policy.logps(jnp.zeros_like(theta))
     p, p_ref = ((jnp.exp(x) * policy.success).sum(-1) for x in (logps, ref_logps))  # [Q]
     kl = (jnp.exp(logps) * (logps - ref_logps)).sum(-1)
-    useful = p * jnp.log(p / p_ref) + (1 - p) * jnp.log((1 - p) / (1 - p_ref))
-    potential = jnp.asarray(_potential(group_size))
-    gained = jnp.polyval(potential, p) - jnp.polyval(potential, p_ref)
-    return Exact(*(x.mean() for x in (p, kl, kl - useful, gained - beta * kl)))
+    gained = theory.objective_gain(p, p_ref, kl, beta=beta, weights=_weights(group_size))
+    return Exact(*(x.mean() for x in (p, kl, kl - theory.bernoulli_kl(p, p_ref), gained)))
 
 
 def rest_point(policy: Policy, *, beta: float = BETA, group_size: int = GROUP) -> jax.Array:

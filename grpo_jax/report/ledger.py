@@ -288,7 +288,13 @@ class Ledger(NamedTuple):
 
 
 def ledger_of_run(
-    config: Any, objective: Objective, before: dict[str, Any], tally: Tally | None, *, group_size: int | None = None
+    config: Any,
+    objective: Objective,
+    before: dict[str, Any],
+    tally: Tally | None,
+    *,
+    group_size: int | None = None,
+    optimum: bool = True,
 ) -> Ledger | None:
     """The ledger of a policy of a run.
 
@@ -297,6 +303,7 @@ def ledger_of_run(
       before: counts of the reference: "successes", "trials".
       tally: of the policy; None where no log-ratios were measured.
       group_size: G with which it was trained; that of the config by default.
+      optimum: compute ``objective_optimum`` too, which is the same at every probe of a run and not shown there.
 
     Returns:
       The ledger; None without log-ratios, where they are not finite, or with too few samples of a prompt.
@@ -310,7 +317,7 @@ def ledger_of_run(
     counts = np.array(before["successes"])
     estimates = ledger_of_prompts(tally, counts, before["trials"], **setting)
     means: dict[str, Any] = mean_over_prompts(estimates, config.evaluate.confidence)
-    if setting["weights"] is not None:
+    if optimum and setting["weights"] is not None:
         means["objective_optimum"] = _objective_at_star(counts, before["trials"], **setting)
     return Ledger(means, estimates.values)
 

@@ -218,7 +218,7 @@ def run_iterations(
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
                     probe = measure(run, state.params, ref_params, n)
                     probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
-                    ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally())
+                    ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally(), optimum=False)
                     probe_row |= {} if ledger is None else ledger.row()
                     success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
                     if not isinstance(course, str):
