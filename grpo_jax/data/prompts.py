@@ -10,6 +10,8 @@ from grpo_jax.data.chat import ChatFormat
 from grpo_jax.rollout import PromptBatch
 from grpo_jax.tasks import Task
 
+LEAST_SHARED = 16  # tokens; a shorter beginning is not worth a pass of its own
+
 
 class Tokenizer(Protocol):
     """What the trainer needs of a tokenizer: see `grpo_jax.data.tokenizers`."""
@@ -33,12 +35,14 @@ class PromptSet(NamedTuple):
       tokens: [N, S] int32, left-padded.  mask: [N, S] bool.
       answers: [N, T] int32, the tokens of the demonstrations (not of the targets), right-padded, stop token included.
       answer_mask: [N, T] bool, True on those tokens; all False where the task has no demonstrations.
+      num_shared: K, tokens that all prompts begin with, where it pays to run them once for all; else 0.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
     answers: np.ndarray
     answer_mask: np.ndarray
+    num_shared: int = 0
 
 
 def encode_prompts(
@@ -107,12 +111,31 @@ def encode_prompts(
         answers[i, : len(answer)], answer_mask[i, : len(answer)] = answer, True
     if len(fitting) < len(encoded):
         task = task._replace(examples=tuple(task.examples[row] for row in fitting))
-    return task, PromptSet(tokens, mask, answers, answer_mask)
+    return task, PromptSet(tokens, mask, answers, answer_mask, _num_shared([encoded[row][0] for row in fitting]))
 
 
 def prompt_batch(prompts: PromptSet, index: np.ndarray | jax.Array) -> PromptBatch:
-    """The prompts of the given rows."""
-    return PromptBatch(*map(jnp.asarray, (prompts.tokens[index], prompts.mask[index], index.astype(np.int32))))
+    """The prompts of the given rows, with what all prompts share apart."""
+    tokens, mask, shared = prompts.tokens[index], prompts.mask[index], None
+    if K := prompts.num_shared:
+        # Padded on the left, a row of n tokens has its first K in the columns from S − n on, and none of its others before K.
+        shared = jnp.asarray(np.broadcast_to(tokens[0][mask[0]][:K], (len(index), K)))
+        tokens, mask = tokens[:, K:], (mask & (mask.cumsum(-1) > K))[:, K:]
+    rows = index.astype(np.int32)
+    return PromptBatch(jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(rows), shared)
+
+
+def _num_shared(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; one is left to each. 0 where they are less than a quarter, or fewer than 16.
+
+    >>> _num_shared([[*range(20), 1, 2], [*range(20), 1]]), _num_shared([[5, 6], [5, 7]])
+    (20, 0)
+    """
+    first, last = min(prompts), max(prompts)  # in the order of lists: what these two share, all share
+    differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    most = min(map(len, prompts)) - 1
+    shared = min(next(differing, most), most)
+    return shared if shared >= max(LEAST_SHARED, sum(map(len, prompts)) / len(prompts) / 4) else 0
 
 
 _Encoded = tuple[list[int], list[int]]  # the ids of a prompt, and of its demonstration, [] where the task has none

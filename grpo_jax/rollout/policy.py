@@ -28,7 +28,8 @@ class Policy(NamedTuple):
         ``b // (B // P)``: the G completions of a prompt share its keys and values without a copy. ``segments`` [B, L] int32 is
         for calls without a cache: a token then sees the tokens of its own segment alone, and the whole prefix.
       unembed: ``unembed(params, hidden [..., D]) -> logits [..., V]`` in float32.
-      init_cache: ``init_cache(batch, length) -> pytree`` whose leaves all have the leading axis ``batch``.
+      init_cache: ``init_cache(batch, length) -> pytree`` whose leaves all have the leading axis ``batch``, and as their last
+        axis the slots where prompts have a shared beginning.
       prepare: ``prepare(params, length) -> params`` with which the other functions give the same results in less time, at
         positions below ``length``. Sampling calls it once and decodes with its result. A model whose products are bfloat16 casts
         its matrices here; otherwise they would be cast again for every token.

@@ -23,11 +23,23 @@ class PromptBatch(NamedTuple):
       tokens: [P, S] int32, padded on either side.
       mask: [P, S] bool, True on tokens; at least one per row.
       index: [P] int32, row of the dataset; the random numbers of the prompt's completions depend on it.
+      shared: [P, K] int32, the same in each row: tokens that come before those of ``tokens`` in all prompts. They are run once
+        for all, and not once for each. None: there are none.
     """
 
     tokens: jax.Array
     mask: jax.Array
     index: jax.Array  # type: ignore[assignment]  # tuples have a method of this name
+    shared: jax.Array | None = None
+
+    def lengths(self) -> jax.Array:
+        """[P] int32, tokens of each prompt."""
+        return self.mask.sum(-1, dtype=jnp.int32) + jnp.int32(self.num_shared)
+
+    @property
+    def num_shared(self) -> int:
+        """K, tokens that all prompts begin with and that are run once."""
+        return 0 if self.shared is None else self.shared.shape[1]
 
 
 class Rollout(NamedTuple):
@@ -139,7 +151,7 @@ def sample_groups(
     num_rows = num_prompts * group_size
     stages = choose_stages(num_rows, max_completion) if stages is None else stages
     _check_stages(stages, num_rows, max_completion)
-    params = policy.prepare(params, prompts.tokens.shape[1] + max_completion)
+    params = policy.prepare(params, prompts.num_shared + prompts.tokens.shape[1] + max_completion)
     stops = jnp.array(stop_ids, jnp.int32)
     table = None if stop_table is None else jnp.asarray(stop_table)
     sample = partial(sample_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy)
@@ -184,7 +196,7 @@ def sample_groups(
     hidden, prefix = prefill(policy, params, prompts)  # [P, D]
     rows = Rows(
         origin=jnp.arange(num_rows, dtype=jnp.int32),
-        prompt_length=jnp.repeat(prompts.mask.sum(-1).astype(jnp.int32), group_size),
+        prompt_length=jnp.repeat(prompts.lengths(), group_size),
         uniform=uniform_numbers(key, prompts.index, first_sample, group_size, max_completion),
         token=jnp.zeros(num_rows, jnp.int32),
         live=jnp.ones(num_rows, bool),
@@ -239,12 +251,31 @@ def uniform_numbers(
 
 def prefill(policy: Policy, params: Any, prompts: PromptBatch) -> tuple[jax.Array, Any]:
     """Runs the prompts once: the state that predicts the first completion token [P, D], and the cache that the group shares."""
+    # The shared beginning, as one row that all prompts then see.
+    beginning: dict[str, Any] = {}
+    if prompts.shared is not None:
+        tokens = prompts.shared[:1]  # [1, K]
+        numbers, cache = jnp.arange(prompts.num_shared, dtype=jnp.int32)[None], policy.init_cache(*tokens.shape)
+        _, cache = policy.forward(params, tokens, numbers, jnp.ones(tokens.shape, bool), cache=cache, start=0)
+        beginning = {"prefix": cache}
+
+    # The prompts' own tokens.
     cache = policy.init_cache(*prompts.tokens.shape)
-    positions = prompt_positions(prompts.mask)  # [P, S]
-    hidden, cache = policy.forward(params, prompts.tokens, positions, prompts.mask, cache=cache, start=0)  # [P, S, D]
+    positions = prompts.num_shared + prompt_positions(prompts.mask)  # [P, S]
+    hidden, cache = policy.forward(
+        params, prompts.tokens, positions, prompts.mask, cache=cache, start=0, **beginning
+    )  # [P, S, D]
+    if beginning:
+        cache = jax.tree.map(_behind, beginning["prefix"], cache)
     width = prompts.mask.shape[1]
     last = width - 1 - jnp.argmax(prompts.mask[:, ::-1], axis=1)  # [P]
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0], cache
+
+
+def _behind(beginning: jax.Array, own: jax.Array) -> jax.Array:
+    """The slots of a cache's leaf [1, ..., K], for each row, and behind them those of [P, ..., S]."""
+    rows = jnp.broadcast_to(beginning, (*own.shape[:-1], beginning.shape[-1]))
+    return jnp.concatenate([rows, own], axis=-1)
 
 
 def prompt_positions(mask: jax.Array) -> jax.Array:

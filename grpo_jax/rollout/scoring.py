@@ -58,7 +58,7 @@ def score_groups(
     rows = num_prompts * group_size
     after_prompt, prefix = prefill(policy, params, prompts)  # [P, D]
     tokens, mask = completions.reshape(rows, length), mask.reshape(rows, length)  # [B, T]
-    lengths = jnp.repeat(prompts.mask.sum(-1).astype(jnp.int32), group_size)  # [B]
+    lengths = jnp.repeat(prompts.lengths(), group_size)  # [B]
     positions = lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]  # [B, T]
     hidden, _ = policy.forward(params, tokens, positions, mask, prefix=prefix)  # [B, T, D]
     after_prompt = jnp.repeat(after_prompt, group_size, axis=0)[:, None]  # [B, 1, D]
@@ -89,7 +89,7 @@ def score_packed(
     packing = pack(mask, layout)
     scoring: dict[str, Any] = {"temperature": temperature, "chunk_size": layout.chunk_size}
     first, _, prefix = score_first(policy, params, prompts, completions, **scoring)
-    lengths = prompts.mask.sum(-1, dtype=jnp.int32)
+    lengths = prompts.lengths()
     tokens, lengths, first = (by_shard(x, layout.shards) for x in (completions, lengths, first))  # [X, P, ...]
 
     def add(number: int | jax.Array, logps: jax.Array) -> jax.Array:

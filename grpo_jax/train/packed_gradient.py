@@ -71,7 +71,7 @@ def packed_gradient(
     (*first, prefix), pull_prompts, others = jax.vjp(
         run_prompts, params, has_aux=True
     )  # first: logps and entropy [P, G]
-    lengths = batch.prompts.mask.sum(-1, dtype=jnp.int32)  # [P]
+    lengths = batch.prompts.lengths()  # [P]
     groups, first, lengths = jax.tree.map(partial(by_shard, shards=shards), (batch, first, lengths))  # [X, P, ...]
 
     def add_microbatch(number: int | jax.Array, sums: Any) -> Any:
