@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from grpo_jax.tasks.numeric import answer_last, verify_last
 from grpo_jax.tasks.task import Example, Task, Verdict
 
 ALPHABET = "0123456789+-*="
@@ -10,16 +11,26 @@ ALPHABET = "0123456789+-*="
 _COMPUTE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
-def arithmetic(operators: str = "+", operand_max: int = 9) -> Task:
+def arithmetic(
+    operators: str = "+",
+    operand_max: int = 9,
+    left: tuple[int, ...] = (),
+    right: tuple[int, ...] = (),
+    prompt: str | None = None,
+) -> Task:
     """Every ``a∘b=`` with a, b in 0..operand_max and ∘ in operators; the answer is the canonical integer, then EOS.
 
-    operators: distinct characters of ``+-*``. operand_max: ≥ 0. Returns a Task of len(operators)·(operand_max + 1)²
-    examples, operator by operator, then by a, then by b. Raises ValueError for an unknown or repeated operator, or a
-    negative operand_max.
+    operators: distinct characters of ``+-*``. operand_max: ≥ 0. left, right: (first, last, step) of a and of b, instead of
+    0..operand_max. prompt: text with ``{sum}``, where ``a ∘ b`` is put, for a model that reads text; its answer is then the
+    last number of the completion (``number_last``), which need not be the whole of it, and there are no demonstrations.
+    Returns a Task of an example for each operator, a and b, in this order. Raises ValueError for an unknown or repeated
+    operator, a negative operand_max, operands that are not (first, last, step), or a prompt without its field.
 
     >>> task = arithmetic("+-", operand_max=9)
     >>> len(task.examples), task.examples[78], task.examples[100 + 37]
     (200, Example(prompt='7+8=', target='15'), Example(prompt='3-7=', target='-4'))
+    >>> [x.prompt for x in arithmetic(left=(11, 13, 2), right=(5, 5, 1), prompt="Q: {sum} A:").examples]
+    ['Q: 11 + 5 A:', 'Q: 13 + 5 A:']
     >>> task.verify("15", "15", False).reward
     1.0
     """
@@ -28,14 +39,26 @@ def arithmetic(operators: str = "+", operand_max: int = 9) -> Task:
         raise ValueError(f"operators must be distinct characters of '{''.join(_COMPUTE)}', got {operators!r}")
     if operand_max < 0:
         raise ValueError(f"operand_max must be at least 0, got {operand_max}")
-    operands = range(operand_max + 1)
-    examples = tuple(
-        Example(f"{a}{operator}{b}=", str(_COMPUTE[operator](a, b)))
-        for operator in operators
-        for a in operands
-        for b in operands
-    )
-    return Task("arithmetic", examples, verify, verify_tokens, demonstrations=lambda example: example.target)
+    lefts, rights = (_operands(name, chosen, operand_max) for name, chosen in (("left", left), ("right", right)))
+    sums = [(a, operator, b) for operator in operators for a in lefts for b in rights]
+    answers = [str(_COMPUTE[operator](a, b)) for a, operator, b in sums]
+    if prompt is None:
+        examples = tuple(Example(f"{a}{operator}{b}=", x) for (a, operator, b), x in zip(sums, answers, strict=True))
+        return Task("arithmetic", examples, verify, verify_tokens, demonstrations=lambda example: example.target)
+    if "{sum}" not in prompt:
+        raise ValueError(f"prompt={prompt!r} must hold {{sum}}")
+    texts = [prompt.replace("{sum}", f"{a} {operator} {b}") for a, operator, b in sums]
+    return Task("arithmetic", tuple(map(Example, texts, answers)), verify_last, answer=answer_last)
+
+
+def _operands(name: str, chosen: tuple[int, ...], operand_max: int) -> range:
+    """The operands of one side: (first, last, step), or 0..operand_max where nothing is chosen."""
+    if not chosen:
+        return range(operand_max + 1)
+    if len(chosen) != 3 or not all(type(x) is int for x in chosen) or not 0 <= chosen[0] <= chosen[1] or chosen[2] < 1:
+        raise ValueError(f"{name}={chosen} must be (first, last, step), whole numbers with 0 <= first <= last")
+    first, last, step = chosen
+    return range(first, last + 1, step)
 
 
 def verify(completion: str, target: str, truncated: bool) -> Verdict:

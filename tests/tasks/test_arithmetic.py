@@ -57,6 +57,35 @@ def test_every_example_is_right_once() -> None:
         assert task.verify(task.demonstrations(task.examples[0]), task.examples[0].target, False) is Verdict.correct
 
 
+def test_a_text_around_the_sum_is_judged_by_its_last_number() -> None:
+    task = arithmetic("+-", left=(11, 16, 2), right=(3, 9, 3), prompt="Q: 1 + 1\nA: 2\nQ: {sum}\nA:")
+    assert [e.target for e in task.examples] == [
+        str(eval(e.prompt.split("Q: ")[-1].removesuffix("\nA:"))) for e in task.examples
+    ]
+    assert len(task.examples) == 2 * 3 * 3
+    assert task.verify_tokens is None
+    assert task.demonstrations is None
+    assert task.verify(" 14\n", "14", False) is Verdict.correct
+    assert task.verify(" 15\n", "14", False) is Verdict.wrong
+    assert task.answer is not None
+    assert task.answer(" 14\n") == "14"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"left": (1, 2)}, "left=.*first, last, step"),
+        ({"right": (5, 1, 1)}, "right="),
+        ({"right": (0, 4, 0)}, "right="),
+        ({"left": (0.0, 4.0, 1.0)}, "left="),
+        ({"prompt": "Q: {a}"}, "must hold {sum}"),
+    ],
+)
+def test_operands_and_prompts_that_make_no_sense_are_refused(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        arithmetic(**options)
+
+
 @pytest.mark.parametrize("target", ["1", "15", "-5", "-15", "1551"])
 def test_verifiers_agree_on_every_sequence(target: str) -> None:
     width = 4
