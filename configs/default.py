@@ -18,6 +18,9 @@ def get_config() -> ConfigDict:
                 "arithmetic": {
                     "operators": "+",  # any of + - *
                     "operand_max": 9,  # operands run from 0 to this
+                    "left": (),  # instead: first, last and step of the left operand
+                    "right": (),  # and of the right one
+                    "prompt": placeholder(str),  # text with {sum}, for a model folder; unset: "a+b="
                 },
                 "stories": {
                     "path": placeholder(str),  # JSONL of {"prompt", "constraint"}; unset: built-in openings
@@ -148,6 +151,10 @@ def get_config() -> ConfigDict:
                 "confidence": 0.95,  # of every interval
                 "examples": 8,  # prompts whose completions are shown before and after
                 "kept_samples": 16,  # completions per prompt kept as text by --mode=evaluate, besides the greedy one
+            },
+            "attainable": {  # what the network lets through, measured before training: p† beside p*
+                "samples": placeholder(int),  # per prompt, in 3 parts; unset: as many as cost 30 iterations
+                "steps": 4,  # of conjugate gradients, each a gradient and two scorings of the samples; 0: it is left out
             },
             "verifier": {  # worker processes, for a task that verifies on the host
                 "num_workers": 1,

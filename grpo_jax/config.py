@@ -12,7 +12,7 @@ from grpo_jax.tasks import Task
 
 _AT_LEAST = {
     0: ("seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay", "evaluate.examples",
-        "evaluate.kept_samples"),
+        "evaluate.kept_samples", "attainable.steps"),
     2: ("rollout.group_size",),
     1: ("rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval",
         "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples",
@@ -224,6 +224,11 @@ def _division_conflicts(config: Any, num_devices: int, training: bool) -> Iterat
     for key in ("samples", "final_samples"):
         if config.evaluate[key] > most and config.evaluate[key] % most:
             yield f"evaluate.{key}={config.evaluate[key]} is not a multiple of evaluate.batch_samples={most}"
+    asked, parts = config.attainable.samples, 3
+    if asked is not None and (asked % parts or asked < 4 * parts):
+        yield f"attainable.samples={asked} must be a multiple of {parts}, and at least {4 * parts}: {parts} parts of 4"
+    elif asked is not None and asked // parts > most and asked // parts % most:
+        yield f"attainable.samples={asked}: a third is more than evaluate.batch_samples={most}, and no multiple of it"
     if training and samples < config.evaluate.samples:
         yield f"evaluate.final_samples={samples} is below evaluate.samples={config.evaluate.samples}"
     if training and samples < 8:

@@ -31,6 +31,7 @@ TINY = {
     "evaluate.final_samples": 16,
     "evaluate.batch_samples": 8,
     "evaluate.examples": 2,
+    "attainable.steps": 0,
     "checkpoint.interval": 2,
 }
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-INK, MEASURED, PREDICTED, FORECAST = "#222222", "#0072b2", "#d55e00", "#009e73"
+INK, MEASURED, PREDICTED, FORECAST, ATTAINABLE = "#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 
 
 def new_figure(size: tuple[float, float], **panels: Any) -> tuple[Any, Any]:

@@ -33,6 +33,24 @@ def make_forecast(
         return jax.tree.map(np.asarray, prediction)
 
 
+def make_attainable(
+    successes: np.ndarray,
+    trials: int,
+    measured: dict[str, Any],
+    *,
+    objective: Objective,
+    group_size: int,
+    beta: float,
+    confidence: float,
+) -> theory.Attainable | None:
+    """Where the network ends, from what `grpo_jax.runs.attainable` measured of it; None where R² was not determined."""
+    weights = group_weights(objective, group_size)
+    if "r2" not in measured or measured["needed"] or weights is None:
+        return None
+    r2 = theory.Mean(**measured["r2"])
+    return theory.predict_attainable(successes, trials, beta=beta, weights=weights, r2=r2, confidence=confidence)
+
+
 def interval_dict(mean: Any, low: Any, high: Any) -> dict[str, float]:
     """A mean and the ends of its interval, as result.json holds them."""
     return {"mean": float(mean), "low": float(low), "high": float(high)}

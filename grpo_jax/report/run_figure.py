@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.report.figure import FORECAST, INK, MEASURED, PREDICTED, new_figure, save_figure
+from grpo_jax.report.figure import ATTAINABLE, FORECAST, INK, MEASURED, PREDICTED, new_figure, save_figure
 
 
 def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
@@ -47,6 +47,10 @@ def _plot_iterations(
     if star := result.get("p_star"):
         axes.axhspan(star["low"], star["high"], color=PREDICTED, alpha=0.25, linewidth=0)
         axes.axhline(star["mean"], color=PREDICTED, linewidth=1.2, label=r"predicted $p^*$ and its band")
+    if least := result.get("attainable"):
+        axes.axhspan(least["low"], least["high"], color=ATTAINABLE, alpha=0.2, linewidth=0)
+        label = r"attainable $p^\dagger$ of this network, at least"
+        axes.axhline(least["mean"], color=ATTAINABLE, linewidth=1.2, label=label)
     if iterates is not None:
         label = r"exact iterates $p_n=h(p_{n-1})$"
         axes.plot(iterates[: last + 1], color=PREDICTED, linestyle="--", linewidth=1, label=label)
@@ -101,6 +105,10 @@ def _plot_prompts(axes: Any, result: dict[str, Any]) -> None:
         star, low, high = (prompts[name][order] for name in ("p_star", "p_star_low", "p_star_high"))
         axes.fill_between(p_ref[order], low, high, color=PREDICTED, alpha=0.25, linewidth=0)
         axes.plot(p_ref[order], star, color=PREDICTED, linewidth=1.2, label=r"predicted $p^*(p_\mathrm{ref})$")
+    if "attainable" in prompts:
+        order = np.argsort(p_ref)
+        label = r"attainable $p^\dagger(p_\mathrm{ref})$, at least"
+        axes.plot(p_ref[order], prompts["attainable"][order], color=ATTAINABLE, linewidth=1.2, label=label)
     style = {"color": MEASURED, "markersize": 3.5, "alpha": 0.7, "linestyle": "none"}
     axes.plot(p_ref, prompts["p_final"], "o", label="measured, per prompt", **style)
     axes.set(title="prompt by prompt", xlabel=r"measured $p_\mathrm{ref}$ of the prompt", xlim=(-0.02, 1.02))

@@ -76,6 +76,19 @@ def prediction_lines(
     return lines
 
 
+def attainable_lines(measured: dict[str, Any], attainable: theory.Attainable | None, *, confidence: float) -> Lines:
+    """What is known before the first iteration of where this network ends: p†, and the R² it follows from."""
+    if "reason" in measured:
+        return [("attainable p†", f"not measured: {measured['reason']}")]
+    r2, samples = measured["r2"], measured["samples"]
+    share = f"R² of the pull {interval_text(r2, confidence)}, from {samples} samples of each prompt"
+    if attainable is None:
+        words = f"not determined: R² cannot be told from 0 with {samples} samples of each prompt; about {measured['needed']} "
+        return [("attainable p†", f"{words}may do (attainable.samples)")]
+    p = interval_dict(attainable.mean, attainable.low, attainable.high)
+    return [("attainable p†", f"{interval_text(p, confidence)}   at least"), ("… because", f"{share}, at least")]
+
+
 def result_lines(result: dict[str, Any]) -> Lines:
     """(quantity, value) lines of a result."""
     confidence, before, after = result["confidence"], result["before"], result["after"]
@@ -98,6 +111,10 @@ def result_lines(result: dict[str, Any]) -> Lines:
         ]
         if result["folds"]:
             lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
+    if "attainable" in result:
+        below = result["p_final"]["high"] < result["attainable"]["low"]
+        compared = "OUTSIDE: below" if below else "p̂ is not below"
+        lines.append(("attainable p†, at least", f"{interval_text(result['attainable'], confidence)}   {compared}"))
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
     lines += ledger_lines(result.get("ledger", {}), confidence)
 

@@ -20,6 +20,7 @@ def make_result(
     forecast: theory.Prediction | None,
     average: dict[str, Any] | None = None,
     progressed: dict[str, Any] | None = None,
+    attainable: theory.Attainable | None = None,
 ) -> dict[str, Any]:
     """What result.json holds, from the counts before and after training.
 
@@ -30,6 +31,7 @@ def make_result(
       forecast: the prediction made from ``before``; None where the objective has none.
       average: of the averaged parameters, as ``after``, and the "iterations" they are averaged over; None without an average.
       progressed: "trend" of `standing.trend`, and "forecasts" and "speed" of `live_forecast.record`, where there are.
+      attainable: p† of the network; None where it was not determined.
 
     Returns:
       JSON-able. The prediction interval of p̂ − p* combines two errors in quadrature, on the side of the difference: p*'s band
@@ -76,6 +78,9 @@ def make_result(
             "saturating": int(forecast.saturates.sum()),
         }
         prompts |= {k: getattr(forecast, k) for k in ("p_star", "p_star_low", "p_star_high")}
+    if attainable is not None:
+        result["attainable"] = interval_dict(attainable.mean, attainable.low, attainable.high)
+        prompts["attainable"] = attainable.prompts
     if ledger := after.get("ledger"):
         result["ledger"] = ledger.means
         prompts |= {name: ledger.prompts[name] for name in PER_PROMPT if name in ledger.prompts}

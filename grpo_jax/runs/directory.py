@@ -12,12 +12,20 @@ from grpo_jax.files import read_json, write_json
 from grpo_jax.runs.errors import RunDirectoryError
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
+ATTAINABLE = "attainable.json"
 
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
 CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "train.iterations_per_program")
 
 # Keys that run directories of older versions lack, with the value that does what those versions did.
-YOUNGER = {"train.average": 0.0}
+YOUNGER: dict[str, Any] = {
+    "train.average": 0.0,
+    "attainable.samples": None,
+    "attainable.steps": 4,
+    "task.arithmetic.left": [],
+    "task.arithmetic.right": [],
+    "task.arithmetic.prompt": None,
+}
 
 
 @contextmanager

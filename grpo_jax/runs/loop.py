@@ -19,6 +19,7 @@ from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
+from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
 from grpo_jax.runs.directory import RESULT, open_run_directory
@@ -103,8 +104,14 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     )
     show(console, expected)
 
-    # The iterations. Without a KL to the reference, its parameters are not kept; they are read again at the end.
+    # Without a KL to the reference, its parameters are not kept; they are read again at the end.
     ref_params = reference_params(run) if objective.holds_to_reference else None
+    measured = measured_attainable(run, ref_params, before)
+    attainable = forecast.make_attainable(successes, trials, measured, confidence=c.confidence, **setting)
+    limited = run_page.attainable_lines(measured, attainable, confidence=c.confidence)
+    show(console, limited)
+
+    # The iterations.
     course = course_of(config, objective, before, setup.probed, num_prompts=len(setup.task.examples))
     if isinstance(course, str):
         say(console, f"no live forecast: {course}")
@@ -125,7 +132,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     progressed = {"trend": standing.trend(rewards, pace(config), c.confidence)}
     if not isinstance(course, str):
         progressed |= live_forecast.record(course, rows, c.confidence)
-    result = run_result.make_result(config, before, after, prediction, average, progressed)
+    result = run_result.make_result(config, before, after, prediction, average, progressed, attainable)
     probes = [row for row in rows if row["phase"] == "probe"]
     recursion = None
     if predictable:
@@ -135,7 +142,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     run_figure.plot_run(run.directory / "figure.png", rows=probes, result=result, iterates=recursion)
     samples = {"before": before["examples"], "after": after["examples"]}
     write_json(run.directory / "samples.json", samples)
-    write_text(run.directory / "report.md", run_page.page(result, [*start, *expected], samples))
+    write_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
     write_json(run.directory / RESULT, result)  # last: where it is, the run is finished
     show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun

@@ -14,6 +14,7 @@ from grpo_jax.theory.convergence import (
     uniform_beta_bound,
 )
 from grpo_jax.theory.dynamics import bernoulli_kl, iterate, kl_budget, success_map, success_map_slope
+from grpo_jax.theory.explained import Explained, explained_share
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.forward_kl import (
     forward_kl_flip_limit,
@@ -44,7 +45,15 @@ from grpo_jax.theory.policies import (
     policy_entropy,
     renyi_correction,
 )
-from grpo_jax.theory.prediction import Prediction, mean_interval, predict, wilson_interval
+from grpo_jax.theory.posteriors import Mean
+from grpo_jax.theory.prediction import (
+    Attainable,
+    Prediction,
+    mean_interval,
+    predict,
+    predict_attainable,
+    wilson_interval,
+)
 from grpo_jax.theory.stages import stages
 from grpo_jax.theory.staleness import critical_delay, critical_refresh, stale_iterate
 from grpo_jax.theory.thresholds import Cusp, bistable_window, cusp, flip_limit, flip_window, fold_beta
@@ -61,11 +70,14 @@ from grpo_jax.theory.weights import (
 )
 
 __all__ = [
+    "Attainable",
     "Cusp",
+    "Explained",
     "FixedPoint",
     "Group",
     "KLSplit",
     "LimitPoint",
+    "Mean",
     "MeanOnly",
     "NoisyVerifier",
     "OffPolicyGain",
@@ -91,6 +103,7 @@ __all__ = [
     "dead_fraction",
     "dead_fraction_of_counts",
     "explain",
+    "explained_share",
     "fixed_points",
     "flip_limit",
     "flip_window",
@@ -127,6 +140,7 @@ __all__ = [
     "policy_entropy",
     "potential",
     "predict",
+    "predict_attainable",
     "recommended_range",
     "renyi_correction",
     "rest_excess",

@@ -29,10 +29,12 @@ from grpo_jax.theory.planning import (
     plan,
     recommended_range,
 )
+from grpo_jax.theory.posteriors import Mean
 from grpo_jax.theory.weights import Group
 
 GROUP_SIZE, OBJECTIVE, CONFIDENCE = 8, "GRPO", 0.95  # where no run directory says otherwise
 PROMPTS = "prompts.jsonl"  # of an evaluation
+ATTAINABLE = "attainable.json"  # of a run: what its network lets through
 COUNT_LIMIT = 2**53  # floats are not exact for whole numbers beyond it
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # of the flags that take numbers
     "--p_ref": (lambda p: 0 <= p <= 1, "is not a probability in [0, 1]"),
@@ -135,7 +137,8 @@ def _plan(options: argparse.Namespace) -> list[str]:
     betas = [target.beta] if target else [float(beta) for beta in options.beta]
     speed = _run_speed(Path(source)) if options.speed is None and source else options.speed
     speed = None if speed is None else float(speed)
-    plans = plan(successes, trials, betas, confidence=confidence, speed=speed, **settings)
+    r2 = _run_r2(Path(source)) if source and kl == "reverse" else None
+    plans = plan(successes, trials, betas, confidence=confidence, speed=speed, r2=r2, **settings)
     sweep = recommended_range(successes, trials, **settings)
     # The files.
     if options.json is not None:
@@ -145,7 +148,8 @@ def _plan(options: argparse.Namespace) -> list[str]:
             "prompts": len(successes),
             "confidence": confidence,
             "speed": speed,
-            "rows": [row._asdict() for row in plans],
+            "r2": r2 and r2._asdict(),
+            "rows": [row._asdict() | {"attainable": row.attainable and row.attainable._asdict()} for row in plans],
             "recommended": sweep and {end: beta._asdict() for end, beta in sweep._asdict().items()},
             "target": target and target._asdict(),
         }
@@ -164,7 +168,7 @@ def _plan(options: argparse.Namespace) -> list[str]:
         "",
         *_table(plans, speed),
         "",
-        *_legend(plans[0], speed),
+        *_legend(plans[0], speed, r2),
         *(_target_lines(target, options.target) if target else ()),
         *_sweep_lines(sweep, plans[0], kl),
     ]
@@ -264,6 +268,23 @@ def _run_speed(path: Path) -> Decimal | None:
     return None if kappa is None else _number("--speed", kappa)
 
 
+def _run_r2(path: Path) -> Mean | None:
+    """The R² that a run measured of its network; None where there is none, or it was not determined."""
+    file = path / ATTAINABLE
+    if not file.exists():
+        return None
+    measured = _json_object(file.read_bytes(), str(file))
+    if "r2" not in measured or measured.get("needed"):
+        return None
+    try:
+        r2 = Mean(*(float(measured["r2"][end]) for end in Mean._fields))
+    except (KeyError, TypeError, ValueError):
+        r2 = None
+    if r2 is None or not 0 <= r2.low <= r2.mean <= r2.high <= 1:
+        raise InputError(f'{file}: "r2" must be mean, low and high in [0, 1]')
+    return r2
+
+
 def _json_object(text: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8-sig"))
@@ -349,6 +370,7 @@ def _cells(row: PlanRow, speed: float | None) -> dict[str, str]:
     return {
         "β": f"{row.beta:.4g}",
         "p*": _band(row.p_star, row.p_star_low, row.p_star_high),
+        **({} if row.attainable is None else {"p†": _band(*row.attainable)}),
         "saturate": f"{row.saturates:.1%}",
         "stay dead": f"{row.dead:.1%}",
         "oscillate": f"{row.oscillates:.1%}",
@@ -363,7 +385,7 @@ def _cells(row: PlanRow, speed: float | None) -> dict[str, str]:
     }
 
 
-def _legend(row: PlanRow, speed: float | None) -> list[str]:
+def _legend(row: PlanRow, speed: float | None, r2: Mean | None) -> list[str]:
     lines = [
         "columns       saturate: p* > 0.99 · oscillate and exact: were each iteration solved exactly · on a fold: p* jumps",
         "              within the interval of p_ref · mirror: small steps of mirror GRPO to 95 % of the gain",
@@ -372,6 +394,11 @@ def _legend(row: PlanRow, speed: float | None) -> list[str]:
         lines.append(
             "training      iterations until the mean is within 5 % of its gain, "
             f"at κ = {speed:.3g} an iteration (peak learning rate)"
+        )
+    if r2 is not None:
+        lines.append(
+            f"p†            where this network ends, at least: it lets R² = {r2.mean:.3f} [{r2.low:.3f}, {r2.high:.3f}] of the "
+            "pull through; p* is the end if it lets all through"
         )
     if row.dead:
         lines.append(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from grpo_jax.theory.attainable import attainable_point
 from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, success_map
 from grpo_jax.theory.forward_kl import forward_kl_flip_limit, forward_kl_orbit_end, forward_kl_success_map
 from grpo_jax.theory.groups import dead_fraction, dead_fraction_of_counts
@@ -24,7 +25,7 @@ from grpo_jax.theory.limits import flow_point, forward_kl_fixed_point
 from grpo_jax.theory.mirror import mirror_step_kl, mirror_steps
 from grpo_jax.theory.orbits import orbit_end
 from grpo_jax.theory.posteriors import Mean, Posterior, mixture, posterior_of
-from grpo_jax.theory.prediction import KLS, SATURATED, ends_of, mean_interval, wilson_interval
+from grpo_jax.theory.prediction import KLS, SATURATED, attainable_of, ends_of, mean_interval, wilson_interval
 from grpo_jax.theory.thresholds import flip_limit
 from grpo_jax.theory.weights import Group, Weights, log_odds, variance
 
@@ -67,6 +68,7 @@ class PlanRow(NamedTuple):
     mirror_step_kl: KL of its first step, mean over the same; both None where none can move.
     training: iterations of training after which the mean stays within 5 % of its gain of p_star, at the speed given; None
       without one, and where that takes more than 50 relaxation times.
+    attainable: p† of a network of the R² given, mean over prompts with its interval; None without one.
     """
 
     beta: float
@@ -89,6 +91,7 @@ class PlanRow(NamedTuple):
     mirror_steps: float | None
     mirror_step_kl: float | None
     training: int | None = None
+    attainable: Mean | None = None
 
 
 class TargetBeta(NamedTuple):
@@ -156,6 +159,7 @@ def plan(
     kl: str = "reverse",
     confidence: float = 0.95,
     speed: float | None = None,
+    r2: Mean | None = None,
 ) -> list[PlanRow]:
     """What training at each of several βs would do to prompts with measured success.
 
@@ -171,6 +175,8 @@ def plan(
       confidence: of the intervals, in (0, 1).
       speed: κ per iteration of training, > 0, at the peak learning rate, if it is known: all log-odds then follow
         dL/dn = κ[Ω(p) − β(L − L_ref)], which is how Adam was seen to move them, and "training" is filled in.
+      r2: share of the pull that the network lets through, with its interval, if it is known: "attainable" is filled in. For
+        the reverse KL.
 
     Returns:
       One row per β, in their order.
@@ -190,8 +196,13 @@ def plan(
             check_arguments(beta, kl)
         if speed is not None and not 0 < float(speed) < math.inf:
             raise ValueError(f"speed={speed!r} must be positive and finite")
+        if r2 is not None and not (kl == "reverse" and all(0 <= share <= 1 for share in r2)):
+            raise ValueError(f"r2={tuple(r2)} must be in [0, 1], and needs kl='reverse'")
         prompts = _prompts(successes, trials, confidence)
         rows = [_row(prompts, float(beta), weights, group_size, kl, confidence, speed) for beta in betas]
+        if r2 is not None:
+            attainable = [_attainable(prompts, row.beta, weights, r2, confidence) for row in rows]
+            rows = [row._replace(attainable=mean) for row, mean in zip(rows, attainable, strict=True)]
         if trials is None or group_size is None:
             return rows
         start = dead_fraction_of_counts(jnp.asarray(successes), jnp.asarray(trials), group_size).mean()
@@ -526,6 +537,16 @@ def _mean_end(prompts: _Prompts, beta: float, weights: Weights, kl: str, confide
         return ends_of(prompts.posterior, beta=beta, weights=weights, confidence=confidence, kl=kl).p_star
     mean = _mean([(block, end_point(block.logit, jnp.asarray(beta), weights, kl)) for block in prompts.blocks])
     return Mean(mean, mean, mean)
+
+
+def _attainable(prompts: _Prompts, beta: float, weights: Weights, r2: Mean, confidence: float) -> Mean:
+    """The mean p† with its interval."""
+    if prompts.posterior is not None:
+        found = attainable_of(prompts.posterior, beta=beta, weights=weights, r2=r2, confidence=confidence)
+        return Mean(found.mean, found.low, found.high)
+    options: dict[str, Any] = {"beta": beta, "weights": weights, "logits": True}
+    by_share = [[(b, attainable_point(b.logit, r2=share, **options)) for b in prompts.blocks] for share in r2]
+    return Mean(*map(_mean, by_share))
 
 
 def _mean(pairs: list[tuple[_Block, jax.Array]]) -> float:

@@ -2,13 +2,14 @@
 
 from functools import partial
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from grpo_jax.theory.attainable import attainable_point
 from grpo_jax.theory.dynamics import bernoulli_kl, kl_budget, log_odds_slope
 from grpo_jax.theory.forward_kl import forward_kl_multiplier
 from grpo_jax.theory.limits import flow_point, forward_kl_fixed_point
@@ -53,6 +54,19 @@ class Prediction(NamedTuple):
     mean_p_star_low: float
     mean_p_star_high: float
     mean_kl: float
+
+
+class Attainable(NamedTuple):
+    """Where a network ends of which R² is known up to an interval.
+
+    mean, low, high: of p† over the prompts. The interval is that of R² and that of p_ref together.
+    prompts: [Q] posterior mean of p†, of each prompt.
+    """
+
+    mean: float
+    low: float
+    high: float
+    prompts: np.ndarray
 
 
 class Ends(NamedTuple):
@@ -140,13 +154,63 @@ def predict(
         return Prediction._make([*measured.astype(dtype), *reached, *flags, *means])
 
 
-def ends_of(posterior: Posterior, *, beta: float, weights: Weights, confidence: float, kl: str) -> Ends:
+def predict_attainable(
+    successes: ArrayLike,
+    trials: ArrayLike,
+    *,
+    beta: float,
+    weights: Weights,
+    r2: Mean,
+    confidence: float = 0.95,
+) -> Attainable:
+    """The success probabilities at which a network ends that lets a share R² of the pull through, as `predict` has p*.
+
+    p† = `attainable_point` of p_ref is averaged over the posterior of p_ref, at one R² for all prompts.
+
+    Args:
+      successes, trials, beta, weights, confidence: as for `predict`.
+      r2: R² with its interval, as `explained_share` finds it; where it is a bound from below, so is p†.
+
+    Returns:
+      `Attainable`.
+
+    Raises:
+      ValueError: R² or an end of its interval lies outside [0, 1]; counts as for `predict`.
+
+    Source: derived in theory/attainable.py.
+
+    >>> from grpo_jax.theory import Group
+    >>> found = predict_attainable([20, 50], 100, beta=1.0, weights=Group(8), r2=Mean(0.5, 0.4, 0.6))
+    >>> [round(float(p), 2) for p in found.prompts], round(found.low, 2), round(found.high, 2)
+    ([0.45, 0.7], 0.5, 0.64)
+    """
+    if not all(0 <= share <= 1 for share in r2):
+        raise ValueError(f"r2={tuple(r2)} must be in [0, 1]")
+    with jax.enable_x64(True):
+        posterior = posterior_of(*(np.asarray(x) for x in _counts(successes, trials)))
+        return attainable_of(posterior, beta=float(beta), weights=weights, r2=r2, confidence=confidence)
+
+
+def attainable_of(posterior: Posterior, *, beta: float, weights: Weights, r2: Mean, confidence: float) -> Attainable:
+    """`predict_attainable` of prompts of which counts are known; arguments as there."""
+    options: dict[str, Any] = {"beta": beta, "weights": weights, "confidence": confidence, "kl": "reverse"}
+    at, *others = (ends_of(posterior, r2=share, **options) for share in r2)
+    mean, low, high = at.p_star
+    below, above = (abs(other.p_star.mean - mean) for other in others)
+    low, high = mean - np.hypot(mean - low, below), mean + np.hypot(high - mean, above)
+    return Attainable(mean, float(low), float(high), at.prompts[0][posterior.row])
+
+
+def ends_of(
+    posterior: Posterior, *, beta: float, weights: Weights, confidence: float, kl: str, r2: float | None = None
+) -> Ends:
     """Where training takes prompts of which counts are known.
 
     Args:
       posterior: of the prompts.
       beta, weights, confidence: as for `predict`.
       kl: also "none", where every success probability but 0 runs to 1.
+      r2: of a network; p* is then p†. None: of a table.
 
     Returns:
       `Ends`.
@@ -157,7 +221,7 @@ def ends_of(posterior: Posterior, *, beta: float, weights: Weights, confidence: 
     >>> round(ends.p_star.mean, 2), round(float(ends.median[0]), 3)  # 1/(1 + 1/e) = 0.731 at p_ref = ½
     (0.73, 0.731)
     """
-    at, values, stable, jump, height = map(np.asarray, _solved(jnp.asarray(posterior.points), beta, weights, kl))
+    at, values, stable, jump, height = map(np.asarray, _solved(jnp.asarray(posterior.points), beta, weights, kl, r2))
     function = Jumps(at, values, float(jump), height)
     expected = expectations(posterior, function)  # [H, D, (p*, p*², KL, its budget, saturated)]
     tails = (1 - confidence) / 2
@@ -262,13 +326,17 @@ def _counts(successes: ArrayLike, trials: ArrayLike) -> tuple[jax.Array, jax.Arr
 
 
 @partial(jax.jit, static_argnames="kl")
-def _solved(points: jax.Array, beta: ArrayLike, weights: Weights, kl: str) -> tuple[jax.Array, ...]:
+def _solved(
+    points: jax.Array, beta: ArrayLike, weights: Weights, kl: str, r2: ArrayLike | None = None
+) -> tuple[jax.Array, ...]:
     """p*, p*², the KL, its budget and whether p* > 0.99, at log-odds [P] of p_ref and on both sides of the jump.
 
     Returns what `Jumps` takes, with the flags of stability third.
     """
     beta = jnp.asarray(beta, points.dtype)
-    jump = _fold(beta, weights, points.dtype) if kl == "reverse" else jnp.asarray(-jnp.inf, points.dtype)
+    # A network's p† is taken to have no fold: where R² is near 1, one is smoothed over the points beside it.
+    folds = kl == "reverse" and r2 is None
+    jump = _fold(beta, weights, points.dtype) if folds else jnp.asarray(-jnp.inf, points.dtype)
     beside = BESIDE * jnp.maximum(1.0, jnp.abs(jump))
     edges = jnp.where(jump > -jnp.inf, jnp.stack([jump - beside, jump + beside]), points[:2])
     at = jnp.sort(jnp.concatenate([points, edges]))
@@ -277,6 +345,9 @@ def _solved(points: jax.Array, beta: ArrayLike, weights: Weights, kl: str) -> tu
     elif kl == "forward":
         star = forward_kl_fixed_point(at, beta=beta, weights=weights, logits=True)
         multiplier = forward_kl_multiplier(star, beta=beta, weights=weights, logits=True)
+    elif r2 is not None:
+        star = attainable_point(at, beta=beta, weights=weights, r2=r2, logits=True)
+        multiplier = log_odds_slope(star, weights) / beta
     else:
         star = flow_point(at, beta=beta, weights=weights, logits=True)
         multiplier = log_odds_slope(star, weights) / beta

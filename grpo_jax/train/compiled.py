@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.train import scores
 from grpo_jax.train.iteration import Recipe, iterations, learn, log_ratios
 from grpo_jax.train.sharding import (
     parameter_shardings,
@@ -23,6 +24,24 @@ from grpo_jax.train.step import TrainState, gradient_step, init_state
 from grpo_jax.train.supervised import demonstration_terms
 
 
+class ScorePrograms(NamedTuple):
+    """The functions of `grpo_jax.train.scores`, of which the network's R² is made; see there.
+
+    Attributes:
+      pull_back: (params, prompts, rollout, weights) -> Sᵀ weights.
+      along: (params, direction, step, prompts, rollout) -> [P, G].
+      moments, whitening, whiten: as there.
+      add: (x, scale, y) -> x + scale·y, of trees like the parameters; x is donated.
+    """
+
+    pull_back: Wrapped
+    along: Wrapped
+    moments: Wrapped
+    whitening: Wrapped
+    whiten: Wrapped
+    add: Wrapped
+
+
 class Compiled(NamedTuple):
     """The jitted functions of a run; they depend on the shapes and shardings of the parameters, not on their values.
 
@@ -34,6 +53,7 @@ class Compiled(NamedTuple):
       sample_probe: ``sample`` for measurements: any number of prompts, and group_size, greedy and first_sample of the call.
       verify: (rollout, answers, answer_mask) -> bool [P, G] on the device; None where the host verifies.
       log_ratios: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
+      scores: see `ScorePrograms`.
       warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
     """
 
@@ -44,6 +64,7 @@ class Compiled(NamedTuple):
     sample_probe: Wrapped
     verify: Wrapped | None
     log_ratios: Wrapped
+    scores: ScorePrograms
     warm_start: Wrapped
     warm_start_step: Wrapped
 
@@ -89,11 +110,24 @@ def compile_recipe(
             partial(iterations, recipe, spread=spread), donate_argnums=0, out_shardings=(state_shardings, whole, whole)
         )
 
+    def for_prompts(rollout: Rollout) -> Recipe:
+        """The recipe for the prompts of a measurement, which need not be divisible by the devices."""
+        return recipe._replace(layout=recipe.layout._replace(shards=row_shards(mesh, rollout.mask.shape[0])))
+
     @jax.jit
     def measured_log_ratios(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-        # The prompts of a measurement need not be divisible by the devices.
-        layout = recipe.layout._replace(shards=row_shards(mesh, rollout.mask.shape[0]))
-        return log_ratios(recipe._replace(layout=layout), params, ref_params, prompts, rollout)
+        return log_ratios(for_prompts(rollout), params, ref_params, prompts, rollout)
+
+    of_params = parameter_shardings(shapes, mesh)
+    like_params = partial(jax.jit, out_shardings=of_params)
+
+    @like_params
+    def pull_back(params: Any, prompts: PromptBatch, rollout: Rollout, weights: jax.Array) -> Any:
+        return scores.pull_back(for_prompts(rollout), params, prompts, rollout, weights)
+
+    @jax.jit
+    def along(params: Any, direction: Any, step: jax.Array, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
+        return scores.along(for_prompts(rollout), params, direction, step, prompts, rollout)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
     def warm_start_step(state: TrainState, *demonstrations: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -110,6 +144,14 @@ def compile_recipe(
         sample_probe=jax.jit(recipe.sample, static_argnames=("group_size", "greedy", "stages")),
         verify=verify,
         log_ratios=measured_log_ratios,
+        scores=ScorePrograms(
+            pull_back=pull_back,
+            along=along,
+            moments=jax.jit(scores.moments),
+            whitening=jax.jit(scores.whitening),
+            whiten=jax.jit(scores.whiten, out_shardings=(of_params, whole)),
+            add=like_params(lambda x, scale, y: jax.tree.map(lambda x, y: x + scale * y, x, y), donate_argnums=0),
+        ),
         warm_start=warm_start,
         warm_start_step=warm_start_step,
     )

@@ -35,7 +35,7 @@ from grpo_jax.rollout.packing import pack
 from grpo_jax.train.packed_gradient import packed_gradient
 from grpo_jax.train.step import Batch, TrainState, apply_gradient
 
-ROLES = {"rollout": 0, "minibatches": 1, "probe": 2, "warm_start": 3, "initialisation": 4}
+ROLES = {"rollout": 0, "minibatches": 1, "probe": 2, "warm_start": 3, "initialisation": 4, "attainable": 5}
 """What a random key is used for; `role_key` keeps the uses apart."""
 
 

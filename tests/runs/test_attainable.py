@@ -1,0 +1,134 @@
+"""What a network lets through, measured at the start of a run: sizes, what is refused, what is stored and shown."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from grpo_jax.config import ConfigError, validate
+from grpo_jax.objective import GRPO, GRPO_TRL, named_objective
+from grpo_jax.runs import attainable
+from grpo_jax.runs.attainable import refusal, sizes
+from grpo_jax.runs.loop import train
+from tests.tiny_run import tiny_config
+
+QUICK = {
+    "mesh__data": 8,
+    "attainable__steps": 2,
+    "warm_start__target": 0.1,
+    "train__iterations": 1,
+    "evaluate__interval": 1,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion():
+    """Optax's Adam raises floats to whole powers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def run(path, **changes):
+    """(result, attainable.json, what was printed) of a tiny run."""
+    console = Console(record=True, width=200, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    result = train(tiny_config(**(QUICK | changes)), path, console)
+    return result, json.loads((path / "attainable.json").read_text()), console.export_text()
+
+
+def test_a_run_measures_it_once_and_shows_p_dagger_beside_p_star(tmp_path):
+    result, measured, printed = run(tmp_path / "a", attainable__samples=96)
+    assert measured["samples"] == 96
+    assert measured["steps"] == 2
+    assert measured["prompts"] == list(range(16))
+    assert len(measured["shares"]) == 16
+    assert 0 <= measured["r2"]["low"] <= measured["r2"]["mean"] <= measured["r2"]["high"] <= 1
+    assert measured["naive"] < measured["r2"]["mean"]
+    if measured["needed"] is None:
+        least = result["attainable"]
+        assert result["p_ref"]["mean"] - 0.02 < least["low"] < least["mean"] < least["high"]
+        assert least["mean"] < result["p_star"]["high"]
+        assert len(result["prompts"]["attainable"]) == 16
+        assert "attainable p†" in printed
+        assert "R² of the pull" in printed
+        assert "attainable p†" in (tmp_path / "a" / "report.md").read_text()
+    else:
+        assert "attainable" not in result
+        assert "not determined" in printed
+    # The same samples, and the same bits, in another run; and the iterations do not know of it.
+    other, again, _ = run(tmp_path / "b", attainable__samples=96)
+    assert again == measured
+    without, left_out, printed = run(tmp_path / "c", attainable__steps=0)
+    assert left_out == {"reason": "attainable.steps is 0"}
+    assert "not measured: attainable.steps is 0" in printed
+    assert without["p_final"] == other["p_final"] == result["p_final"]
+
+
+def test_enough_steps_explain_all_samples_of_a_part(tmp_path, monkeypatch):
+    """With fewer samples than parameters, the least-squares fit that the steps go to is exact on its own part."""
+    explained = []
+    fit = attainable._fit
+
+    def watched(*arguments):
+        found = fit(*arguments)
+        explained.append(found[-1])
+        return found
+
+    monkeypatch.setattr(attainable, "_fit", watched)
+    run(tmp_path / "a", attainable__samples=12, attainable__steps=20)
+    assert min(explained) > 0.85  # differences are rounded, and so are conjugate directions
+
+
+def test_many_prompts_cost_no_more_than_thirty_iterations():
+    config = tiny_config(
+        data__prompts_per_iteration=8, rollout__group_size=8, attainable__steps=4, evaluate__batch_samples=64
+    )
+    assert sizes(config, 1) == (1, 64)  # no more samples than are drawn at a time
+    assert sizes(config, 16) == (16, 8)
+    assert sizes(config, 5000) == (32, 4)
+    for prompts in (16, 5000):
+        chosen, n = sizes(config, prompts)
+        assert 3 * chosen * n * 5 * (4 + 1) <= 30 * 64 * 5
+    with config.unlocked(), config.ignore_type():
+        config.attainable.samples = 48
+    assert sizes(config, 5000) == (5000, 16)
+
+
+@pytest.mark.parametrize(
+    ("objective", "successes", "changes", "reason"),
+    [
+        (GRPO, [0, 0, 16], {}, "0 of 3 prompts were solved sometimes"),
+        (GRPO, [0, 3, 16], {}, "1 of 3 prompts"),
+        (GRPO_TRL, [3, 4, 5], {}, "knows no p†"),
+        (named_objective("DAPO"), [3, 4, 5], {}, "knows no p†"),
+        (GRPO, [3, 4, 5], {"objective__entropy_bonus": 0.1}, "knows no p†"),
+        (GRPO, [3, 4, 5], {}, None),
+    ],
+)
+def test_it_is_left_out_with_the_reason(objective, successes, changes, reason):
+    found = refusal(tiny_config(attainable__steps=2, **changes), objective, {"successes": successes, "trials": 16})
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [(6, "at least 12"), (25, "multiple of 3"), (51, "a third is more than evaluate.batch_samples=8")],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_compiled(samples, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(tiny_config(mesh__data=1, attainable__samples=samples), num_devices=1)
+
+
+def test_nothing_found_says_how_many_samples_may_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(attainable, "explained_share", lambda *_: attainable_zero())
+    result, measured, printed = run(tmp_path / "a", attainable__samples=12)
+    assert measured["needed"] == 48
+    assert "about 48 may do" in printed
+    assert "attainable" not in result
+
+
+def attainable_zero():
+    from grpo_jax.theory import Explained
+
+    return Explained(0.0, 0.0, 0.1, np.zeros(16), -0.5)
