@@ -1,5 +1,8 @@
 """The reference policy: made once by the warm start (or taken as it is), measured, and read back by every later start."""
 
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import prompt_order
@@ -7,8 +10,8 @@ from grpo_jax.files import read_json, write_json
 from grpo_jax.report.metrics_log import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
-from grpo_jax.runs.directory import REFERENCE
-from grpo_jax.runs.errors import WarmStartFailed
+from grpo_jax.runs.directory import ATTAINABLE, CHANGEABLE, REFERENCE, check_same, contents, open_run_directory
+from grpo_jax.runs.errors import RunDirectoryError, WarmStartFailed
 from grpo_jax.runs.measurement import measure, measure_in_full
 from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
@@ -24,6 +27,45 @@ def measured_reference(run: Run) -> dict[str, Any]:
         write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
         check_preempted(run)
     return read_json(run.directory / REFERENCE)
+
+
+# Keys that decide how a policy is trained, and nothing of its reference or of what is measured of it.
+OF_TRAINING = (
+    "objective.beta", "objective.beta_mirror", "objective.clip_low", "objective.clip_high", "optimizer.", "train.iterations",
+    "train.average", "train.inner_epochs", "train.minibatches", "evaluate.interval", "evaluate.samples",
+)  # fmt: skip
+
+
+def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[Path]) -> None:
+    """Copies the reference and its measurements from another run to one that has not begun, if they would be the same.
+
+    They would be where the two differ in how they train alone, since the same seed gives the same bits.
+
+    Args:
+      directory: of the run; created if need be.
+      identity: its config with the digests of its data, {dotted key: JSON value}.
+      others: run directories, which need not exist.
+    """
+    if (directory / REFERENCE).exists():
+        return
+    for other in others:
+        if other == directory or not (other / REFERENCE).exists():
+            continue
+        try:
+            check_same(other, identity, changeable=(*CHANGEABLE, *OF_TRAINING), advice="")
+        except RunDirectoryError:
+            continue
+        with open_run_directory(directory, identity) as path:
+            if contents(path) & {"reference", REFERENCE}:
+                return
+            copied = path / ".reference.tmp"
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(other / "reference", copied)
+            copied.rename(path / "reference")
+            for name in (ATTAINABLE, REFERENCE):  # the second is what a later start looks for
+                if (other / name).exists():
+                    write_json(path / name, read_json(other / name))
+        return
 
 
 def reference_params(run: Run) -> Any:

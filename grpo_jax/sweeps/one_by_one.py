@@ -20,6 +20,7 @@ from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, s
 from grpo_jax.runs.directory import CHANGEABLE, CONFIG, RESULT, check_same, contents
 from grpo_jax.runs.errors import Preempted, RunDirectoryError, RunError
 from grpo_jax.runs.loop import train
+from grpo_jax.runs.reference import share_reference
 from grpo_jax.runs.run import say, sigterm_handler, terminal
 from grpo_jax.sweeps.points import Point, folder_name, title
 
@@ -69,6 +70,7 @@ def run_points(
             say(console, heading)
             failures.pop(folder, None)
             try:
+                share_reference(workdir / folder, point.identity, (workdir / folder_name(x.values) for x in points))
                 run(point.config, workdir / folder, console)
             except (Preempted, RunDirectoryError):
                 states[i] = read_state(point, workdir, failures)
