@@ -94,6 +94,7 @@ def in_words(result: dict[str, Any]) -> str:
     p_ref, p_final, rising = result["p_ref"]["mean"], result["p_final"]["mean"], result.get("trend")
     followed = f"the policy has followed {ledger['followed']['mean']:.2f} of the pull" if "followed" in ledger else ""
     parted = f"; {followed}" if followed else ""
+    parted += _least(result)
     moved = f"{rising['mean']:+.3f} from the third quarter of the run to the last" if rising else ""
     if standing == HOPELESS:
         counted = (
@@ -150,6 +151,14 @@ def in_words(result: dict[str, Any]) -> str:
         f"limited by the network: push and hold are in balance{still}{parted}. More iterations like the last do not take it "
         "further; a larger model, or another learning rate, may"
     )
+
+
+def _least(result: dict[str, Any]) -> str:
+    """What was said of this network before training, for a policy below p*."""
+    if "attainable" not in result:
+        return ""
+    least, short = result["attainable"], result["p_final"]["high"] < result["attainable"]["low"]
+    return f"; at least p† = {least['mean']:.3f} was expected of this network{', which it missed' if short else ''}"
 
 
 def _wasted(ledger: dict[str, Any]) -> str:

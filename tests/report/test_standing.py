@@ -49,6 +49,16 @@ CASES = [
     ({"slope": -0.2, "objective": -0.05}, standing.NOISY, "below the start on its objective"),
     ({"slope": -0.2, "trend": interval(0.05)}, standing.NOISY, "Success still rises, +0.050 from the third quarter"),
     ({"slope": 0.005}, standing.LIMITED, "limited by the network: push and hold are in balance"),
+    (
+        {"slope": 0.0, "attainable": interval(0.45)},
+        standing.LIMITED,
+        "at least p† = 0.450 was expected of this network.",
+    ),
+    (
+        {"slope": -0.2, "attainable": interval(0.6)},
+        standing.NOISY,
+        "p† = 0.600 was expected of this network, which it missed",
+    ),
     ({"slope": 0.02}, standing.LIMITED, "limited"),  # significant, and small beside the hold
     ({"slope": -0.02}, standing.LIMITED, "limited"),
     ({"slope": 0.005, "trend": interval(0.05)}, standing.UNFINISHED, "success still rises, +0.050"),

@@ -8,9 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from grpo_jax.theory import Group, MeanOnly, flow_point, plan, predict
+from grpo_jax.theory import (
+    Group,
+    Mean,
+    MeanOnly,
+    attainable_point,
+    flow_point,
+    plan,
+    predict,
+    predict_attainable,
+)
 from grpo_jax.theory.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -145,6 +156,33 @@ def test_iterations_of_training_are_shown_where_the_speed_is_known(run_directory
     assert given["speed"] == 0.8 and given["rows"][0]["training"] <= math.ceil(expected.training / 10)
     capsys.readouterr()
     refused(["plan", "--p_ref=0.2", "--beta=1", "--speed=0"], "--speed=0 must be positive", capsys)
+
+
+def test_where_this_network_ends_is_shown_where_it_was_measured(run_directory, tmp_path, capsys):
+    path = run_directory / "attainable.json"
+    for unknown in ({"reason": "attainable.steps is 0"}, {"r2": {"mean": 0.1, "low": 0.0, "high": 0.3}, "needed": 200}):
+        path.write_text(json.dumps(unknown), encoding="utf-8")
+        without = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1")
+        assert without["r2"] is None and without["rows"][0]["attainable"] is None
+        assert "p†" not in capsys.readouterr().out
+    r2 = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    path.write_text(json.dumps({"r2": r2, "needed": None}), encoding="utf-8")
+    written = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1,3")
+    printed = capsys.readouterr().out
+    assert "lets R² = 0.500 [0.400, 0.600]" in printed and "p†" in printed
+    weights = Group(4, epsilon=1e-4)
+    for row, beta in zip(written["rows"], (1.0, 3.0), strict=True):
+        wanted = predict_attainable([0, 5, 20, 50], 100, beta=beta, weights=weights, r2=Mean(**r2), confidence=0.9)
+        assert row["attainable"] == pytest.approx({"mean": wanted.mean, "low": wanted.low, "high": wanted.high})
+        assert row["p_ref"] < wanted.mean < row["p_star"]
+    for broken in ({"r2": {"mean": 0.5}}, {"r2": {"mean": 0.5, "low": 0.6, "high": 0.7}}, {"r2": 3}):
+        path.write_text(json.dumps(broken), encoding="utf-8")
+        refused(["plan", f"--from={run_directory}", "--beta=1"], '"r2" must be mean, low and high', capsys)
+    exact = plan([0.2, 0.5], None, [1.0], weights=weights, r2=Mean(**r2))[0].attainable
+    wanted = [attainable_point(jnp.array([0.2, 0.5]), beta=1.0, weights=weights, r2=x).mean() for x in r2.values()]
+    np.testing.assert_allclose(exact, np.array(wanted), atol=1e-6)
+    with pytest.raises(ValueError, match="needs kl='reverse'"):
+        plan([0.2], None, [1.0], weights=weights, kl="forward", r2=Mean(**r2))
 
 
 def test_the_figure_is_a_picture(run_directory, tmp_path):
