@@ -3,8 +3,9 @@
     python -m experiments.explained [--out=runs/theory] [--quick]
 
 Log-linear policies whose prompts share their features, as in experiments/networks.py. R² follows from enumeration. From samples
-of the reference, in three parts, the pull is fitted by conjugate gradients and the bound is made of the fits, as
-grpo_jax/runs/attainable.py does; "naive" is what single fits explain of other samples. explained.md is the table.
+of the reference, in three parts, the pull is fitted by a few steps of conjugate gradients, and the bound is made of the fits;
+"naive" is what single fits explain of other samples. A run does the same in coordinates of its own, see
+grpo_jax/runs/attainable.py. explained.md is the table.
 """
 
 from itertools import product

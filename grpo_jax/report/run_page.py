@@ -80,13 +80,16 @@ def attainable_lines(measured: dict[str, Any], attainable: theory.Attainable | N
     """What is known before the first iteration of where this network ends: p†, and the R² it follows from."""
     if "reason" in measured:
         return [("attainable p†", f"not measured: {measured['reason']}")]
-    r2, samples = measured["r2"], measured["samples"]
-    share = f"R² of the pull {interval_text(r2, confidence)}, from {samples} samples of each prompt"
+    samples, prompts, shared = measured["samples"], len(measured["prompts"]), measured["of"]
+    behind = f"{samples} samples of each prompt" if prompts == shared else f"{samples} samples of {prompts} prompts"
     if attainable is None:
-        words = f"not determined: R² cannot be told from 0 with {samples} samples of each prompt; about {measured['needed']} "
-        return [("attainable p†", f"{words}may do (attainable.samples)")]
+        words = f"not determined: R² cannot be told from 0 with {behind}; about {measured['needed']} of each may do"
+        return [("attainable p†", f"{words} (attainable.samples)")]
     p = interval_dict(attainable.mean, attainable.low, attainable.high)
-    return [("attainable p†", f"{interval_text(p, confidence)}   at least"), ("… because", f"{share}, at least")]
+    # Fewer prompts leave more of the network to each, so that their R² bounds that of all from neither side.
+    bound = "at least, " if prompts == shared else f"of these alone, where {shared:,} share the network, "
+    share = f"R² of the pull {interval_text(measured['r2'], confidence)}   {bound}from {behind}"
+    return [("attainable p†", interval_text(p, confidence)), ("… because", share)]
 
 
 def result_lines(result: dict[str, Any]) -> Lines:
@@ -112,9 +115,10 @@ def result_lines(result: dict[str, Any]) -> Lines:
         if result["folds"]:
             lines.append(("prompts across a fold", f"{result['folds']}   their p* may be either branch's"))
     if "attainable" in result:
-        below = result["p_final"]["high"] < result["attainable"]["low"]
-        compared = "OUTSIDE: below" if below else "p̂ is not below"
-        lines.append(("attainable p†, at least", f"{interval_text(result['attainable'], confidence)}   {compared}"))
+        least, p_final = result["attainable"], result["p_final"]
+        below, above = p_final["high"] < least["low"], p_final["low"] > least["high"]
+        where = "p̂ is below" if below else "p̂ is above" if above else "p̂ is inside"
+        lines.append(("attainable p†", f"{interval_text(least, confidence)}   {where}"))
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
     lines += ledger_lines(result.get("ledger", {}), confidence)
 

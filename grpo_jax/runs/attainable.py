@@ -5,9 +5,10 @@
     3  compare   each fit with the pull, and with the other fits, on the parts that it has not seen: R² (theory/explained.py)
 
 Only gradients and scorings of the policy are needed (train/scores.py): a step costs one of each, like half an iteration of
-training on as many completions.
+training on as many completions. What cannot be measured is left out, with the reason; the run goes on without it.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,13 @@ PARTS = 3
 LEAST = 4  # samples of a prompt in a part
 ITERATIONS = 30  # of training, that the measurement may cost where the number of samples is not set
 MOVED = 0.03  # nats by which log-probabilities change in a finite difference, root mean square
+NEAR, FAR = 3.0, 30.0  # factors of it that are good enough, and too much for one batch
+ROUNDS = 10  # of looking for such a difference
+GRADIENTS = 2  # at least, of which the white coordinates are made
+
+
+class Undetermined(Exception):
+    """R² cannot be found; the message says why."""
 
 
 class Samples(NamedTuple):
@@ -60,7 +68,7 @@ class Part(NamedTuple):
 
 
 def measured_attainable(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
-    """R² of the network, read from the run directory; measured and stored there if it does not hold it.
+    """R² of the network, read from the run directory; measured and stored there if it does not hold it, or in another way.
 
     Args:
       run: see `Run`.
@@ -69,14 +77,31 @@ def measured_attainable(run: Run, params: Any, before: dict[str, Any]) -> dict[s
 
     Returns:
       {"reason": why it was left out}, or {"r2": {"mean", "low", "high"}, "naive", "shares" as of `explained_share`, "prompts":
-      rows of the dataset, "samples" of each, "steps", "needed": samples of each that may do if these did not, else None}.
+      rows of the dataset, "of": how many prompts share the network, "samples" of each, "steps", "needed": samples of each that
+      may do if these did not, else None}; both with "asked", the settings that asked for it.
     """
-    path = run.directory / ATTAINABLE
-    if not path.exists():
-        reason = refusal(run.config, run.setup.recipe.objective, before)
-        write_json(path, {"reason": reason} if reason else _measure(run, params, before))
+    path, c = run.directory / ATTAINABLE, run.config
+    asked = {"samples": c.attainable.samples, "steps": c.attainable.steps, "confidence": c.evaluate.confidence}
+    stored = _stored(path)
+    if stored is None or stored["asked"] != asked:
+        reason = refusal(c, run.setup.recipe.objective, before)
+        try:
+            stored = {"reason": reason} if reason else _measure(run, params, before)
+        except Undetermined as undetermined:
+            stored = {"reason": str(undetermined)}
+        write_json(path, stored | {"asked": asked})
         check_preempted(run)
     return read_json(path)
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """What a run directory holds; None where that is nothing, or nothing that can be used."""
+    wanted = {"r2", "naive", "shares", "prompts", "of", "samples", "steps", "needed", "asked"}
+    try:
+        stored = read_json(path)
+        return stored if wanted <= stored.keys() or {"reason", "asked"} <= stored.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def refusal(config: Any, objective: Objective, before: dict[str, Any]) -> str | None:
@@ -88,7 +113,7 @@ def refusal(config: Any, objective: Objective, before: dict[str, Any]) -> str | 
         return "the theory knows no p† of this objective"
     solved = np.sum((successes > 0) & (successes < trials))
     if solved < 2:
-        return f"{solved} of {len(successes)} prompts were solved sometimes, and not always: R² needs two at least"
+        return f"{solved} of {len(successes)} prompts were solved sometimes, and not always; its interval takes two at least"
     return None
 
 
@@ -97,42 +122,47 @@ def sizes(config: Any, num_prompts: int) -> tuple[int, int]:
 
     All prompts and a third of attainable.samples; where that is not set, as many as cost `ITERATIONS` iterations, of fewer
     prompts if all would have less than `LEAST` samples. In forward passes over a completion, an iteration costs 5: one to
-    sample, one of the reference, three for a gradient. Here one is to sample, and of each step two score and three are for a
-    gradient; at the end four score what a fit has not seen.
+    sample, one of the reference, three for a gradient. Here one is to sample, two are for the white coordinates, of each step
+    two score and three are for a gradient; at the end four score what a fit has not seen.
     """
-    c, most = config.attainable, config.evaluate.batch_samples
+    c, batch = config.attainable, config.evaluate.batch_samples
     if c.samples is not None:
         return num_prompts, c.samples // PARTS
     completions = config.data.prompts_per_iteration * config.rollout.group_size
-    affordable = int(ITERATIONS * completions / (c.steps + 1)) // PARTS  # of a part
+    affordable = int(ITERATIONS * 5 * completions / (5 * c.steps + 7)) // PARTS  # of a part
     chosen = min(num_prompts, max(2, affordable // LEAST))
-    return chosen, min(max(LEAST, affordable // chosen), most)
+    n = max(LEAST, affordable // chosen)
+    if n > batch:  # whole batches, and so many that there are `LEAST`
+        n = max(n // batch, -(-LEAST // batch)) * batch
+    return chosen, n
 
 
 def _measure(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
-    config, steps = run.config, run.config.attainable.steps
-    Q, n = sizes(config, len(run.setup.probed))
-    # Prompts that are sometimes solved come first: the others say nothing of R². The seed chooses among them.
-    successes = np.array(before["successes"])
-    order = np.random.default_rng((config.seed, len(successes))).permutation(len(successes))
-    useful = (successes > 0) & (successes < before["trials"])
-    chosen = np.sort(order[np.argsort(~useful[order], kind="stable")][:Q])
-    some = "every prompt" if len(successes) == Q else f"{Q} of {len(successes)} prompts"
+    config, steps, probed = run.config, run.config.attainable.steps, run.setup.probed
+    Q, n = sizes(config, len(probed))
+    chosen = np.sort(np.random.default_rng((config.seed, len(probed))).permutation(len(probed))[:Q])
+    some = "every prompt" if len(probed) == Q else f"{Q} of {len(probed)} prompts"
     say(run.console, f"measuring what the network lets through: {PARTS * n} samples of {some}")
     with progress(run.console, "score regression", total=PARTS * (steps + 1)) as line:
         parts = [_sample(run, params, before, chosen, part, n) for part in range(PARTS)]
-        factors, fits = None, np.full((PARTS, PARTS, Q, n), np.nan)
+        if not all(part.pull.any() for part in parts):
+            raise Undetermined(
+                f"with {PARTS * n} samples of {some} there is a part in which no prompt both succeeded and failed; more may do "
+                "(attainable.samples)"
+            )
+        scores = Scores(run, params)
+        factors, fits = scores.white_coordinates(parts[0]), np.full((PARTS, PARTS, Q, n), np.nan)
         for a, part in enumerate(parts):
-            direction, factors, share = _fit(run, params, part, factors, line, a * (steps + 1))
+            fit, share = _fit(scores, part, factors, line, a * (steps + 1))
             for k in range(PARTS):
                 if k != a:
-                    fits[a, k] = _along(run, params, direction, parts[k])
+                    fits[a, k] = scores.along(fit, parts[k])
             line.update((a + 1) * (steps + 1), f"explains {share:.2f} of its own samples")
     found = explained_share(np.stack([part.pull for part in parts]), fits, config.evaluate.confidence)
     measured = {"r2": {"mean": found.r2, "low": found.low, "high": found.high}, "naive": found.naive}
     shares = [None if np.isnan(share) else share for share in found.shares.tolist()]
+    measured |= {"shares": shares, "prompts": probed[chosen].tolist(), "of": len(run.setup.task.examples)}
     needed = samples_needed(found, PARTS * n) if found.low <= 0 else None
-    measured |= {"shares": shares, "prompts": run.setup.probed[chosen].tolist()}
     return measured | {"samples": PARTS * n, "steps": steps, "needed": needed}
 
 
@@ -157,66 +187,94 @@ def _sample(run: Run, params: Any, before: dict[str, Any], chosen: np.ndarray, p
     return Part(batches, omega[:, None] * (rewards - rewards.mean(-1, keepdims=True)))
 
 
-def _fit(run: Run, params: Any, part: Part, factors: Any | None, line: Any, done: int) -> tuple[Any, Any, float]:
-    """Conjugate gradients on ‖y − S w‖² from w = 0, in white coordinates: w, the factors, and the share that it explains.
+def _fit(scores: "Scores", part: Part, factors: Any, line: Any, done: int) -> tuple[Any, float]:
+    """Conjugate gradients on ‖y − S w‖² from w = 0, in white coordinates: w, and the share of its part that it explains.
 
-    The scores of a prompt are centred, as its pull is. The factors are made of the first part's gradients.
+    The scores of a prompt are centred, as its pull is.
     """
-    programs, steps = run.setup.compiled.scores, run.config.attainable.steps
-    residual, total = part.pull, np.square(part.pull).sum()
-    gradient, moments = _pull_back(run, params, part, residual, with_moments=factors is None)
-    factors = programs.whitening(moments, params) if factors is None else factors
-    white, squared = programs.whiten(factors, gradient)
-    direction, fit = white, None
+    run, programs = scores.run, scores.run.setup.compiled.scores
+    steps = run.config.attainable.steps
+    residual, total, explained = part.pull, np.square(part.pull).sum(), 0.0
+    direction, squared = programs.whiten(factors, scores.pull_back(part, residual))
+    fit = jax.tree.map(jnp.zeros_like, direction)
     for step in range(1, steps + 1):
-        change = _along(run, params, direction, part)
+        change = scores.along(direction, part)
         change = change - change.mean(-1, keepdims=True)
+        if not change.any():
+            break  # the pull is explained, or nothing of it can be
         size = float(squared) / np.square(change).sum()
         residual = residual - size * change
+        fit = programs.add(fit, jnp.float32(size), direction)
         explained = 1 - np.square(residual).sum() / total
-        fit = programs.add(
-            jax.tree.map(jnp.zeros_like, direction) if fit is None else fit, jnp.float32(size), direction
-        )
         line.update(done + step, f"explains {explained:.2f} of its own samples")
         if step < steps:
-            gradient, _ = _pull_back(run, params, part, residual)
-            (white, now), before = programs.whiten(factors, gradient), squared
-            direction, squared = programs.add(white, now / before, direction), now
+            white, now = programs.whiten(factors, scores.pull_back(part, residual))
+            direction, squared = programs.add(white, now / squared, direction), now
         check_preempted(run)
-    return fit, factors, explained
+    return fit, explained
 
 
-def _pull_back(run: Run, params: Any, part: Part, values: np.ndarray, *, with_moments: bool = False) -> tuple[Any, Any]:
-    """Sᵀ values over all samples of a part, and the moments of its batches' gradients where they are wanted."""
-    programs, total, moments = run.setup.compiled.scores, None, None
-    for batch in part.batches:
-        size = batch.rollout.mask.shape[1]
-        weights = jnp.asarray(values[batch.places, batch.first : batch.first + size], jnp.float32)
-        gradient = programs.pull_back(params, batch.prompts, batch.rollout, weights)
-        moments = programs.moments(gradient, moments) if with_moments else None
-        total = gradient if total is None else programs.add(total, jnp.float32(1.0), gradient)
-        # Programs of several CPU devices may lock each other out if they are queued.
-        jax.block_until_ready(total)
-    return total, moments
+class Scores:
+    """The scores S of a policy, as products with them over all samples of a part."""
 
+    def __init__(self, run: Run, params: Any) -> None:
+        self.run, self.params = run, params
+        self.programs = run.setup.compiled.scores
+        self.length = 1e-4 * _norm(params)  # of the last step along a direction; the first is a guess
 
-def _along(run: Run, params: Any, direction: Any, part: Part) -> np.ndarray:
-    """S direction: [Q, n], over all samples of a part."""
-    programs = run.setup.compiled.scores
+    def white_coordinates(self, part: Part) -> Any:
+        """The factors of `whiten`, from gradients with random weights: what is to be found has no part in them."""
+        moments, random = None, np.random.default_rng(self.run.config.seed)
+        for _ in range(-(-GRADIENTS // len(part.batches))):
+            weights = random.choice([-1.0, 1.0], part.pull.shape)
+            weights -= weights.mean(-1, keepdims=True)
+            for batch in part.batches:
+                moments = self.programs.moments(self._pull_back(batch, weights), moments)
+                jax.block_until_ready(moments)
+        return self.programs.whitening(moments, self.params)
 
-    def change(batch: Samples, step: float) -> np.ndarray:
-        changed = programs.along(params, direction, jnp.float32(step), batch.prompts, batch.rollout)
-        return np.asarray(changed, float)
+    def pull_back(self, part: Part, values: np.ndarray) -> Any:
+        """Sᵀ values, for values [Q, n]."""
+        total = None
+        for batch in part.batches:
+            gradient = self._pull_back(batch, values)
+            total = gradient if total is None else self.programs.add(total, jnp.float32(1.0), gradient)
+            # Programs of several CPU devices may lock each other out if they are queued.
+            jax.block_until_ready(total)
+        return total
 
-    # A first guess at the step, from the sizes of both, is put right by what it does to one batch.
-    guess = 1e-3 * _norm(params) / _norm(direction)
-    moved = np.sqrt(np.square(change(part.batches[0], guess)).mean())
-    step = MOVED / moved if moved > 0 else guess
-    changes = np.zeros(part.pull.shape)
-    for batch in part.batches:
-        size = batch.rollout.mask.shape[1]
-        changes[batch.places, batch.first : batch.first + size] = change(batch, step)
-    return changes
+    def along(self, direction: Any, part: Part) -> np.ndarray:
+        """S direction: [Q, n].
+
+        The step is the last one's, made longer or shorter until log-probabilities move by about `MOVED`.
+
+        Raises:
+          Undetermined: there is no such step.
+        """
+        size = _norm(direction)
+        changes = np.zeros(part.pull.shape)
+        if not size > 0:
+            return changes
+        for _ in range(ROUNDS):
+            step, squares, count = self.length / size, 0.0, 0
+            for batch in part.batches:
+                width = batch.rollout.mask.shape[1]
+                arguments = jnp.float32(step), batch.prompts, batch.rollout
+                change = np.asarray(self.programs.along(self.params, direction, *arguments), float)
+                changes[batch.places, batch.first : batch.first + width] = change
+                squares, count = squares + np.square(change).sum(), count + change.size
+                moved = step * np.sqrt(squares / count)
+                if not MOVED / FAR <= moved <= FAR * MOVED:
+                    break  # the other batches would not make it right
+            if MOVED / NEAR <= moved <= NEAR * MOVED:
+                return changes
+            self.length *= np.clip(MOVED / moved, 1e-3, 1e3) if np.isfinite(moved) and moved > 0 else 1e-2
+        raise Undetermined("no step along the parameters moves log-probabilities by some hundredths of a nat")
+
+    def _pull_back(self, batch: Samples, values: np.ndarray) -> Any:
+        width = batch.rollout.mask.shape[1]
+        weights = jnp.asarray(values[batch.places, batch.first : batch.first + width], jnp.float32)
+        return self.programs.pull_back(self.params, batch.prompts, batch.rollout, weights)
 
 
 def _norm(tree: Any) -> float:

@@ -15,13 +15,18 @@ CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "referenc
 ATTAINABLE = "attainable.json"
 
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
-CHANGEABLE = ("checkpoint.interval", "checkpoint.keep", "verifier.num_workers", "train.iterations_per_program")
+# What attainable.json holds is measured again where attainable.* has changed; no iteration knows of it.
+CHANGEABLE = (
+    "checkpoint.interval",
+    "checkpoint.keep",
+    "verifier.num_workers",
+    "train.iterations_per_program",
+    "attainable.",
+)
 
 # Keys that run directories of older versions lack, with the value that does what those versions did.
 YOUNGER: dict[str, Any] = {
     "train.average": 0.0,
-    "attainable.samples": None,
-    "attainable.steps": 4,
     "task.arithmetic.left": [],
     "task.arithmetic.right": [],
     "task.arithmetic.prompt": None,

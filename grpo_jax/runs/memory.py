@@ -16,6 +16,7 @@ from grpo_jax.runs.errors import RunError
 from grpo_jax.runs.run import say, show
 from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe
 from grpo_jax.tasks import Task
+from grpo_jax.train import scores
 from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.optimizer import Average
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, row_shards, sharded_shapes
@@ -127,7 +128,14 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     if objective.holds_to_reference:
         programs["probe, KL"] = compiled.log_ratios.lower(shapes, shapes, prompts, rollout(probed))
     lasting = lasting_memory(recipe, shapes, mesh)
-    return Memory(lasting, {name: _working(lowered) for name, lowered in programs.items()})
+    working = {name: _working(lowered) for name, lowered in programs.items()}
+    if config.attainable.steps and objective.kl_direction == "reverse":
+        # Before training, and so without the optimizer: a gradient, four trees like the parameters, and the factors.
+        factors = jax.eval_shape(lambda p: scores.whitening(scores.moments(p), p), shapes)
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(factors))
+        beside = size + 5 * lasting["parameters"] - sum(lasting.values())
+        working["R², about"] = max(0, working["update"] + beside)
+    return Memory(lasting, working)
 
 
 def check_memory(lasting: dict[str, int]) -> None:

@@ -29,11 +29,12 @@ def measured_reference(run: Run) -> dict[str, Any]:
     return read_json(run.directory / REFERENCE)
 
 
-# Keys that decide how a policy is trained, and nothing of its reference or of what is measured of it.
+# Keys that decide how a policy is trained, and nothing of its reference; the first of them nothing of its R² either.
 OF_TRAINING = (
     "objective.beta", "objective.beta_mirror", "objective.clip_low", "objective.clip_high", "optimizer.", "train.iterations",
     "train.average", "train.inner_epochs", "train.minibatches", "evaluate.interval", "evaluate.samples",
 )  # fmt: skip
+OF_PULL = ("objective.", "rollout.group_size")
 
 
 def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[Path]) -> None:
@@ -49,11 +50,7 @@ def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[
     if (directory / REFERENCE).exists():
         return
     for other in others:
-        if other == directory or not (other / REFERENCE).exists():
-            continue
-        try:
-            check_same(other, identity, changeable=(*CHANGEABLE, *OF_TRAINING), advice="")
-        except RunDirectoryError:
+        if other == directory or not _is_same(other, identity, *OF_TRAINING, *OF_PULL):
             continue
         with open_run_directory(directory, identity) as path:
             if contents(path) & {"reference", REFERENCE}:
@@ -62,10 +59,19 @@ def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[
             shutil.rmtree(copied, ignore_errors=True)
             shutil.copytree(other / "reference", copied)
             copied.rename(path / "reference")
-            for name in (ATTAINABLE, REFERENCE):  # the second is what a later start looks for
-                if (other / name).exists():
-                    write_json(path / name, read_json(other / name))
+            if (other / ATTAINABLE).exists() and _is_same(other, identity, *OF_TRAINING):
+                write_json(path / ATTAINABLE, read_json(other / ATTAINABLE))
+            write_json(path / REFERENCE, read_json(other / REFERENCE))  # last: what a later start looks for
         return
+
+
+def _is_same(other: Path, identity: dict[str, Any], *free: str) -> bool:
+    """Whether another run has a measured reference, and differs in these keys alone."""
+    try:
+        check_same(other, identity, changeable=(*CHANGEABLE, *free), advice="")
+    except (RunDirectoryError, OSError):
+        return False
+    return (other / REFERENCE).exists()
 
 
 def reference_params(run: Run) -> Any:

@@ -146,7 +146,7 @@ def make_setup(
         shapes=shapes,
         initial_params=initial_params,
         recipe=recipe,
-        compiled=make_compiled(config, recipe, shapes, mesh),
+        compiled=make_compiled(config, recipe, shapes, mesh, precise=make_policy(replace(decoder, dtype="float32"))),
     )
 
 
@@ -183,10 +183,12 @@ def make_recipe(
     )
 
 
-def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh) -> Compiled:
+def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh, *, precise: Policy | None = None) -> Compiled:
     """`compile_recipe` with the dtype and the warm start's optimizer of the config."""
     warm_optimizer = make_warm_start_optimizer(config.warm_start.learning_rate)
-    return compile_recipe(recipe, shapes, mesh, dtype=config.model.dtype, warm_optimizer=warm_optimizer)
+    return compile_recipe(
+        recipe, shapes, mesh, dtype=config.model.dtype, warm_optimizer=warm_optimizer, precise=precise
+    )
 
 
 def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:

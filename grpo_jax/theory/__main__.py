@@ -137,7 +137,9 @@ def _plan(options: argparse.Namespace) -> list[str]:
     betas = [target.beta] if target else [float(beta) for beta in options.beta]
     speed = _run_speed(Path(source)) if options.speed is None and source else options.speed
     speed = None if speed is None else float(speed)
-    r2 = _run_r2(Path(source)) if source and kl == "reverse" else None
+    # R² weighs the prompts by the pull of what was measured: another objective or group size has another.
+    is_same = options.objective is None and group_size == config.get("rollout.group_size")
+    r2 = _run_r2(Path(source)) if source and kl == "reverse" and is_same else None
     plans = plan(successes, trials, betas, confidence=confidence, speed=speed, r2=r2, **settings)
     sweep = recommended_range(successes, trials, **settings)
     # The files.
@@ -397,8 +399,8 @@ def _legend(row: PlanRow, speed: float | None, r2: Mean | None) -> list[str]:
         )
     if r2 is not None:
         lines.append(
-            f"p†            where this network ends, at least: it lets R² = {r2.mean:.3f} [{r2.low:.3f}, {r2.high:.3f}] of the "
-            "pull through; p* is the end if it lets all through"
+            f"p†            expected of this network, which lets R² = {r2.mean:.3f} [{r2.low:.3f}, {r2.high:.3f}] of the pull "
+            "through, at least; p* is the end if it lets all through"
         )
     if row.dead:
         lines.append(

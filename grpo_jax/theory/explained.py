@@ -2,8 +2,8 @@
 
 GRPO pulls a completion of prompt i by y = Ω_i (r − p_i). A network moves log-probabilities along its scores alone, so that it
 can follow the regression f* = S w* of y on the scores S, and R² = Var f*/Var y. With far more parameters than samples a fit
-explains all of its own samples, and on others its noise hides what it knows. But noise of separate fits is independent: with
-fits f_a and f_b on parts a and b, and a third part to look at both,
+explains all of its own samples, and on others its noise hides what it knows. But the noise of separate fits is independent:
+with fits f_a and f_b on parts a and b, and a third part to look at both,
 
     C = Cov(y, f_a),   V = Cov(f_a, f_b)
 
@@ -51,9 +51,9 @@ def explained_share(pull: np.ndarray, fits: np.ndarray, confidence: float = 0.95
       `Explained`; r2 is 0 where C or V is not positive: nothing was found.
 
     Raises:
-      ValueError: too few parts, prompts or samples, shapes that do not fit, or a pull that is 0 everywhere.
+      ValueError: too few parts, prompts or samples, shapes that do not fit, what is not finite, or a pull that is 0 everywhere.
 
-    Source: derived in the head of this file; its coverage is measured by experiments/attainable.py.
+    Source: derived in the head of this file; its coverage is measured by experiments/explained.py.
 
     >>> y = np.array([[[1.0, -1.0], [0.5, -0.5]]] * 3)
     >>> found = explained_share(y, np.stack([0.5 * y] * 3))  # each fit sees all of it, at half the size
@@ -87,14 +87,14 @@ def explained_share(pull: np.ndarray, fits: np.ndarray, confidence: float = 0.95
 def samples_needed(found: Explained, samples: int) -> int:
     """About how many samples of each prompt would tell R² from 0, if ``samples`` of them left the interval of ``found``.
 
-    The interval narrows like one over the root of their number. At least twice as many where nothing was found.
+    The interval narrows like one over the root of their number. Four times as many where nothing was found, and at most a
+    hundred times.
 
-    >>> samples_needed(Explained(0.1, 0.0, 0.3, np.zeros(2), 0.0), 16)
-    64
+    >>> samples_needed(Explained(0.1, 0.0, 0.3, np.zeros(2), 0.0), 15)
+    60
     """
-    if not found.r2 > 0:
-        return 4 * samples
-    return int(np.ceil(samples * max(1.0, (found.high - found.r2) / found.r2) ** 2))
+    times = max(2.0, ((found.high - found.r2) / found.r2) ** 2) if found.r2 > 0.01 else 4.0
+    return samples * min(100, int(np.ceil(times)))
 
 
 def _bound(sums: np.ndarray) -> float:
@@ -110,6 +110,9 @@ def _checked(pull: np.ndarray, fits: np.ndarray) -> tuple[int, int, int]:
     if pull.ndim != 3 or fits.shape != (len(pull), *pull.shape):
         raise ValueError(f"pull must be [K, Q, n] and fits [K, K, Q, n], got {pull.shape} and {fits.shape}")
     K, Q, n = pull.shape
+    others = ~np.eye(K, dtype=bool)
+    if not (np.isfinite(pull).all() and np.isfinite(fits[others]).all()):
+        raise ValueError("pull and fits must be finite")
     if K < 3 or Q < 2 or n < 2:
         raise ValueError(f"{K} parts of {Q} prompts with {n} samples: at least 3, 2 and 2 are needed")
     return K, Q, n

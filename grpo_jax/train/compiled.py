@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from grpo_jax.rollout import PromptBatch, Rollout
+from grpo_jax.rollout import Policy, PromptBatch, Rollout
 from grpo_jax.train import scores
 from grpo_jax.train.iteration import Recipe, iterations, learn, log_ratios
 from grpo_jax.train.sharding import (
@@ -70,7 +70,13 @@ class Compiled(NamedTuple):
 
 
 def compile_recipe(
-    recipe: Recipe, shapes: Any, mesh: Mesh, *, dtype: str, warm_optimizer: optax.GradientTransformation
+    recipe: Recipe,
+    shapes: Any,
+    mesh: Mesh,
+    *,
+    dtype: str,
+    warm_optimizer: optax.GradientTransformation,
+    precise: Policy | None = None,
 ) -> Compiled:
     """Jits the functions of a run; they are compiled at their first call.
 
@@ -80,6 +86,7 @@ def compile_recipe(
       mesh: the devices.
       dtype: of matrix products.
       warm_optimizer: of the warm start.
+      precise: the policy with float32 products, for differences of log-probabilities; None: the recipe's has them.
     """
     rows, whole = row_sharding(mesh), replicated(mesh)
     recipe = recipe._replace(
@@ -127,7 +134,9 @@ def compile_recipe(
 
     @jax.jit
     def along(params: Any, direction: Any, step: jax.Array, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-        return scores.along(for_prompts(rollout), params, direction, step, prompts, rollout)
+        return scores.along(
+            for_prompts(rollout)._replace(policy=precise or recipe.policy), params, direction, step, prompts, rollout
+        )
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
     def warm_start_step(state: TrainState, *demonstrations: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -147,7 +156,7 @@ def compile_recipe(
         scores=ScorePrograms(
             pull_back=pull_back,
             along=along,
-            moments=jax.jit(scores.moments),
+            moments=jax.jit(scores.moments, donate_argnums=1),
             whitening=jax.jit(scores.whitening),
             whiten=jax.jit(scores.whiten, out_shardings=(of_params, whole)),
             add=like_params(lambda x, scale, y: jax.tree.map(lambda x, y: x + scale * y, x, y), donate_argnums=0),

@@ -24,7 +24,7 @@ from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.packed_gradient import packed_gradient
 from grpo_jax.train.step import Batch
 
-LARGEST = 1024  # a matrix with a longer side is whitened along that side entry by entry
+LARGEST = 1024  # a side that is longer than this, or than the other side, is whitened entry by entry
 DAMPING = 0.1  # of a side, in units of its mean eigenvalue
 ROUNDS = 18  # of Newton and Schulz
 
@@ -63,7 +63,7 @@ def along(
     """S w: [P, G] the change of log π(completion) along w, (log π_{θ+εw} − log π_{θ−εw})/2ε, in nats.
 
     A central difference is the exact derivative but for ε² and rounding; choose ε so that log-probabilities change by some
-    hundredths of a nat.
+    hundredths of a nat. The policy must compute in float32: bfloat16 rounds such steps away.
 
     Args:
       recipe: of the run.
@@ -84,11 +84,12 @@ def along(
 def moments(gradient: Any, before: Any | None = None) -> Any:
     """For each leaf g [..., m, n], a stack of matrices: Σ g gᵀ [..., m, m] and Σ gᵀ g [..., n, n], added to those ``before``.
 
-    Of a side longer than `LARGEST` only the diagonal is kept, [..., m] or [..., n]. A vector is a matrix of one row.
+    Of a side that is longer than `LARGEST`, or than the other side, only the diagonal is kept, [..., m] or [..., n]. A vector is
+    a matrix of one row.
     """
 
     def side(g: jax.Array) -> jax.Array:
-        return jnp.square(g).sum(-2) if g.shape[-1] > LARGEST else jnp.swapaxes(g, -1, -2) @ g
+        return jnp.square(g).sum(-2) if _is_long(g.shape[-1], g.shape[-2]) else jnp.swapaxes(g, -1, -2) @ g
 
     def leaf(g: jax.Array) -> tuple[jax.Array, jax.Array]:
         matrices = _as_matrices(g)
@@ -113,8 +114,9 @@ def whitening(moments: Any, like: Any) -> Any:
     """
 
     def leaf(x: jax.Array, sides: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        left, right = (_root(sums, n > LARGEST) for sums, n in zip(sides, _as_matrices(x).shape[-2:], strict=True))
-        mean_square = _trace(sides[1], _as_matrices(x).shape[-1] > LARGEST).sum() / x.size
+        m, n = _as_matrices(x).shape[-2:]
+        left, right = _root(sides[0], _is_long(m, n)), _root(sides[1], _is_long(n, m))
+        mean_square = _trace(sides[1], _is_long(n, m)).sum() / x.size
         return left / jnp.where(mean_square > 0, jnp.sqrt(mean_square), 1.0), right
 
     return jax.tree.map(leaf, like, moments)
@@ -126,12 +128,16 @@ def whiten(factors: Any, gradient: Any) -> tuple[Any, jax.Array]:
     def leaf(g: jax.Array, factor: tuple[jax.Array, jax.Array]) -> jax.Array:
         (left, right), matrices = factor, _as_matrices(g)
         m, n = matrices.shape[-2:]
-        matrices = left[..., None] * matrices if m > LARGEST else left @ matrices
-        matrices = matrices * right[..., None, :] if n > LARGEST else matrices @ right
+        matrices = left[..., None] * matrices if _is_long(m, n) else left @ matrices
+        matrices = matrices * right[..., None, :] if _is_long(n, m) else matrices @ right
         return matrices.reshape(g.shape)
 
     white = jax.tree.map(leaf, gradient, factors)
     return white, optax.tree.vdot(gradient, white)
+
+
+def _is_long(side: int, other: int) -> bool:
+    return side > LARGEST or side > other
 
 
 def _as_matrices(x: jax.Array) -> jax.Array:

@@ -52,12 +52,12 @@ CASES = [
     (
         {"slope": 0.0, "attainable": interval(0.45)},
         standing.LIMITED,
-        "at least p† = 0.450 was expected of this network.",
+        "; p† = 0.450 was expected of this network.",
     ),
     (
         {"slope": -0.2, "attainable": interval(0.6)},
         standing.NOISY,
-        "p† = 0.600 was expected of this network, which it missed",
+        "p† = 0.600 was expected of this network",
     ),
     ({"slope": 0.02}, standing.LIMITED, "limited"),  # significant, and small beside the hold
     ({"slope": -0.02}, standing.LIMITED, "limited"),

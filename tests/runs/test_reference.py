@@ -53,12 +53,17 @@ def test_a_run_with_the_same_reference_takes_it_over_bit_for_bit(tmp_path, monke
     monkeypatch.setattr(attainable, "explained_share", None)
     assert train(other, tmp_path / "other", quiet()) == alone
 
-    # Another seed, task or group size has another reference, or another R².
-    for name, change in (
-        ("seed", {"seed": 1}),
-        ("group", {"rollout__group_size": 2}),
-        ("lr", {"warm_start__batch": 8}),
-    ):
-        config = tiny_config(**options, **change)
-        share_reference(tmp_path / name, identity(config), [tmp_path / "first"])
+    # Groups of another size have the same reference, and another R².
+    config = tiny_config(**options, rollout__group_size=2)
+    share_reference(tmp_path / "group", identity(config), [tmp_path / "first"])
+    assert (tmp_path / "group" / "reference.json").exists()
+    assert not (tmp_path / "group" / "attainable.json").exists()
+
+    # Another seed or warm start has another reference; and a folder without a config is passed by.
+    (tmp_path / "first" / "config.json").rename(tmp_path / "config.json")
+    share_reference(tmp_path / "none", identity(first), [tmp_path / "first"])
+    (tmp_path / "config.json").rename(tmp_path / "first" / "config.json")
+    for name, change in (("seed", {"seed": 1}), ("batch", {"warm_start__batch": 8})):
+        share_reference(tmp_path / name, identity(tiny_config(**options, **change)), [tmp_path / "first"])
         assert not (tmp_path / name).exists()
+    assert not (tmp_path / "none").exists()

@@ -77,8 +77,16 @@ def test_too_little_is_refused(pull, fits, message):
         explained_share(np.ones(pull), np.ones(fits))
 
 
+def test_what_is_not_finite_is_refused():
+    pull, fits = parts(np.random.default_rng(2), Q=6, n=5, dimensions=8, r2=0.7, ridge=1.0)
+    fits[0, 1, 2, 3] = np.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        explained_share(pull, fits)
+
+
 def test_how_many_samples_would_do():
     assert samples_needed(Explained(0.0625, 0.0, 0.25, np.zeros(1), 0.0), 24) == 24 * 9
+    assert samples_needed(Explained(1e-9, 0.0, 0.2, np.zeros(1), 0.0), 24) == 96
     assert samples_needed(Explained(0.0, 0.0, 0.2, np.zeros(1), 0.0), 24) == 96
 
 

@@ -175,6 +175,9 @@ def test_where_this_network_ends_is_shown_where_it_was_measured(run_directory, t
         wanted = predict_attainable([0, 5, 20, 50], 100, beta=beta, weights=weights, r2=Mean(**r2), confidence=0.9)
         assert row["attainable"] == pytest.approx({"mean": wanted.mean, "low": wanted.low, "high": wanted.high})
         assert row["p_ref"] < wanted.mean < row["p_star"]
+    other = numbers(tmp_path, "plan", f"--from={run_directory}", "--beta=1", "--group_size=8")
+    assert other["r2"] is None  # the pull of groups of 8 is another
+    capsys.readouterr()
     for broken in ({"r2": {"mean": 0.5}}, {"r2": {"mean": 0.5, "low": 0.6, "high": 0.7}}, {"r2": 3}):
         path.write_text(json.dumps(broken), encoding="utf-8")
         refused(["plan", f"--from={run_directory}", "--beta=1"], '"r2" must be mean, low and high', capsys)
