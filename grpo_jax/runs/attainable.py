@@ -33,7 +33,7 @@ ITERATIONS = 30  # of training, that the measurement may cost where the number o
 MOVED = 0.03  # nats by which log-probabilities change in a finite difference, root mean square
 NEAR, FAR = 3.0, 30.0  # factors of it that are good enough, and too much for one batch
 ROUNDS = 10  # of looking for such a difference
-GRADIENTS = 2  # at least, of which the white coordinates are made
+GRADIENTS = 4  # at least, of which the white coordinates are made
 
 
 class Undetermined(Exception):
@@ -122,14 +122,14 @@ def sizes(config: Any, num_prompts: int) -> tuple[int, int]:
 
     All prompts and a third of attainable.samples; where that is not set, as many as cost `ITERATIONS` iterations, of fewer
     prompts if all would have less than `LEAST` samples. In forward passes over a completion, an iteration costs 5: one to
-    sample, one of the reference, three for a gradient. Here one is to sample, two are for the white coordinates, of each step
+    sample, one of the reference, three for a gradient. Here one is to sample, four are for the white coordinates, of each step
     two score and three are for a gradient; at the end four score what a fit has not seen.
     """
     c, batch = config.attainable, config.evaluate.batch_samples
     if c.samples is not None:
         return num_prompts, c.samples // PARTS
     completions = config.data.prompts_per_iteration * config.rollout.group_size
-    affordable = int(ITERATIONS * 5 * completions / (5 * c.steps + 7)) // PARTS  # of a part
+    affordable = int(ITERATIONS * 5 * completions / (5 * c.steps + 9)) // PARTS  # of a part
     chosen = min(num_prompts, max(2, affordable // LEAST))
     n = max(LEAST, affordable // chosen)
     if n > batch:  # whole batches, and so many that there are `LEAST`
