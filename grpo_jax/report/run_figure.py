@@ -49,7 +49,7 @@ def _plot_iterations(
         axes.axhline(star["mean"], color=PREDICTED, linewidth=1.2, label=r"predicted $p^*$ and its band")
     if least := result.get("attainable"):
         axes.axhspan(least["low"], least["high"], color=ATTAINABLE, alpha=0.2, linewidth=0)
-        label = r"attainable $p^\dagger$ of this network"
+        label = r"attainable $p^\dagger$, from a lower bound on $R^2$"
         axes.axhline(least["mean"], color=ATTAINABLE, linewidth=1.2, label=label)
     if iterates is not None:
         label = r"exact iterates $p_n=h(p_{n-1})$"
@@ -107,7 +107,7 @@ def _plot_prompts(axes: Any, result: dict[str, Any]) -> None:
         axes.plot(p_ref[order], star, color=PREDICTED, linewidth=1.2, label=r"predicted $p^*(p_\mathrm{ref})$")
     if "attainable" in prompts:
         order = np.argsort(p_ref)
-        label = r"attainable $p^\dagger(p_\mathrm{ref})$"
+        label = r"attainable $p^\dagger(p_\mathrm{ref})$, likewise"
         axes.plot(p_ref[order], prompts["attainable"][order], color=ATTAINABLE, linewidth=1.2, label=label)
     style = {"color": MEASURED, "markersize": 3.5, "alpha": 0.7, "linestyle": "none"}
     axes.plot(p_ref, prompts["p_final"], "o", label="measured, per prompt", **style)
