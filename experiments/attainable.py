@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 
-from experiments.runs import result_of
+from experiments.runs import band, result_of
 from grpo_jax.files import read_json
 
 HEAD = "| run | R² | p_ref | p\\* | p† | p̂ | KL | useful |"
@@ -52,12 +52,6 @@ LONG = [
 
 def row(name: str, result: dict[str, Any]) -> str:
     """A line of the table."""
-
-    def band(interval: dict[str, float] | None) -> str:
-        if interval is None:
-            return "not determined"
-        return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
-
     ledger = result["ledger"]
     cells = [name, band(result["measured"].get("r2")), f"{result['p_ref']['mean']:.3f}", band(result["p_star"])]
     cells += [band(result.get("attainable")), band(result["p_final"])]

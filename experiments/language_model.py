@@ -17,6 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.recurrence import Gains, fitted, gains_of
+from experiments.runs import band
 from experiments.theory.figures import INK, line, marker, new_figure, save, title
 from grpo_jax.files import read_json, read_jsonl
 
@@ -62,10 +63,6 @@ def read_runs(sweep: Path) -> list[tuple[dict[str, Any], dict[str, Any], list[di
 
 def table(runs: list[Any]) -> str:
     """The runs as Markdown."""
-
-    def band(x: dict[str, float], digits: int = 3) -> str:
-        return f"{x['mean']:.{digits}f} [{x['low']:.{digits}f}, {x['high']:.{digits}f}]"
-
     head = HEAD.format(n=runs[0][0]["iterations"])
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
     for result, _, _ in runs:

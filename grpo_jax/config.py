@@ -31,6 +31,8 @@ _CHOICES = {
     "data.too_long": ("error", "drop"),
 }
 
+ATTAINABLE_PARTS, ATTAINABLE_LEAST = 3, 4  # parts of attainable.samples, and samples of a prompt in each, at least
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message lists every one of ``conflicts``."""
@@ -224,9 +226,11 @@ def _division_conflicts(config: Any, num_devices: int, training: bool) -> Iterat
     for key in ("samples", "final_samples"):
         if config.evaluate[key] > most and config.evaluate[key] % most:
             yield f"evaluate.{key}={config.evaluate[key]} is not a multiple of evaluate.batch_samples={most}"
-    asked, parts = config.attainable.samples, 3
-    if asked is not None and (asked % parts or asked < 4 * parts):
-        yield f"attainable.samples={asked} must be a multiple of {parts}, and at least {4 * parts}: {parts} parts of 4"
+    asked, parts, least = config.attainable.samples, ATTAINABLE_PARTS, ATTAINABLE_LEAST
+    if asked is not None and (asked % parts or asked < least * parts):
+        yield (
+            f"attainable.samples={asked} must be a multiple of {parts}, and at least {least * parts}: {parts} parts of {least}"
+        )
     elif asked is not None and asked // parts > most and asked // parts % most:
         yield f"attainable.samples={asked}: a third is more than evaluate.batch_samples={most}, and no multiple of it"
     if training and samples < config.evaluate.samples:

@@ -94,7 +94,7 @@ def in_words(result: dict[str, Any]) -> str:
     p_ref, p_final, rising = result["p_ref"]["mean"], result["p_final"]["mean"], result.get("trend")
     followed = f"the policy has followed {ledger['followed']['mean']:.2f} of the pull" if "followed" in ledger else ""
     parted = f"; {followed}" if followed else ""
-    parted += _least(result)
+    parted += _expected(result)
     moved = f"{rising['mean']:+.3f} from the third quarter of the run to the last" if rising else ""
     if standing == HOPELESS:
         counted = (
@@ -153,7 +153,7 @@ def in_words(result: dict[str, Any]) -> str:
     )
 
 
-def _least(result: dict[str, Any]) -> str:
+def _expected(result: dict[str, Any]) -> str:
     """What was said of this network before training, for a policy below p*."""
     if "attainable" not in result:
         return ""

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.config import ATTAINABLE_LEAST as LEAST
+from grpo_jax.config import ATTAINABLE_PARTS as PARTS
 from grpo_jax.files import read_json, write_json
 from grpo_jax.objective import Objective
-from grpo_jax.report.forecast import group_weights
+from grpo_jax.report.forecast import group_weights, interval_dict
 from grpo_jax.report.progress import progress
 from grpo_jax.rollout import PromptBatch, Rollout
 from grpo_jax.runs.directory import ATTAINABLE
@@ -27,8 +29,6 @@ from grpo_jax.runs.setup import put_prompts
 from grpo_jax.theory.explained import explained_share, samples_needed
 from grpo_jax.train.iteration import role_key
 
-PARTS = 3
-LEAST = 4  # samples of a prompt in a part
 ITERATIONS = 30  # of training, that the measurement may cost where the number of samples is not set
 MOVED = 0.03  # nats by which log-probabilities change in a finite difference, root mean square
 NEAR, FAR = 3.0, 30.0  # factors of it that are good enough, and too much for one batch
@@ -45,12 +45,12 @@ class Samples(NamedTuple):
 
     Attributes:
       places: [P] of the prompts among those of the regression.
-      first: number of the first sample.
+      samples: which of their samples.
       prompts, rollout: P prompts with G completions each.
     """
 
     places: np.ndarray
-    first: int
+    samples: slice
     prompts: PromptBatch
     rollout: Rollout
 
@@ -159,7 +159,7 @@ def _measure(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
                     fits[a, k] = scores.along(fit, parts[k])
             line.update((a + 1) * (steps + 1), f"explains {share:.2f} of its own samples")
     found = explained_share(np.stack([part.pull for part in parts]), fits, config.evaluate.confidence)
-    measured = {"r2": {"mean": found.r2, "low": found.low, "high": found.high}, "naive": found.naive}
+    measured = {"r2": interval_dict(found.r2, found.low, found.high), "naive": found.naive}
     shares = [None if np.isnan(share) else share for share in found.shares.tolist()]
     measured |= {"shares": shares, "prompts": probed[chosen].tolist(), "of": len(run.setup.task.examples)}
     needed = samples_needed(found, PARTS * n) if found.low <= 0 else None
@@ -173,12 +173,12 @@ def _sample(run: Run, params: Any, before: dict[str, Any], chosen: np.ndarray, p
     batches, rewards = [], np.zeros((Q, n))
     for places in np.split(np.arange(Q), range(batch, Q, batch)):
         rows, first = setup.probed[chosen[places]], 0
+        prompts = put_prompts(setup, rows)[0]
         options = {"samples": n, "batch_samples": min(n, run.config.evaluate.batch_samples)}
         for judged in judged_samples(run, params, None, key, rows, **options):
-            size = judged.rewards.shape[1]
-            batches.append(Samples(places, first, put_prompts(setup, rows)[0], judged.rollout))
-            rewards[places, first : first + size] = judged.rewards
-            first += size
+            samples = slice(first, first := first + judged.rewards.shape[1])
+            batches.append(Samples(places, samples, prompts, judged.rollout))
+            rewards[places, samples] = judged.rewards
     # The pull at the measured p_ref, with one success and one failure more, as Ω may be infinite at 0 and 1.
     p_ref = (np.array(before["successes"])[chosen] + 1) / (before["trials"] + 2)
     weights = group_weights(setup.recipe.objective, run.config.rollout.group_size)
@@ -258,10 +258,9 @@ class Scores:
         for _ in range(ROUNDS):
             step, squares, count = self.length / size, 0.0, 0
             for batch in part.batches:
-                width = batch.rollout.mask.shape[1]
                 arguments = jnp.float32(step), batch.prompts, batch.rollout
                 change = np.asarray(self.programs.along(self.params, direction, *arguments), float)
-                changes[batch.places, batch.first : batch.first + width] = change
+                changes[batch.places, batch.samples] = change
                 squares, count = squares + np.square(change).sum(), count + change.size
                 moved = step * np.sqrt(squares / count)
                 if not MOVED / FAR <= moved <= FAR * MOVED:
@@ -272,8 +271,7 @@ class Scores:
         raise Undetermined("no step along the parameters moves log-probabilities by some hundredths of a nat")
 
     def _pull_back(self, batch: Samples, values: np.ndarray) -> Any:
-        width = batch.rollout.mask.shape[1]
-        weights = jnp.asarray(values[batch.places, batch.first : batch.first + width], jnp.float32)
+        weights = jnp.asarray(values[batch.places, batch.samples], jnp.float32)
         return self.programs.pull_back(self.params, batch.prompts, batch.rollout, weights)
 
 

@@ -72,16 +72,16 @@ def test_a_run_measures_it_once_and_shows_p_dagger_beside_p_star(tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    "changes",
     [
-        ({"evaluate__batch_samples": 1, "attainable__samples": None}, None),
-        ({"data__prompts_per_iteration": 8, "evaluate__prompts": 11}, None),  # a last batch that is smaller
-        ({"model__dtype": "bfloat16"}, None),
+        {"evaluate__batch_samples": 1, "attainable__samples": None},
+        {"data__prompts_per_iteration": 8, "evaluate__prompts": 11},  # a last batch that is smaller
+        {"model__dtype": "bfloat16"},
     ],
 )
-def test_sizes_and_types_of_all_kinds_are_measured(tmp_path, changes, reason):
+def test_sizes_and_types_of_all_kinds_are_measured(tmp_path, changes):
     _, measured, _ = run(tmp_path / "a", **({"attainable__samples": 24} | changes))
-    assert measured.get("reason") == reason
+    assert "reason" not in measured
     assert np.isfinite(measured["naive"])
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_measured_is_left_out_and_the_run_goes_on(tmp_path, monke
         "no prompt both succeeded and failed" if broken == "no success in a part" else "no step along the parameters"
     )
     assert words in measured["reason"]
-    assert words in printed.replace("\n", " ") or words.split()[0] in printed
+    assert words in " ".join(printed.split())
     assert "attainable" not in result
     assert result["p_final"]["mean"] > 0
 
