@@ -116,7 +116,7 @@ def draw(runs: list[Any], network: dict[str, float], by_run: list[Gains], out: P
     title(right, (words + "[{intercept_low:+.2f}, {intercept_high:+.2f}]").format(**network))
     result, config, _ = runs[0]
     words = CAPTION.format(
-        model=Path(config["model.path"]).name,
+        model=flags.FLAGS.name or Path(config["model.path"]).name,
         prompts=len(result["prompts"]["p_ref"]),
         group=result["group_size"],
         betas=" and ".join(f"β = {beta:g}" for beta in betas),
@@ -151,5 +151,6 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("sweep", "runs/smollm2", "folder of the sweep")
+    flags.DEFINE_string("name", None, "of the model, in the figure's caption; its folder's by default")
     flags.DEFINE_string("out", None, "folder to write to; the sweep's by default")
     app.run(main)
