@@ -47,8 +47,9 @@ def make_attainable(
     weights = group_weights(objective, group_size)
     if "r2" not in measured or measured["needed"] or weights is None:
         return None
-    r2 = theory.Mean(**measured["r2"])
-    return theory.predict_attainable(successes, trials, beta=beta, weights=weights, r2=r2, confidence=confidence)
+    setting: dict[str, Any] = {"beta": beta, "weights": weights, "confidence": confidence}
+    shares = measured["shares"] if len(measured["shares"]) == len(successes) else None  # else of some prompts alone
+    return theory.predict_attainable(successes, trials, r2=theory.Mean(**measured["r2"]), shares=shares, **setting)
 
 
 def interval_dict(mean: Any, low: Any, high: Any) -> dict[str, float]:

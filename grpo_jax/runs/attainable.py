@@ -160,8 +160,11 @@ def _measure(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
             line.update((a + 1) * (steps + 1), f"explains {share:.2f} of its own samples")
     found = explained_share(np.stack([part.pull for part in parts]), fits, config.evaluate.confidence)
     measured = {"r2": interval_dict(found.r2, found.low, found.high), "naive": found.naive}
-    shares = [None if np.isnan(share) else share for share in found.shares.tolist()]
-    measured |= {"shares": shares, "prompts": probed[chosen].tolist(), "of": len(run.setup.task.examples)}
+    measured |= {
+        "shares": found.shares.tolist(),
+        "prompts": probed[chosen].tolist(),
+        "of": len(run.setup.task.examples),
+    }
     needed = samples_needed(found, PARTS * n) if found.low <= 0 else None
     return measured | {"samples": PARTS * n, "steps": steps, "needed": needed}
 

@@ -14,6 +14,10 @@ function of the scores, so that by the inequality of Cauchy and Schwarz
 
 with equality where fits shrink all parts of f* alike. They do not: what few samples or few steps do not find is left out. So
 this is a bound from below, which rises with the samples.
+
+The same covariances prompt by prompt, C_i, say which share ρ_i = (V/C)⁻¹ C_i/Var y_i of its own pull each follows. Few samples
+leave noise in them, so they are shrunk towards R²: with C_ik of part k, whose spread over the parts is the noise σ²Var y_i, and
+τ² what the ρ_i vary beyond it, ρ_i counts by τ²/(τ² + σ²/Var y_i) (James and Stein).
 """
 
 from itertools import combinations
@@ -27,8 +31,8 @@ class Explained(NamedTuple):
     """How much of the pull the scores explain.
 
     r2, low, high: the bound C²/(V Var y) on R², and its interval from a jackknife over prompts; within [0, 1].
-    shares: [Q] ρ_i of the mean fit at its best scale, of each prompt: the share of the pull on its log-odds that is followed.
-      Nan for a prompt whose samples all failed or all succeeded.
+    shares: [Q] ρ_i of the mean fit at its best scale, of each prompt: the share of the pull on its log-odds that is followed,
+      shrunk towards r2 by its noise; r2 for a prompt whose samples all failed or all succeeded. It may be negative, or above 1.
     naive: 1 − Var(y − f)/Var y of single fits on the other parts: the same without the correction.
     """
 
@@ -60,15 +64,14 @@ def explained_share(pull: np.ndarray, fits: np.ndarray, confidence: float = 0.95
     >>> found.r2, found.shares.tolist(), found.naive
     (1.0, [1.0, 1.0], 0.75)
     """
-    K, Q, n = _checked(pull, fits)
-    covariance = lambda x, y: _centred(x) * _centred(y)  # noqa: E731
+    K, Q = _checked(pull, fits)
     pairs = [(a, k) for a in range(K) for k in range(K) if a != k]
     triples = [(a, b, k) for a, b in combinations(range(K), 2) for k in range(K) if k not in (a, b)]
-    total = lambda terms: np.mean([x.sum(-1) for x in terms], axis=0) / (n - 1)  # noqa: E731  # [Q]
-    of_pull = total([covariance(pull[k], pull[k]) for k in range(K)])
-    common = total([covariance(pull[k], fits[a, k]) for a, k in pairs])  # C
-    of_fit = total([covariance(fits[a, k], fits[b, k]) for a, b, k in triples])  # V
-    of_one = total([covariance(fits[a, k], fits[a, k]) for a, k in pairs])
+    by_part = [np.mean([_covariance(pull[k], fits[a, k]) for a in range(K) if a != k], axis=0) for k in range(K)]
+    of_pulls = np.stack([_covariance(pull[k], pull[k]) for k in range(K)])  # [K, Q]
+    of_pull, common = of_pulls.mean(0), np.mean(by_part, axis=0)  # [Q] Var y and C
+    of_fit = np.mean([_covariance(fits[a, k], fits[b, k]) for a, b, k in triples], axis=0)  # V
+    of_one = np.mean([_covariance(fits[a, k], fits[a, k]) for a, k in pairs], axis=0)
     if not of_pull.sum() > 0:
         raise ValueError("the pull is 0 everywhere: no prompt both succeeded and failed")
 
@@ -78,7 +81,7 @@ def explained_share(pull: np.ndarray, fits: np.ndarray, confidence: float = 0.95
     spread = np.sqrt((Q - 1) / Q * np.square(without_one - without_one.mean()).sum())
     half_width = NormalDist().inv_cdf((1 + confidence) / 2) * spread
     scale = max(common.sum(), 0.0) / of_fit.sum() if of_fit.sum() > 0 else 0.0
-    shares = np.divide(scale * common, of_pull, out=np.full(Q, np.nan), where=of_pull > 0)
+    shares = _shrunk(scale * np.stack(by_part), of_pulls, max(r2, 0.0))
     naive = float((2 * common.sum() - of_one.sum()) / of_pull.sum())
     low, mean, high = np.clip([r2 - half_width, r2, r2 + half_width], 0.0, 1.0).tolist()
     return Explained(mean, low, high, shares, naive)
@@ -97,6 +100,23 @@ def samples_needed(found: Explained, samples: int) -> int:
     return samples * min(100, int(np.ceil(times)))
 
 
+def _shrunk(common: np.ndarray, of_pulls: np.ndarray, r2: float) -> np.ndarray:
+    """ρ_i [Q] from the covariances C_ik and Var y_ik of each part [K, Q], shrunk towards r2; see the head of this file."""
+    parts, of_pull = len(common), of_pulls.mean(0)
+    seen = of_pull > 0
+    size = np.where(seen, of_pull, 1.0)
+    shares = np.where(seen, common.mean(0) / size, r2)
+    noise = np.square(common - shares * of_pulls).sum() / (parts * (parts - 1)) / of_pull.sum()  # σ²
+    spread = (of_pull * np.square(shares - r2)).sum() / of_pull.sum() - noise * seen.sum() / of_pull.sum()  # τ²
+    counts = spread / (spread + noise / size) if spread > 0 else np.zeros(len(shares))
+    return r2 + np.where(seen, counts, 0.0) * (shares - r2)
+
+
+def _covariance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of the samples of each prompt [..., n]."""
+    return (_centred(x) * _centred(y)).sum(-1) / (x.shape[-1] - 1)
+
+
 def _bound(sums: np.ndarray) -> float:
     common, of_fit, of_pull = sums
     return float(common**2 / (of_fit * of_pull)) if min(common, of_fit, of_pull) > 0 else 0.0
@@ -106,7 +126,7 @@ def _centred(x: np.ndarray) -> np.ndarray:
     return x - x.mean(-1, keepdims=True)
 
 
-def _checked(pull: np.ndarray, fits: np.ndarray) -> tuple[int, int, int]:
+def _checked(pull: np.ndarray, fits: np.ndarray) -> tuple[int, int]:
     if pull.ndim != 3 or fits.shape != (len(pull), *pull.shape):
         raise ValueError(f"pull must be [K, Q, n] and fits [K, K, Q, n], got {pull.shape} and {fits.shape}")
     K, Q, n = pull.shape
@@ -115,4 +135,4 @@ def _checked(pull: np.ndarray, fits: np.ndarray) -> tuple[int, int, int]:
         raise ValueError("pull and fits must be finite")
     if K < 3 or Q < 2 or n < 2:
         raise ValueError(f"{K} parts of {Q} prompts with {n} samples: at least 3, 2 and 2 are needed")
-    return K, Q, n
+    return K, Q

@@ -19,6 +19,7 @@ from grpo_jax.theory.weights import Weights, upward
 
 KLS = ("reverse", "forward", "none")
 SATURATED = 0.99
+LEVELS = tuple((np.arange(16) + 0.5) / 16)  # of a posterior's quantiles that stand for it
 BESIDE = 1e-9  # how near to a fold, on either side, it is
 
 
@@ -161,21 +162,24 @@ def predict_attainable(
     beta: float,
     weights: Weights,
     r2: Mean,
+    shares: ArrayLike | None = None,
     confidence: float = 0.95,
 ) -> Attainable:
     """The success probabilities at which a network ends that lets a share R² of the pull through, as `predict` has p*.
 
-    p† = `attainable_point` of p_ref is averaged over the posterior of p_ref, at one R² for all prompts.
+    p† = `attainable_point` of p_ref is averaged over the posterior of p_ref: the mean over prompts at one R² for all, and each
+    prompt at its own ρ_i, if they are known.
 
     Args:
       successes, trials, beta, weights, confidence: as for `predict`.
       r2: R² with its interval, as `explained_share` finds it; where it is a bound from below, so is p†.
+      shares: [Q] ρ_i of each prompt, likewise; cut to [0, 1].
 
     Returns:
       `Attainable`.
 
     Raises:
-      ValueError: R² or an end of its interval lies outside [0, 1]; counts as for `predict`.
+      ValueError: R² or an end of its interval lies outside [0, 1], or shares do not fit; counts as for `predict`.
 
     Source: derived in theory/attainable.py.
 
@@ -187,8 +191,17 @@ def predict_attainable(
     if not all(0 <= share <= 1 for share in r2):
         raise ValueError(f"r2={tuple(r2)} must be in [0, 1]")
     with jax.enable_x64(True):
-        posterior = posterior_of(*(np.asarray(x) for x in _counts(successes, trials)))
-        return attainable_of(posterior, beta=float(beta), weights=weights, r2=r2, confidence=confidence)
+        k, n = (np.asarray(x) for x in _counts(successes, trials))
+        posterior = posterior_of(k, n)
+        found = attainable_of(posterior, beta=float(beta), weights=weights, r2=r2, confidence=confidence)
+        if shares is None:
+            return found
+        if np.shape(shares) != k.shape or not np.isfinite(shares).all():
+            raise ValueError(f"shares must be one finite number for each of {k.size} prompts, got {np.shape(shares)}")
+        each = jnp.broadcast_to(jnp.clip(jnp.asarray(shares, float), 0.0, 1.0), (len(LEVELS), k.size))
+        logits = jnp.asarray(quantiles(posterior, LEVELS)[:, posterior.row])
+        ends = attainable_point(logits, beta=float(beta), weights=weights, r2=each, logits=True)
+        return found._replace(prompts=np.asarray(jax.nn.sigmoid(ends)).mean(0))
 
 
 def attainable_of(posterior: Posterior, *, beta: float, weights: Weights, r2: Mean, confidence: float) -> Attainable:

@@ -55,13 +55,41 @@ def test_its_own_part_is_never_read_and_constants_of_a_prompt_do_not_matter():
     assert np.isfinite(found.shares).all()
 
 
-def test_a_prompt_without_both_outcomes_has_no_share_and_changes_nothing():
+def test_a_prompt_without_both_outcomes_has_the_share_of_all():
     pull, fits = parts(np.random.default_rng(2), Q=6, n=5, dimensions=8, r2=0.7, ridge=1.0)
     pull[:, 2] = 0.0
     found = explained_share(pull, fits)
-    assert np.flatnonzero(np.isnan(found.shares)).tolist() == [2]
+    assert found.shares[2] == found.r2
+    assert found.shares[1] != found.r2
     with pytest.raises(ValueError, match="no prompt both succeeded and failed"):
         explained_share(0 * pull, fits)
+
+
+def test_shares_of_prompts_are_nearer_to_the_truth_than_one_for_all_and_than_raw_ones():
+    rng = np.random.default_rng(3)
+    Q, n, r2 = 60, 8, 0.5
+    errors = []
+    for _ in range(20):
+        # The same function of every prompt, of which prompt i has the share ρ_i in its pull.
+        truth = rng.uniform(0.2, 0.8, Q)
+        features = rng.normal(size=(K, Q, n))
+        pull = truth[:, None] ** 0.5 * features + (1 - truth[:, None]) ** 0.5 * rng.normal(size=(K, Q, n))
+        fits = np.stack([truth[:, None] ** 0.5 * features + 0.5 * rng.normal(size=(K, Q, n)) for _ in range(K)])
+        found = explained_share(pull, fits)
+        centred = pull - pull.mean(-1, keepdims=True)
+        raw = np.mean([centred[k] * fits[a, k] for a in range(K) for k in range(K) if a != k], axis=0).sum(-1)
+        raw /= np.square(centred).mean(0).sum(-1)
+        errors.append([np.sqrt(np.mean((x - truth) ** 2)) for x in (found.shares, np.full(Q, r2), raw)])
+    shrunk, one_for_all, raw = np.mean(errors, axis=0)
+    assert shrunk < 0.85 * one_for_all
+    assert shrunk < 0.85 * raw
+
+
+def test_where_all_prompts_have_one_share_they_are_given_nearly_that():
+    rng = np.random.default_rng(4)
+    found = explained_share(*parts(rng, Q=50, n=8, dimensions=20, r2=0.5, ridge=10.0))
+    assert found.shares.std() < 0.06
+    assert abs(found.shares.mean() - found.r2) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -105,3 +133,12 @@ def test_the_predicted_end_of_a_network_is_the_table_at_one_and_the_reference_at
     assert wide.low < exact.low < exact.high < wide.high
     with pytest.raises(ValueError, match="must be in"):
         predict_attainable(counts, 100, r2=Mean(0.4, -0.1, 0.6), **options)
+    # Each prompt at its own share, which the mean does not know of.
+    each = predict_attainable(counts, 100, r2=Mean(0.4, 0.3, 0.5), shares=[1.4, 0.4, -0.2], **options)
+    at_one = predict_attainable(counts, 100, r2=Mean(0.4, 0.3, 0.5), **options)
+    assert each[:3] == at_one[:3]
+    np.testing.assert_allclose(each.prompts[0], all_.prompts[0], atol=3e-3)
+    np.testing.assert_allclose(each.prompts[1], at_one.prompts[1], atol=3e-3)
+    np.testing.assert_allclose(each.prompts[2], none.prompts[2], atol=3e-3)
+    with pytest.raises(ValueError, match="one finite number for each of 3 prompts"):
+        predict_attainable(counts, 100, r2=Mean(0.4, 0.3, 0.5), shares=[0.5, np.nan, 0.5], **options)
