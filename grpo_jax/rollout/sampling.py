@@ -127,8 +127,9 @@ def sample_groups(
       first_sample: sample index of the group's first member, to sample more completions of the same prompts.
       stop_table: [states, V] integers; a row starts in state 0, a token takes it from state s to ``stop_table[s, token]``, and
         the last state ends the completion.
-      vmap_axis: name of an axis of `jax.vmap` around this call, or several. Its members then make their steps together, until
-        the last of them is done; without it, vmap would turn every step into a choice between the old and the new cache.
+      vmap_axis: name of an axis of `jax.vmap` or `jax.shard_map` around this call, or several. Its members then make their steps
+        together, until the last of them is done; without it, vmap would turn every step into a choice between the old and the
+        new cache.
       stages: how the rows are decoded, which changes time and not the result; None chooses, see `choose_stages`.
 
     Returns:

@@ -90,15 +90,17 @@ def rollout_shardings(rows: Any, whole: Any) -> Any:
 def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str) -> Callable[..., Rollout]:
     """``sample`` with the prompts' rows spread over data and fsdp, where their number allows it.
 
-    Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. What fsdp spreads is
-    gathered once, before the first token, in the type that the matrix products cast it to anyway.
+    Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. Its transfers may wait
+    for all devices, so that with it all make their steps together, until the last row has ended. What fsdp spreads is gathered
+    once, before the first token, in the type that the matrix products cast it to anyway.
 
     Args:
-      sample: (params, prompts, key, first_sample=0, **options) -> `Rollout`.
+      sample: (params, prompts, key, first_sample=0, **options) -> `Rollout`; with the option ``vmap_axis`` of `sample_groups`.
       mesh: the devices.
       shapes: of the parameters, with shardings.
       dtype: of matrix products.
     """
+    together = {"vmap_axis": ROWS[0]} if mesh.shape["tensor"] > 1 else {}
 
     def cast(leaf: jax.Array, shape: Any) -> jax.Array:
         return leaf.astype(dtype) if "fsdp" in shape.sharding.spec else leaf
@@ -108,7 +110,7 @@ def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dty
             return sample(params, prompts, key, first_sample=first_sample, **options)
 
         def of_device(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: jax.Array) -> Rollout:
-            rollout = sample(params, prompts, key, first_sample=first_sample, **options)
+            rollout = sample(params, prompts, key, first_sample=first_sample, **together, **options)
             # The share of useful work of all devices: tokens over row-steps, each summed.
             tokens = rollout.mask.sum(dtype=jnp.float32)
             tokens, work = jax.lax.psum((tokens, tokens / rollout.useful), ROWS[0])
