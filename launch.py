@@ -4,6 +4,8 @@ A run started again with the same config and run directory resumes, or shows its
 --mode=evaluate measures a checkpoint of the run directory; --mode=estimate says what memory each device needs.
 --sweep="objective.beta=0.1,0.3,1; seed=0,1" runs every combination one after the other, each in its own directory inside
 runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
+On several hosts, the same command on each, with --processes=auto where the machine knows of the others (Cloud TPU, GKE, Slurm,
+Open MPI), or --coordinator=HOST:PORT --num_processes=N --process_id=I; the run directory must be a folder that all of them see.
 Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config.
 """
 
@@ -43,6 +45,14 @@ _SWEEP = flags.DEFINE_string(
     "Runs every combination of values of config keys, one after the other: 'objective.beta=0.1,0.3,1; seed=0,1,2'. Values are "
     "read as --config.KEY=VALUE is; finished points are skipped, others resumed, failed ones tried again, last.",
 )
+_PROCESSES = flags.DEFINE_enum("processes", None, ["auto"], "The other processes of this run are found by the machine.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 of several listens.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this command.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", lower_bound=0)
+_WAIT = flags.DEFINE_integer("wait", 120, "Seconds to wait for the other processes.", lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat", 100, "Seconds after which a silent process counts as dead, and the others end.", lower_bound=1
+)
 _LIST = flags.DEFINE_boolean("list", False, "With --sweep: show every point and how far it is, and run nothing.")
 
 
@@ -61,10 +71,12 @@ def main(arguments: list[str]) -> None:
         stop("--sweep is for --mode=train", EXIT_USAGE)
     if _LIST.value and _SWEEP.value is None:
         stop("--list shows the points of a --sweep", EXIT_USAGE)
+    check_processes()
     if _DEVICES.value is not None:
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value)}
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
+    from grpo_jax import processes
     from grpo_jax.config import ConfigError
     from grpo_jax.runs.errors import Preempted, RunError
     from grpo_jax.runs.evaluation import evaluate
@@ -72,6 +84,14 @@ def main(arguments: list[str]) -> None:
     from grpo_jax.runs.memory import estimate
 
     try:
+        if _PROCESSES.value or _COORDINATOR.value:
+            processes.initialize(
+                coordinator=_COORDINATOR.value,
+                number=_NUM_PROCESSES.value,
+                own=_PROCESS_ID.value,
+                timeout=_WAIT.value,
+                heartbeat=_HEARTBEAT.value,
+            )
         match _MODE.value:
             case "train" if _SWEEP.value is not None:
                 sweep(_CONFIG.value, _SWEEP.value, workdir)
@@ -89,6 +109,18 @@ def main(arguments: list[str]) -> None:
         stop(str(error) or type(error).__name__, EXIT_FAILED)
     except KeyboardInterrupt:
         stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
+
+
+def check_processes() -> None:
+    """Refuses flags of several processes that do not go together."""
+    given = [flag.name for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if flag.value is not None]
+    if _PROCESSES.value and given:
+        stop(f"--processes=auto finds out what --{given[0]} says: give one of them", EXIT_USAGE)
+    if given and len(given) < 3:
+        stop("--coordinator, --num_processes and --process_id go together", EXIT_USAGE)
+    own, number = _PROCESS_ID.value, _NUM_PROCESSES.value
+    if own is not None and number is not None and own >= number:
+        stop(f"--process_id={own} must be below --num_processes={number}", EXIT_USAGE)
 
 
 def sweep(config: Any, text: str, workdir: str | Path) -> None:
@@ -152,8 +184,10 @@ def explained(error: Exception) -> str:
 
 
 def stop(message: str, code: int) -> None:
-    """Ends with one message on stderr."""
+    """Ends with one message on stderr; of several processes, whatever the others do."""
     print(f"launch.py: {message}", file=sys.stderr)
+    if (_PROCESSES.value or _COORDINATOR.value) and "grpo_jax.processes" in sys.modules:
+        sys.modules["grpo_jax.processes"].leave(code)
     sys.exit(code)
 
 

@@ -35,7 +35,7 @@ HEAD = (
 
 def gains_of_network(result: dict[str, Any], config: dict[str, Any]) -> Gains:
     """Gains in log-odds of a finished run over those that p† predicts, of the same prompts as `gains_of`."""
-    table = gains_of(result, config)
+    table = gains_of(result, config, end="attainable")
     prompts = result["prompts"]
     rows = result["measured"]["prompts"]
     assert len(rows) == len(prompts["p_ref"]), "p† of all prompts"
@@ -119,7 +119,7 @@ def draw(runs: list[Any], network: dict[str, float], by_run: list[Gains], out: P
         model=flags.FLAGS.name or Path(config["model.path"]).name,
         prompts=len(result["prompts"]["p_ref"]),
         group=result["group_size"],
-        betas=" and ".join(f"β = {beta:g}" for beta in betas),
+        betas="β = " + ", ".join(f"{beta:g}" for beta in betas),
     )
     numbers = {
         "fit": network,
@@ -135,7 +135,7 @@ def main(_: list[str]) -> None:
     sweep = Path(flags.FLAGS.sweep)
     runs = read_runs(sweep)
     by_run = [gains_of_network(result, config) for result, config, _ in runs]
-    network, as_table = fitted(by_run), fitted([gains_of(result, config) for result, config, _ in runs])
+    network, as_table = fitted(by_run), fitted([gains_of(*run[:2], end="attainable") for run in runs])
     text = table(runs)
     numbers = (
         "slope {slope:.3f} [{slope_low:.3f}, {slope_high:.3f}], "

@@ -81,18 +81,18 @@ def gains(
     return Gains(pull[shown], (logits[1] - logits[0])[shown], np.sqrt(variance)[shown], np.flatnonzero(shown))
 
 
-def gains_of(result: dict[str, Any], config: dict[str, Any]) -> Gains:
-    """`gains` of a finished run, from what its result.json and its config.json hold."""
+def gains_of(result: dict[str, Any], config: dict[str, Any], *, end: str = "p_star") -> Gains:
+    """`gains` of a finished run, from what its result.json and its config.json hold; ``end`` names the prediction there."""
     choices = {field.name: config.get(f"objective.{field.name}") for field in fields(Objective)}
     objective = named_objective(config["objective.name"], **choices)
-    if objective.kl_direction != "reverse" or objective.anchor != "reference" or "p_star" not in result["prompts"]:
+    if objective.kl_direction != "reverse" or objective.anchor != "reference" or end not in result["prompts"]:
         raise ValueError(
             f"the recurrence is that of KL(π‖π_ref), and a run of {config['objective.name']} has another end"
         )
     beta, trials, prompts = config["objective.beta"], config["evaluate.final_samples"], result["prompts"]
     before, after = (np.rint(np.array(prompts[name]) * trials) for name in ("p_ref", "p_final"))
     weights = theory.Group(result["group_size"], **objective.normaliser())
-    return gains(before, after, np.array(prompts["p_star"]), trials=trials, beta=beta, weights=weights)
+    return gains(before, after, np.array(prompts[end]), trials=trials, beta=beta, weights=weights)
 
 
 def fitted(runs: list[Gains], confidence: float = 0.95) -> dict[str, float]:

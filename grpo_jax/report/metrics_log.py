@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.files import read_jsonl, write_text
+from grpo_jax.processes import common, is_main
 
 METRICS, PERF, TENSORBOARD = "metrics.jsonl", "perf.jsonl", "tensorboard"
 
 
 class MetricsLog:
-    """The metrics files of a run; rows are dicts with an integer "iteration" and a "phase".
+    """The metrics files of a run, which main writes; rows are dicts with an integer "iteration" and a "phase".
 
     Args:
       directory: of the run.
@@ -24,6 +25,11 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, *, after: int | None):
+        self._files: dict[str, Any] = {}
+        self._board: Any = None
+        common(lambda: self._open(directory, after))
+
+    def _open(self, directory: Path, after: int | None) -> None:
         from tensorboardX import SummaryWriter
 
         for name in (METRICS, PERF):
@@ -34,6 +40,8 @@ class MetricsLog:
 
     def write(self, row: dict[str, Any], *, file: str = METRICS) -> None:
         """Appends one row; numbers whose names have a slash also go to TensorBoard."""
+        if not is_main():
+            return
         self._files[file].write(_line(row))
         for name, value in row.items():
             if "/" in name and isinstance(value, int | float):
@@ -41,6 +49,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Returns when every row is on disk; call it before a checkpoint that claims them."""
+        common(self._flush)
+
+    def _flush(self) -> None:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -48,7 +59,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Ends the log: every row is then on disk, and none can follow."""
-        self.flush()
+        if not is_main():  # it may end because another process has failed, and so waits for none
+            return
+        self._flush()
         for file in self._files.values():
             file.close()
         self._board.close()

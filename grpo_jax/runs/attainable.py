@@ -17,17 +17,19 @@ import numpy as np
 
 from grpo_jax.config import ATTAINABLE_LEAST as LEAST
 from grpo_jax.config import ATTAINABLE_PARTS as PARTS
-from grpo_jax.files import read_json, write_json
+from grpo_jax.files import read_json
 from grpo_jax.objective import Objective
+from grpo_jax.processes import common, host, put
 from grpo_jax.report.forecast import group_weights, interval_dict
 from grpo_jax.report.progress import progress
 from grpo_jax.rollout import PromptBatch, Rollout
-from grpo_jax.runs.directory import ATTAINABLE
+from grpo_jax.runs.directory import ATTAINABLE, load, save
 from grpo_jax.runs.measurement import judged_samples
 from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
 from grpo_jax.theory.explained import explained_share, samples_needed
 from grpo_jax.train.iteration import role_key
+from grpo_jax.train.sharding import row_sharding
 
 ITERATIONS = 30  # of training, that the measurement may cost where the number of samples is not set
 MOVED = 0.03  # nats by which log-probabilities change in a finite difference, root mean square
@@ -82,16 +84,16 @@ def measured_attainable(run: Run, params: Any, before: dict[str, Any]) -> dict[s
     """
     path, c = run.directory / ATTAINABLE, run.config
     asked = {"samples": c.attainable.samples, "steps": c.attainable.steps, "confidence": c.evaluate.confidence}
-    stored = _stored(path)
+    stored = common(lambda: _stored(path))
     if stored is None or stored["asked"] != asked:
         reason = refusal(c, run.setup.recipe.objective, before)
         try:
             stored = {"reason": reason} if reason else _measure(run, params, before)
         except Undetermined as undetermined:
             stored = {"reason": str(undetermined)}
-        write_json(path, stored | {"asked": asked})
+        save(path, stored | {"asked": asked})
         check_preempted(run)
-    return read_json(path)
+    return load(path)
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
@@ -262,7 +264,7 @@ class Scores:
             step, squares, count = self.length / size, 0.0, 0
             for batch in part.batches:
                 arguments = jnp.float32(step), batch.prompts, batch.rollout
-                change = np.asarray(self.programs.along(self.params, direction, *arguments), float)
+                change = host(self.programs.along(self.params, direction, *arguments)).astype(float)
                 changes[batch.places, batch.samples] = change
                 squares, count = squares + np.square(change).sum(), count + change.size
                 moved = step * np.sqrt(squares / count)
@@ -274,7 +276,8 @@ class Scores:
         raise Undetermined("no step along the parameters moves log-probabilities by some hundredths of a nat")
 
     def _pull_back(self, batch: Samples, values: np.ndarray) -> Any:
-        weights = jnp.asarray(values[batch.places, batch.samples], jnp.float32)
+        weights = values[batch.places, batch.samples].astype(np.float32)
+        weights = put(weights, row_sharding(self.run.setup.mesh, len(weights)))
         return self.programs.pull_back(self.params, batch.prompts, batch.rollout, weights)
 
 

@@ -1,21 +1,24 @@
-"""Checkpoints by Orbax, with what it does not give: digests of every leaf, and a fall-back to the newest step that is intact.
+"""Checkpoints by Orbax, with what it does not give: checksums of every leaf, and a fall-back to the newest step that is intact.
 
 Orbax commits a step atomically, but restores flipped bits without a word and offers an empty directory as the latest step. So
-each step carries the SHA-256 of its leaves, and a step that does not match is put aside, never deleted.
+each step carries checksums of its leaves, and a step that does not match is put aside, never deleted. They are sums made where
+the leaves lie, so that nothing is gathered, and the same however a leaf is spread.
 """
 
 import hashlib
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
+from grpo_jax.processes import common, host, together
 from grpo_jax.runs.errors import CheckpointError
 
 
@@ -35,7 +38,7 @@ class Checkpoints:
           CheckpointError: nothing was saved (disk full, no permission, a step that is not newer than the last); earlier steps are
             untouched.
         """
-        meta = meta | {"digests": digests(state)}
+        meta = meta | {"checksums": checksums(state)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
             with _quiet():
@@ -61,18 +64,18 @@ class Checkpoints:
           CheckpointError: there are checkpoints and none can be restored; a run must not silently start over.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in common(lambda: sorted(self._manager.all_steps(), reverse=True)):
             try:
-                restored = self.restore(step, like)
+                restored = together(partial(self.restore, step, like))
             except Exception as error:  # whatever is wrong with it, the older step may be good
                 damaged[step] = _first_line(error)
                 continue
             for bad, reason in damaged.items():
-                self._put_aside(bad, reason)
+                common(partial(self._put_aside, bad, reason))
             if damaged:
                 self._manager.reload()  # Orbax remembers the steps it has seen
             return step, *restored
-        aside = [path.name for path in self._directory.glob("*.corrupt*")]
+        aside = common(lambda: [path.name for path in self._directory.glob("*.corrupt*")])
         if damaged or aside:
             reasons = [f"  - {step}: {reason}" for step, reason in damaged.items()] + [f"  - {name}" for name in aside]
             raise CheckpointError(
@@ -87,11 +90,15 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like), meta=ocp.args.JsonRestore())
         with _quiet():
             restored = self._manager.restore(step, args=arguments)
-        expected, actual = restored["meta"].pop("digests"), digests(restored["state"])
+        state, meta = restored["state"], restored["meta"]
+        if "digests" in meta:  # of versions that stored SHA-256
+            expected, actual = meta.pop("digests"), _sha256(state)
+        else:
+            expected, actual = meta.pop("checksums"), checksums(state)
         if expected != actual:
             wrong = [name for name in actual if actual[name] != expected.get(name)]
-            raise ValueError(f"the data of {', '.join(wrong[:3])} changed on disk (SHA-256)")
-        return restored["state"], restored["meta"]
+            raise ValueError(f"the data of {', '.join(wrong[:3])} changed on disk (checksums)")
+        return state, meta
 
     def _put_aside(self, step: int, reason: str) -> None:
         number = sum(1 for _ in self._directory.glob(f"{step}.corrupt*"))
@@ -104,21 +111,47 @@ class Checkpoints:
         self._manager.close()
 
 
-def digests(tree: Any) -> dict[str, str]:
-    """{path of leaf: SHA-256 of its type, shape and bytes}.
+def checksums(tree: Any) -> dict[str, str]:
+    """{path of leaf: its type, shape and two sums}; equal for equal bits, on whatever devices they lie.
 
-    >>> import jax.numpy as jnp
-    >>> a, b = digests({"w": jnp.zeros(2)}), digests({"w": jnp.zeros(2).at[0].set(1e-45)})
+    The sums are Σ_k w_k·bits_k modulo 2³² over the entries k, with two odd weights for each. So a change of a single entry
+    always changes both, because an odd w has an inverse; of others, one in 2⁶⁴ would not be seen.
+
+    >>> a, b = checksums({"w": jnp.zeros(2)}), checksums({"w": jnp.zeros(2).at[0].set(1e-45)})
     >>> list(a) == ["w"] and a["w"] != b["w"]
     True
     """
-
-    def digest(leaf: Any) -> str:
-        array = np.asarray(leaf)
-        return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): digest(leaf) for path, leaf in leaves}
+    sums = {jax.tree_util.keystr(path, simple=True, separator="/"): _sums(leaf) for path, leaf in leaves}
+    types = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, (_, leaf) in zip(sums, leaves, strict=True)}
+    return {name: f"{types[name]} {''.join(f'{n:08x}' for n in host(both).tolist())}" for name, both in sums.items()}
+
+
+@jax.jit
+def _sums(leaf: jax.Array) -> jax.Array:
+    """[2] uint32, see `checksums`."""
+    bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+    width = min(bits.dtype.itemsize, 4)
+    bits = jax.lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * width}")).astype(jnp.uint32)
+    number = jnp.zeros(bits.shape, jnp.uint32)  # of the entry, in row-major order
+    for axis, size in enumerate(bits.shape):
+        number = number * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+
+    def weighted(factor: int) -> jax.Array:
+        mixed = (number + jnp.uint32(1)) * jnp.uint32(factor)
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
+        return (bits * ((mixed ^ (mixed >> 12)) | jnp.uint32(1))).sum(dtype=jnp.uint32)
+
+    return jnp.stack([weighted(0x9E3779B1), weighted(0x85EBCA77)])
+
+
+def _sha256(tree: Any) -> dict[str, str]:
+    """{path of leaf: SHA-256 of its type, shape and bytes}."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): host(leaf) for path, leaf in leaves}
+    return {
+        name: hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest() for name, x in arrays.items()
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,7 @@
-"""The run directory: one process at a time, one config for ever, and files that are written whole or not at all."""
+"""The run directory: one run at a time, one config for ever, and files that are written whole or not at all.
+
+Of several processes of a run, main reads and writes; what it finds, or fails with, is what all of them find or fail with.
+"""
 
 import fcntl
 import json
@@ -8,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.files import read_json, write_json
+from grpo_jax import processes
+from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.runs.errors import RunDirectoryError
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
-ATTAINABLE = "attainable.json"
+ATTAINABLE, LOCK = "attainable.json", "lock"
 
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
 # What attainable.json holds is measured again where attainable.* has changed; no iteration knows of it.
@@ -54,17 +58,35 @@ def open_run_directory(
         Nothing has been changed then.
     """
     with lock_directory(path, flag=flag) as path:
-        if contents(path) > {CONFIG}:
-            check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
-        else:
-            write_json(path / CONFIG, config)
+        processes.common(lambda: _belong(path, config, changeable, flag))
         yield path
+
+
+def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], flag: str) -> None:
+    if contents(path) > {CONFIG}:
+        check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
+    else:
+        write_json(path / CONFIG, config)
 
 
 @contextmanager
 def lock_directory(path: Path, *, flag: str = "--workdir=PATH") -> Iterator[Path]:
     """Creates a directory if need be, and holds its lock; see `open_run_directory`."""
     path = path.expanduser().resolve()
+    with processes.held_by_main(lambda: _lock(path, flag)):
+        processes.together(lambda: _check_shared(path, flag))
+        yield path
+
+
+def _check_shared(path: Path, flag: str) -> None:
+    if not (path / LOCK).exists():
+        raise RunDirectoryError(
+            f"{path} is not shared by all processes: choose a folder that each host sees, with {flag}"
+        )
+
+
+@contextmanager
+def _lock(path: Path, flag: str) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = contents(path)
@@ -72,7 +94,7 @@ def lock_directory(path: Path, *, flag: str = "--workdir=PATH") -> Iterator[Path
             raise RunDirectoryError(
                 f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with {flag}"
             )
-        lock = (path / "lock").open("a+")
+        lock = (path / LOCK).open("a+")
     except OSError as error:
         raise RunDirectoryError(
             f"cannot use {path} as run directory: {error.strerror or error}. Choose another with {flag}"
@@ -88,12 +110,12 @@ def lock_directory(path: Path, *, flag: str = "--workdir=PATH") -> Iterator[Path
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        yield path
+        yield
 
 
 def contents(path: Path) -> set[str]:
     """Names in a run directory, without those that bind nobody: the lock, a torn config, the folder of evaluations."""
-    return {p.name for p in path.iterdir()} - {"lock", f".{CONFIG}.tmp", EVALUATIONS}
+    return {p.name for p in path.iterdir()} - {LOCK, f".{CONFIG}.tmp", EVALUATIONS}
 
 
 def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...], advice: str) -> None:
@@ -120,3 +142,18 @@ def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...
     if differing:
         lines = [f"  - {k}: {stored.get(k)!r} there, {config.get(k)!r} now" for k in differing]
         raise RunDirectoryError("\n".join([f"{path} belongs to another config:", *lines, advice]))
+
+
+def has(path: Path) -> bool:
+    """Whether a file or folder of the directory is there."""
+    return processes.common(path.exists)
+
+
+def load(path: Path) -> Any:
+    """The value of a JSON file of the directory; errors as of `read_json`."""
+    return processes.common(lambda: read_json(path))
+
+
+def save(path: Path, value: Any) -> None:
+    """Writes a file of the directory, whole or not at all: text as it is, any other value as JSON."""
+    processes.common(lambda: write_text(path, value) if isinstance(value, str) else write_json(path, value))

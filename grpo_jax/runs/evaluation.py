@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +22,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from grpo_jax.config import task_options, validate
+from grpo_jax.config import flat, task_options, validate
 from grpo_jax.files import read_json, write_json, write_jsonl, write_text
+from grpo_jax.processes import check_alike, common, host
 from grpo_jax.report import evaluation_numbers, evaluation_page
 from grpo_jax.report.evaluation_numbers import majority_at_k, powers_of_two
 from grpo_jax.report.ledger import Tally, ledger_of_run, log_ratio_sums
 from grpo_jax.report.progress import progress
-from grpo_jax.runs.directory import EVALUATIONS, RESULT, lock_directory, open_run_directory
+from grpo_jax.runs.directory import EVALUATIONS, RESULT, has, load, lock_directory, open_run_directory
 from grpo_jax.runs.errors import RunDirectoryError
 from grpo_jax.runs.measured_policy import (
     CHANGEABLE,
@@ -43,6 +45,7 @@ from grpo_jax.runs.measurement import check_verifier, judged_samples
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup
 from grpo_jax.tasks import Task, Verdict
+from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.verifiers import import_path
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
@@ -108,22 +111,24 @@ def evaluate(
         raise RunDirectoryError(f"--name={name[:100]!r} must be letters, digits and . _ + - only: it names one folder")
     task, objective = validate(config, num_devices=jax.device_count(), training=False)
     workdir = Path(workdir).expanduser().resolve()
+    check_alike(flat(config) | task_identity(task) | {"--checkpoint": checkpoint, "--name": name})
     with ExitStack() as stack:
         # The policy to measure, and the directory of its evaluation.
         with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
-            stored = stored_config(workdir, config)
+            stored = common(lambda: stored_config(workdir, config))
             setup = make_setup(config, task, objective, training=False)
             check_alphabet(config, setup, stored)
             policy = find_policy(config, setup, workdir, checkpoint, has_run=stored is not None)
         identity, folder = identity_of(config, setup.task, policy), workdir / EVALUATIONS
-        path = folder / name if name else choose_directory(folder, config, setup.task, policy, identity, stored)
+        chosen = lambda: choose_directory(folder, config, setup.task, policy, identity, stored).name  # noqa: E731
+        path = folder / (name or common(chosen))
         options: dict[str, Any] = {"changeable": CHANGEABLE, "flag": "--name=NAME"}
         directory = stack.enter_context(open_run_directory(path, identity, **options))
 
         # Finished before?
-        if (directory / RESULT).exists():
-            shutil.rmtree(directory / BLOCKS, ignore_errors=True)  # left where the last step was killed
-            result = read_json(directory / RESULT)
+        if has(directory / RESULT):
+            common(lambda: shutil.rmtree(directory / BLOCKS, ignore_errors=True))  # left where the last step was killed
+            result = load(directory / RESULT)
             message = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
             say(console, f"{message}:")
             show(console, evaluation_page.result_lines(result))
@@ -133,7 +138,7 @@ def evaluate(
         pool = stack.enter_context(VerifierPool(setup.task.verify, **settings))
         signals = stack.enter_context(sigterm_as_flag())
         run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
-        before = reference_counts(workdir, setup, identity, stored)
+        before = common(lambda: reference_counts(workdir, setup, identity, stored))
         return measure_and_write(run, policy, before, dropped=len(task.examples) - len(setup.task.examples))
 
 
@@ -179,13 +184,17 @@ def measure_and_write(
         ledger = ledger_of_run(c, run.setup.recipe.objective, before, tally, group_size=before["group_size"])
         result |= {} if ledger is None else {"ledger": ledger.means, "reference": before["source"]}
     shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
-    write_jsonl(directory / "prompts.jsonl", rows)
-    write_jsonl(directory / "samples.jsonl", samples)
-    write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
-    evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
-    write_text(directory / "report.md", evaluation_page.page(result, header, shown, samples))
-    write_json(directory / RESULT, result)
-    shutil.rmtree(directory / BLOCKS)
+
+    def write() -> None:
+        write_jsonl(directory / "prompts.jsonl", rows)
+        write_jsonl(directory / "samples.jsonl", samples)
+        write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
+        evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
+        write_text(directory / "report.md", evaluation_page.page(result, header, shown, samples))
+        write_json(directory / RESULT, result)
+        shutil.rmtree(directory / BLOCKS)
+
+    common(write)
     show(run.console, evaluation_page.result_lines(result))
     files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
     say(run.console, f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}")
@@ -204,23 +213,22 @@ def _measure(run: Run, policy: MeasuredPolicy) -> tuple[list[dict[str, Any]], li
             counts.update({"prompts": 1} | {k: row[k] for k in ("successes", "trials")})
             verdicts.update(row["verdicts"])
 
-    for path in paths:
-        if path.exists():
-            count(_read_block(path))
+    measured = common(lambda: {path.name: _read_block(path) for path in paths if path.exists()})
+    for block in measured.values():
+        count(block)
     if counts:
         say(run.console, f"resuming after {counts['prompts']:,} of {len(probed):,} prompts")
     with progress(run.console, "prompts", total=len(probed), done=counts["prompts"]) as line:
         for number, path in enumerate(paths):
-            if path.exists():
+            if path.name in measured:
                 continue
             check_preempted(run)
             block = _measure_block(run, policy, probed[number * batch : (number + 1) * batch])
             count(block)
             check_verifier(run, verdicts)
-            path.parent.mkdir(exist_ok=True)
-            write_text(path, json.dumps(block))
+            common(partial(_write_block, path, block))
             line.update(counts["prompts"], f"success {counts['successes'] / counts['trials']:.3f}")
-    blocks = [_read_block(path) for path in paths]  # what an unbroken evaluation and a resumed one both read
+    blocks = common(lambda: [_read_block(path) for path in paths])  # what an unbroken and a resumed one both read
     return [row for b in blocks for row in b["prompts"]], [row for b in blocks for row in b["samples"]]
 
 
@@ -249,13 +257,13 @@ def judged_completions(
     at_once = min(run.config.data.prompts_per_iteration, len(run.setup.probed))
     options["num_prompts"] = math.ceil(at_once / shards) * shards
     by_prompt: list[list[Completion]] = [[] for _ in rows]
-    for judged in judged_samples(run, policy.params, ref_params, key, rows, **options):
+    for judged in judged_samples(run, policy.params, ref_params, key, rows, texts=True, **options):
         assert judged.texts is not None and judged.verdicts is not None  # an evaluation has a verifier on the host
         columns: list[Any] = [judged.rewards, judged.rollout.mask.sum(-1), judged.rollout.truncated]
-        rewards, tokens, truncated = (np.asarray(x).reshape(-1).tolist() for x in columns)
+        rewards, tokens, truncated = (host(x).reshape(-1).tolist() for x in columns)
         ratios = [None] * len(rewards)
         if judged.log_ratios is not None:
-            ratios = np.asarray(judged.log_ratios).reshape(-1).tolist()
+            ratios = host(judged.log_ratios).reshape(-1).tolist()
         group_size = len(rewards) // len(rows)
         lines = zip(judged.texts, judged.verdicts, rewards, tokens, truncated, ratios, strict=True)
         for number, line in enumerate(lines):
@@ -309,6 +317,11 @@ def _answer(task: Task, x: Completion) -> str | None:
         return task.answer(x.text)
     except Exception:  # a crash here ends nothing, as in a verifier: no answer, no vote
         return None
+
+
+def _write_block(path: Path, block: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, json.dumps(block))
 
 
 def _read_block(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from grpo_jax import theory
 from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
-from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.processes import check_alike, common, put
 from grpo_jax.report import forecast, live_forecast, run_figure, run_page, run_result, standing
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
@@ -22,18 +22,18 @@ from grpo_jax.report.progress import progress
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
-from grpo_jax.runs.directory import RESULT, open_run_directory
+from grpo_jax.runs.directory import RESULT, has, load, open_run_directory, save
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
 from grpo_jax.train.optimizer import averaged_params
-from grpo_jax.train.sharding import sharded_shapes
+from grpo_jax.train.sharding import row_sharding, sharded_shapes
 from grpo_jax.train.step import TrainState
 
 
@@ -57,9 +57,11 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
     task, objective = validate(config, num_devices=jax.device_count())
     with ExitStack() as stack:
         # A config only names its data and its verifier; their digests are stored too, so that a change is noticed.
-        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task)))
-        if (directory / RESULT).exists():
-            result = read_json(directory / RESULT)
+        identity = flat(config) | task_identity(task)
+        check_alike(identity)
+        directory = stack.enter_context(open_run_directory(Path(workdir), identity))
+        if has(directory / RESULT):
+            result = load(directory / RESULT)
             say(console, f"{directory} holds a finished run:")
             show(console, run_page.result_lines(result))
             return result
@@ -125,7 +127,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         over = {"iterations": averaged_iterations(config)}
         say(console, f"the same of the parameters' average over the last {over['iterations']} iterations")
         average = _measure_end(run, average_params, ref_params, before) | over
-    rows = read_metrics(run.directory / METRICS)
+    rows = common(lambda: read_metrics(run.directory / METRICS))
     rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
     of_ledger = {} if after["ledger"] is None else after["ledger"].row()
     rows.append(forecast.probe_row(config.train.iterations, after, c.confidence) | of_ledger)
@@ -139,11 +141,12 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         visited = config.data.prompts_per_iteration / len(setup.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
         recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **setting)
-    run_figure.plot_run(run.directory / "figure.png", rows=probes, result=result, iterates=recursion)
+    figure = run.directory / "figure.png"
+    common(lambda: run_figure.plot_run(figure, rows=probes, result=result, iterates=recursion))
     samples = {"before": before["examples"], "after": after["examples"]}
-    write_json(run.directory / "samples.json", samples)
-    write_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
-    write_json(run.directory / RESULT, result)  # last: where it is, the run is finished
+    save(run.directory / "samples.json", samples)
+    save(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
+    save(run.directory / RESULT, result)  # last: where it is, the run is finished
     show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun
     say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")
@@ -199,7 +202,7 @@ def run_iterations(
         say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
     table = put_table(setup) if setup.compiled.iterate else None
     log = MetricsLog(run.directory, after=n or None)
-    history = read_metrics(run.directory / METRICS)
+    history = common(lambda: read_metrics(run.directory / METRICS))
     try:
         if n == 0:
             log.write(forecast.probe_row(0, before, c.evaluate.confidence))
@@ -238,7 +241,7 @@ def run_iterations(
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
                 line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")
                 # Save, where it is time, and when the run must stop.
-                if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
+                if n % c.checkpoint.interval == 0 or n == c.train.iterations or must_stop(run):
                     log.flush()  # a checkpoint vouches for the rows before it
                     key = jax.random.key_data(run.base_key).tolist()
                     checkpoints.save(n, state, {"data_position": n, "base_key": key})
@@ -287,7 +290,7 @@ def advance(
     judged = judge(run.setup, run.pool, index, rollout, answers, answer_mask)
     # 4 to 8 learn
     key = role_key(run.base_key, "minibatches", done + 1)
-    rewards = jnp.asarray(judged.rewards)
+    rewards = put(judged.rewards, row_sharding(run.setup.mesh))
     state, metrics = compiled.learn(state, ref_params, prompts, rollout, rewards, key, beta, learning_rate)
     row = {name: float(x) for name, x in metrics.items()}
     row |= {f"verdict/{name}": number for name, number in judged.verdict_counts().items()}

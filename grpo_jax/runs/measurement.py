@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.processes import everyone, host, of_rows, own_rows, together
 from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
 from grpo_jax.runs.errors import VerifierFailed
@@ -31,7 +32,7 @@ class Judged(NamedTuple):
     Attributes:
       rollout: P prompts with G completions each.
       rewards: [P, G] float32, as training gives them: of the verifier on the device where there is one.
-      texts, verdicts: row by row, of the verifier on the host; None without one.
+      texts, verdicts: row by row, of the verifier on the host; None without one, and texts where they are not asked for.
       log_ratios: [P, G] log π/π_ref in nats; None without a reference, and where it is the policy itself.
     """
 
@@ -118,10 +119,11 @@ def measure(
         )
         for number, judged in enumerate(batches):
             rollout, against_itself = judged.rollout, np.zeros_like(judged.rewards)
-            log_ratios = against_itself if judged.log_ratios is None else np.asarray(judged.log_ratios)
+            log_ratios = against_itself if judged.log_ratios is None else host(judged.log_ratios)
             successes[places] += judged.rewards.sum(-1).astype(np.int64)
             powers[places] += log_ratio_sums(judged.rewards, log_ratios)
-            sums += [np.asarray(x, np.float64).sum() for x in (log_ratios, rollout.mask.sum(-1), rollout.truncated)]
+            counted = log_ratios, host(rollout.mask.sum(-1)), host(rollout.truncated)
+            sums += [x.astype(np.float64).sum() for x in counted]
             verdicts.update(judged.verdict_counts())
             if number == 0 and examples:
                 texts += _examples(setup, judged, rows, shown)
@@ -165,6 +167,7 @@ def judged_samples(
     batch_samples: int,
     greedy: bool = False,
     num_prompts: int | None = None,
+    texts: bool = False,
 ) -> Iterator[Judged]:
     """``samples`` completions of each prompt, ``batch_samples`` at a time.
 
@@ -177,6 +180,7 @@ def judged_samples(
       greedy: take the most probable tokens; use with samples=1.
       num_prompts: the batch is filled up to so many prompts, so that a smaller last batch is not compiled anew; what was added is
         dropped.
+      texts: whether they are kept.
     """
     setup = run.setup
     prompts, answers, answer_mask = put_prompts(setup, rows if num_prompts is None else np.resize(rows, num_prompts))
@@ -189,7 +193,7 @@ def judged_samples(
         arrays = rollout, answers, answer_mask, log_ratios
         if len(rows) < len(prompts.index):
             arrays = jax.tree.map(lambda x: x[: len(rows)] if x.ndim else x, arrays)
-        yield judge(setup, run.pool, rows, *arrays[:3])._replace(log_ratios=arrays[3])
+        yield judge(setup, run.pool, rows, *arrays[:3], texts=texts)._replace(log_ratios=arrays[3])
 
 
 def judge(
@@ -199,32 +203,50 @@ def judge(
     rollout: Rollout,
     answers: jax.Array,
     answer_mask: jax.Array,
+    *,
+    texts: bool = False,
 ) -> Judged:
     """The rewards of a rollout: on the device where the task verifies there, else in the worker processes.
+
+    Each process of the run judges the rows of its own devices, and all learn the verdicts.
 
     Args:
       setup: of the run.
       pool: worker processes, which judge the texts; None where the verifier on the device is enough.
       rows: [P] of the dataset.
       rollout, answers, answer_mask: of these rows.
+      texts: whether they are kept.
     """
     verify, group_size = setup.compiled.verify, rollout.mask.shape[1]
-    rewards = None if verify is None else np.asarray(verify(rollout, answers, answer_mask), np.float32)
+    rewards = None if verify is None else host(verify(rollout, answers, answer_mask)).astype(np.float32)
     if pool is None:
         assert rewards is not None
         return Judged(rollout, rewards, None, None)
-    texts = decode(setup, rollout)
-    targets = [setup.task.examples[i].target for i in rows.tolist() for _ in range(group_size)]
-    verdicts = pool.verify(texts, targets, np.asarray(rollout.truncated).reshape(-1).tolist())
+
+    own = own_rows(rollout.mask)
+
+    def judge_own() -> list[tuple[str, str]]:
+        """(text, verdict) of the completions of the own rows."""
+        completions, mask, truncated = (of_rows(x, own) for x in (rollout.completions, rollout.mask, rollout.truncated))
+        written = decode(setup, completions, mask)
+        targets = [setup.task.examples[i].target for i in rows[own].tolist() for _ in range(group_size)]
+        verdicts = pool.verify(written, targets, truncated.reshape(-1).tolist())
+        return list(zip(written, verdicts, strict=True))
+
+    judged = together(judge_own)
+    by_row: dict[int, list[Any]] = {}
+    for numbers, pairs in everyone([own.tolist(), judged if texts else [(None, verdict) for _, verdict in judged]]):
+        by_row |= {row: pairs[i * group_size : (i + 1) * group_size] for i, row in enumerate(numbers)}
+    in_order = [pair for row in sorted(by_row) for pair in by_row[row]]
+    verdicts = [Verdict(verdict) for _, verdict in in_order]
     if rewards is None:
         rewards = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(-1, group_size)
-    return Judged(rollout, rewards, texts, verdicts)
+    return Judged(rollout, rewards, [text for text, _ in in_order] if texts else None, verdicts)
 
 
-def decode(setup: Setup, rollout: Rollout) -> list[str]:
-    """Texts of all completions, row by row, without the stop token; a stop string stays."""
-    length = rollout.mask.shape[-1]
-    tokens, mask = (np.asarray(x).reshape(-1, length) for x in (rollout.completions, rollout.mask))  # [B, T]
+def decode(setup: Setup, completions: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Texts of completions [..., T], row by row, without the stop token; a stop string stays."""
+    tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (completions, mask))  # [B, T]
     lengths = mask.sum(-1)  # [B]
     last = np.take_along_axis(tokens, np.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]  # [B]
     # The stop token is inside the mask, as the last token of a completion that was not truncated.
@@ -236,8 +258,7 @@ def _examples(setup: Setup, judged: Judged, rows: np.ndarray, shown: np.ndarray)
     """Prompt, target and the first four completions of those rows that are shown."""
     few = min(4, judged.rewards.shape[1])
     places, rollout = np.flatnonzero(np.isin(rows, shown)), judged.rollout
-    part = rollout._replace(completions=rollout.completions[places, :few], mask=rollout.mask[places, :few])
-    texts = iter(decode(setup, part))
+    texts = iter(decode(setup, *(host(x[places, :few]) for x in (rollout.completions, rollout.mask))))
     return [
         {
             "prompt": setup.task.examples[rows[place]].prompt,

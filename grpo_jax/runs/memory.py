@@ -140,7 +140,7 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
 
 def check_memory(lasting: dict[str, int]) -> None:
     """Raises RunError where a device reports less memory than what lasts needs."""
-    limit, needed = (jax.devices()[0].memory_stats() or {}).get("bytes_limit"), sum(lasting.values())
+    limit, needed = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), sum(lasting.values())
     if limit is not None and needed > limit:
         raise RunError(
             f"{', '.join(lasting)} need {format_bytes(needed)} per device, which has {format_bytes(limit)}: "

@@ -10,7 +10,17 @@ from grpo_jax.files import read_json, write_json
 from grpo_jax.report.metrics_log import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
-from grpo_jax.runs.directory import ATTAINABLE, CHANGEABLE, REFERENCE, check_same, contents, open_run_directory
+from grpo_jax.runs.directory import (
+    ATTAINABLE,
+    CHANGEABLE,
+    REFERENCE,
+    check_same,
+    contents,
+    has,
+    load,
+    open_run_directory,
+    save,
+)
 from grpo_jax.runs.errors import RunDirectoryError, WarmStartFailed
 from grpo_jax.runs.measurement import measure, measure_in_full
 from grpo_jax.runs.run import Run, check_preempted, say
@@ -22,11 +32,11 @@ def measured_reference(run: Run) -> dict[str, Any]:
 
     The parameters are stored before they are measured, so a run that is killed in between does not train them again.
     """
-    if not (run.directory / REFERENCE).exists():
+    if not has(run.directory / REFERENCE):
         params = reference_params(run)
-        write_json(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
+        save(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
         check_preempted(run)
-    return read_json(run.directory / REFERENCE)
+    return load(run.directory / REFERENCE)
 
 
 # Keys that decide how a policy is trained, and nothing of its reference; the first of them nothing of its R² either.

@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from grpo_jax import processes
 from grpo_jax.runs.errors import Preempted
 from grpo_jax.runs.setup import Setup
 from grpo_jax.tasks.workers import VerifierPool
@@ -48,8 +49,8 @@ def machine_lines(run: Run) -> list[tuple[str, str]]:
 
 
 def terminal() -> Console:
-    """The console where a run prints by default; as wide as the terminal, or 120 characters in a file."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    """The console where a run prints by default; as wide as the terminal, or 120 characters in a file. Main alone speaks."""
+    return Console(width=None if sys.stdout.isatty() else 120, quiet=not processes.is_main())
 
 
 def say(console: Console, text: str) -> None:
@@ -67,10 +68,15 @@ def show(console: Console, lines: list[tuple[str, str]]) -> None:
     console.print(grid)
 
 
+def must_stop(run: Run) -> bool:
+    """Whether SIGTERM has arrived, at this process or at another."""
+    return processes.stop_requested(run.signals)
+
+
 def check_preempted(run: Run) -> None:
     """Raises Preempted once SIGTERM has arrived; call it where everything worth keeping is on disk."""
-    if run.signals:
-        raise Preempted(f"stopped by signal {run.signals[0]}; the same command resumes the run in {run.directory}")
+    if must_stop(run):
+        raise Preempted(f"stopped by SIGTERM; the same command resumes the run in {run.directory}")
 
 
 @contextmanager
@@ -87,8 +93,11 @@ def sigterm_as_flag() -> Iterator[list[int]]:
 def sigterm_handler(handler: Callable[[int, Any], None]) -> Iterator[Any]:
     """Sets a SIGTERM handler, yields the previous one, and restores it.
 
-    Outside of the main thread it does nothing and yields None.
+    Outside of the main thread it does nothing and yields None, and so it does among several processes, which have jax's own.
     """
+    if processes.count() > 1:
+        yield None
+        return
     try:
         before = signal.signal(signal.SIGTERM, handler)
     except ValueError:  # not in the main thread

@@ -33,6 +33,7 @@ from grpo_jax.models import (
     read_config,
 )
 from grpo_jax.objective import Objective
+from grpo_jax.processes import put
 from grpo_jax.rollout import Layout, Policy, PromptBatch, sample_groups
 from grpo_jax.tasks import Task
 from grpo_jax.train.compiled import Compiled, compile_recipe
@@ -193,12 +194,12 @@ def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh, *, preci
 
 def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:
     """(prompts, answers, answer_mask) of the rows ``index`` of the dataset, spread over the mesh where it divides them."""
-    return jax.device_put(_rows(setup, index), row_sharding(setup.mesh, len(index)))
+    return put(_rows(setup, index), row_sharding(setup.mesh, len(index)))
 
 
 def put_table(setup: Setup) -> tuple[PromptBatch, jax.Array, jax.Array]:
     """(prompts, answers, answer_mask) of the whole dataset, on every device; see `iterations`."""
-    return jax.device_put(_rows(setup, np.arange(len(setup.task.examples))), replicated(setup.mesh))
+    return put(_rows(setup, np.arange(len(setup.task.examples))), replicated(setup.mesh))
 
 
 def _rows(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, np.ndarray, np.ndarray]:

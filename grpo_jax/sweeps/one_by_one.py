@@ -7,6 +7,7 @@ what is done, goes on with what was interrupted, and tries once more what failed
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.processes import check_alike, common, stop_requested
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
 from grpo_jax.runs.directory import CHANGEABLE, CONFIG, RESULT, check_same, contents
@@ -57,9 +59,18 @@ def run_points(
       Preempted: SIGTERM arrived; the same sweep goes on from there.
     """
     console = console or terminal()
-    workdir = _open_directory(Path(workdir))
-    failures = _failures(workdir)
-    states = [read_state(point, workdir, failures) for point in points]
+    check_alike({folder_name(point.values): point.identity for point in points})
+    workdir = Path(workdir).expanduser().resolve()
+    common(lambda: _open_directory(workdir))
+    failures = common(lambda: _failures(workdir))
+
+    def state_of(point: Point) -> State:
+        return State(*common(lambda: read_state(point, workdir, failures)))
+
+    def record() -> None:
+        common(lambda: _record(workdir, points, states))
+
+    states = [state_of(point) for point in points]
     with _interrupted_by_sigterm(workdir):
         for i in sorted(range(len(points)), key=lambda i: states[i].name == "failed"):
             point, folder = points[i], folder_name(points[i].values)
@@ -68,23 +79,27 @@ def run_points(
                 say(console, f"{heading}: {states[i].words}")
                 continue
             say(console, heading)
+            if stop_requested([]):
+                raise Preempted(_stopped(workdir))
             failures.pop(folder, None)
             try:
-                share_reference(workdir / folder, point.identity, (workdir / folder_name(x.values) for x in points))
+                others = [workdir / folder_name(x.values) for x in points]
+                common(partial(share_reference, workdir / folder, point.identity, others))
                 run(point.config, workdir / folder, console)
             except (Preempted, RunDirectoryError):
-                states[i] = read_state(point, workdir, failures)
-                _record(workdir, points, states)
+                states[i] = state_of(point)
+                record()
                 raise
             except (RunError, ValueError, RuntimeError) as error:
                 failures[folder] = str(error) or type(error).__name__
                 say(console, f"{heading} failed: {inline(failures[folder])}")
-            states[i] = read_state(point, workdir, failures)
-            _record(workdir, points, states)
+            states[i] = state_of(point)
+            record()
             jax.clear_caches()  # each program holds memory maps, and a process may have 65,530
-        _record(workdir, points, states)
-        plotted = _plot(workdir / FIGURE, points, states)
-        write_text(workdir / PAGE, sweep_page(_records(points, states), FIGURE if plotted else None))
+        record()
+        plotted = common(lambda: _plot(workdir / FIGURE, points, states))
+        page = sweep_page(_records(points, states), FIGURE if plotted else None)
+        common(lambda: write_text(workdir / PAGE, page))
     _show(console, points, states)
     say(console, f"{SWEEP}, {PAGE}{f' and {FIGURE}' if plotted else ''} are in {workdir}")
     return states
@@ -120,13 +135,11 @@ def read_state(point: Point, workdir: Path, failures: dict[str, str]) -> State:
     return failed or State("interrupted", words)
 
 
-def _open_directory(workdir: Path) -> Path:
-    workdir = workdir.expanduser().resolve()
+def _open_directory(workdir: Path) -> None:
     _check_directory(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / SWEEP).exists():
         write_json(workdir / SWEEP, {"points": []})
-    return workdir
 
 
 def _check_directory(workdir: Path) -> None:
@@ -233,5 +246,8 @@ def _interrupted_by_sigterm(workdir: Path) -> Iterator[None]:
         except KeyboardInterrupt:
             if not received:
                 raise
-            message = f"stopped by signal {received[0]}; the same command resumes the sweep in {workdir}"
-            raise Preempted(message) from None
+            raise Preempted(_stopped(workdir)) from None
+
+
+def _stopped(workdir: Path) -> str:
+    return f"stopped by SIGTERM; the same command resumes the sweep in {workdir}"

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from grpo_jax.config import averaged_iterations, flat, validate
-from grpo_jax.files import read_json, write_json
+from grpo_jax.processes import check_alike, common, devices_of_all, host, put
 from grpo_jax.report import forecast, run_page, run_result
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.metrics_log import METRICS, MetricsLog, read_metrics
@@ -31,12 +32,12 @@ from grpo_jax.report.progress import progress
 from grpo_jax.report.standing import trend
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import pace
-from grpo_jax.runs.directory import RESULT, open_run_directory
+from grpo_jax.runs.directory import RESULT, has, load, open_run_directory, save
 from grpo_jax.runs.loop import stretch, visits
 from grpo_jax.runs.measurement import Measurement
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, probed_rows, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.iteration import role_key
@@ -105,18 +106,21 @@ def sweep(
         task, objective = validate(plan.config(config, seed, point), num_devices=1)
     with ExitStack() as stack:
         swept = {"seed": list(seeds), "objective.beta": plan.betas, "optimizer.learning_rate": plan.learning_rates}
-        directory = stack.enter_context(open_run_directory(Path(workdir), flat(config) | task_identity(task) | swept))
-        if (directory / RESULT).exists():
+        identity = flat(config) | task_identity(task) | swept
+        check_alike(identity)
+        directory = stack.enter_context(open_run_directory(Path(workdir), identity))
+        if has(directory / RESULT):
             say(console, f"{directory} holds a finished sweep")
-            return read_json(directory / RESULT)
-        setup = make_setup(config, task, objective, devices=jax.devices()[:1])
+            return load(directory / RESULT)
+        # The references are made on one device, or on one of each process.
+        setup = make_setup(config, task, objective, devices=devices_of_all())
         if setup.compiled.iterate is None:
             raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
         signals = stack.enter_context(sigterm_as_flag())
         # The run of all seeds: without worker processes, and with a key that is not used.
         run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
         results = run_phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
-        write_json(directory / RESULT, results)
+        save(directory / RESULT, results)
         return results
 
 
@@ -129,12 +133,12 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
     # A reference for each seed, made and measured as a single run does.
     runs = [_of_seed(run, seed) for seed in plan.seeds]
     for of_seed in runs:
-        of_seed.directory.mkdir(exist_ok=True)
+        common(partial(of_seed.directory.mkdir, exist_ok=True))
     before = [measured_reference(of_seed) for of_seed in runs]
 
     # All points side by side.
     functions = make_sweep_functions(setup.recipe, mesh, batch_samples=_batch_samples(config), batched=batched)
-    table = jax.device_put(put_table(setup), NamedSharding(mesh, WHOLE))
+    table = put(jax.tree.map(host, put_table(setup)), NamedSharding(mesh, WHOLE))
     states, worst = _iterate(run, plan, functions, mesh, runs, table)
     after = _measure(run, functions, mesh, runs, states.params, table)  # [seed][point]
     averages, average_params = None, averaged_params(states.params, states.opt_state)
@@ -143,7 +147,7 @@ def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
 
     # Each against its own prediction.
     rewards = np.array(
-        [row["reward/mean"] for row in read_metrics(run.directory / METRICS)], np.float64
+        [row["reward/mean"] for row in common(lambda: read_metrics(run.directory / METRICS))], np.float64
     )  # [n, seeds, points]
     setting = {"objective": objective, "group_size": config.rollout.group_size}
     results = []
@@ -176,7 +180,7 @@ def _iterate(
     """All iterations of all points; the states after the last, and the most updates each skipped in a row."""
     c, shape = run.config, (len(plan.seeds), len(plan.betas))
     betas, rates = (
-        jax.device_put(np.broadcast_to(np.array(x, np.float32), shape), NamedSharding(mesh, POINTS))
+        put(np.broadcast_to(np.array(x, np.float32), shape), NamedSharding(mesh, POINTS))
         for x in (plan.betas, plan.learning_rates)
     )  # [seeds, points]
     base_keys = _keys(mesh, [r.base_key for r in runs])  # [seeds]
@@ -208,7 +212,7 @@ def _iterate(
                 states, *results = functions.iterate(
                     states, ref_params, base_keys, index, table, *numbers, betas, rates
                 )
-                metrics, skipped = jax.device_get(results)  # each [seeds, points, iterations]
+                metrics, skipped = jax.tree.map(host, results)  # each [seeds, points, iterations]
                 for i in range(count):
                     row = {name: _listed(values[..., i]) for name, values in metrics.items()}
                     log.write({"iteration": n + i + 1, "phase": "train"} | row)
@@ -216,7 +220,7 @@ def _iterate(
                 rewards = metrics["reward/mean"][..., count - 1]
                 line.update(n, f"reward {rewards.min():.3f} to {rewards.max():.3f}")
                 # Save, where it is time, and when the sweep must stop.
-                if n % c.checkpoint.interval == 0 or n == c.train.iterations or run.signals:
+                if n % c.checkpoint.interval == 0 or n == c.train.iterations or must_stop(run):
                     log.flush()
                     checkpoints.save(n, states, {"worst": worst.tolist()})
                     if n < c.train.iterations:
@@ -242,8 +246,8 @@ def _measure(
     totals: Any = None
     with progress(run.console, "measuring, samples of every prompt", total=samples) as line:
         for first in range(0, samples, group):
-            counts = jax.device_get(functions.measure(params, ref_params, keys, rows, table, jnp.int32(first)))
-            counts = [x.astype(np.float64 if x.dtype == np.float32 else np.int64) for x in counts]
+            arrays = functions.measure(params, ref_params, keys, rows, table, jnp.int32(first))
+            counts = [x.astype(np.float64 if x.dtype == np.float32 else np.int64) for x in map(host, arrays)]
             totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
             check_preempted(run)
             line.update(first + group, f"success {totals[0].mean() / (first + group):.3f}")
@@ -262,8 +266,8 @@ def _measure(
 
 def _references(mesh: Mesh, runs: list[Run]) -> Any:
     """The parameters of all references, [seeds, ...], on every device."""
-    references = [jax.tree.map(np.asarray, reference_params(run)) for run in runs]
-    return jax.device_put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
+    references = [jax.tree.map(host, reference_params(run)) for run in runs]
+    return put(jax.tree.map(lambda *x: np.stack(x), *references), NamedSharding(mesh, WHOLE))
 
 
 def _batch_samples(config: Any) -> int:
@@ -300,7 +304,7 @@ def _show_header(run: Run, plan: Plan, mesh: Mesh) -> None:
 
 def _keys(mesh: Mesh, keys: list[jax.Array]) -> jax.Array:
     data = np.stack([jax.random.key_data(key) for key in keys])
-    return jax.random.wrap_key_data(jax.device_put(data, NamedSharding(mesh, WHOLE)))
+    return jax.random.wrap_key_data(put(data, NamedSharding(mesh, WHOLE)))
 
 
 def _listed(values: np.ndarray) -> list[list[float | None]]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.runs.checkpoints import Checkpoints, digests
+from grpo_jax.runs.checkpoints import Checkpoints, checksums
 from grpo_jax.runs.errors import CheckpointError
 
 # After a failed restore Orbax leaves coroutines behind that were never awaited; the exception itself has reached us.
@@ -49,7 +49,7 @@ def test_round_trip_is_exact_and_old_steps_go(saved):
     assert (step, meta) == (3, {"iteration": 3})
     jax.tree.map(np.testing.assert_array_equal, found, state(3))
     assert found["half"].dtype == jnp.bfloat16
-    assert digests(found) == digests(state(3)) != digests(state(2))
+    assert checksums(found) == checksums(state(3)) != checksums(state(2))
     assert sorted(p.name for p in saved.iterdir() if p.name.isdigit()) == ["2", "3"]
 
 

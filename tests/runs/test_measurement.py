@@ -41,8 +41,9 @@ def test_a_stop_string_stays_in_the_text():
     setup = on_one_device(model__stop_strings=("1",))[1]
     assert setup.compiled.verify is None
     rollout = sampled(setup)
-    texts, mask = decode(setup, rollout), np.asarray(rollout.mask).reshape(-1, 3)
-    last = np.asarray(rollout.completions).reshape(-1, 3)[np.arange(len(mask)), mask.sum(-1) - 1]
+    completions, mask = np.asarray(rollout.completions), np.asarray(rollout.mask)
+    texts, mask = decode(setup, completions, mask), mask.reshape(-1, 3)
+    last = completions.reshape(-1, 3)[np.arange(len(mask)), mask.sum(-1) - 1]
     truncated = np.asarray(rollout.truncated).reshape(-1).tolist()
     for text, token, cut in zip(texts, last.tolist(), truncated, strict=True):
         assert text.endswith("1") == (not cut and token not in setup.stop_ids), text
@@ -87,10 +88,10 @@ def test_the_host_judges_as_the_device_does(tmp_path):
     run = run_of(tmp_path, pool=True, task__arithmetic__operand_max=1, data__prompts_per_iteration=4)
     params = run.setup.initial_params(0)
     rows = run.setup.probed
-    (judged,) = judged_samples(run, params, None, jax.random.key(1), rows, samples=64, batch_samples=64)
+    (judged,) = judged_samples(run, params, None, jax.random.key(1), rows, samples=64, batch_samples=64, texts=True)
     assert judged.rewards.shape == (len(rows), 64) and 0 < judged.rewards.sum() < judged.rewards.size
     np.testing.assert_array_equal([verdict.reward for verdict in judged.verdicts], judged.rewards.ravel())
-    assert judged.texts == decode(run.setup, judged.rollout)
+    assert judged.texts == decode(run.setup, *map(np.asarray, (judged.rollout.completions, judged.rollout.mask)))
     assert sum(judged.verdict_counts().values()) == judged.rewards.size
     alone = run._replace(pool=None)
     (same,) = judged_samples(alone, params, None, jax.random.key(1), rows, samples=64, batch_samples=64)
@@ -101,7 +102,7 @@ def test_the_host_judges_as_the_device_does(tmp_path):
 def test_a_smaller_batch_runs_in_the_program_of_a_full_one(tmp_path):
     run = run_of(tmp_path, pool=True)
     params, rows = run.setup.initial_params(0), run.setup.probed[:5]
-    options = {"samples": 4, "batch_samples": 2}
+    options = {"samples": 4, "batch_samples": 2, "texts": True}
     plain = list(judged_samples(run, moved(params), params, jax.random.key(1), rows, **options))
     filled = list(judged_samples(run, moved(params), params, jax.random.key(1), rows, **options, num_prompts=8))
     assert len(plain) == len(filled) == 2

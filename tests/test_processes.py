@@ -1,0 +1,239 @@
+"""Several processes: what main decides for all, how they fail together, and a run of two that is the run of one, bit by bit."""
+
+import json
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import processes
+from tests.pods import ROOT, end, free_port, start, start_pod
+from tests.tiny_run import flags
+
+SCRIPT = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from grpo_jax import processes as p
+
+own = int(sys.argv[2])
+p.initialize(coordinator=sys.argv[1], number=2, own=own, timeout=60)
+found = {"count": p.count(), "main": p.is_main(), "everyone": p.everyone(["x" * 100 * own, own])[1]}
+
+def caught(f):
+    try:
+        return f()
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+class Strange(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+def fail(kind, *words):
+    raise kind(*words)
+
+def only(number, f):
+    return lambda: f() if own == number else "fine"
+
+found["common"] = p.common(lambda: {"decided": own, "nested": p.common(lambda: p.together(lambda: own))})
+found["common fails"] = caught(lambda: p.common(lambda: fail(FileNotFoundError, "gone")))
+found["one fails"] = caught(lambda: p.together(only(1, lambda: fail(ValueError, "of 1"))))
+found["strange"] = caught(lambda: p.together(only(1, lambda: fail(Strange, 1, 2))))
+found["strange"] = found["strange"] if own == 0 else None
+found["together"] = p.together(lambda: own) == own
+found["alike"] = caught(lambda: p.check_alike({"a": 1, "b": own, "c": None}))
+
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+rows = NamedSharding(mesh, PartitionSpec("data"))
+x = p.put(np.arange(16.0).reshape(8, 2), rows)
+found["host"] = p.host(2 * x).tolist()
+mine = p.own_rows(x)
+found["mine"], found["values"] = mine.tolist(), p.of_rows(x, mine).tolist()
+found["whole"] = p.own_rows(p.put(np.arange(3), NamedSharding(mesh, PartitionSpec()))).tolist()
+found["leaders"] = [d.process_index for d in p.devices_of_all()]
+found["stop"] = p.stop_requested([])
+print("FOUND", json.dumps(found))
+p.leave(5)
+"""
+
+
+def test_what_two_processes_agree_on():
+    port = free_port()
+    pod = [start("-c", SCRIPT, f"127.0.0.1:{port}", str(own), devices=2) for own in (0, 1)]
+    found = []
+    for code, out, err in end(pod, 120):
+        assert code == 5, err
+        found.append(json.loads(out.split("FOUND ")[1]))
+    own = [{name: one.pop(name) for name in ("main", "mine", "values", "whole", "strange")} for one in found]
+    assert found[0] == found[1]
+    assert found[0] == {
+        "count": 2,
+        "everyone": ["x" * 100, 1],
+        "common": {"decided": 0, "nested": 0},
+        "common fails": ["FileNotFoundError", "gone"],
+        "one fails": ["ValueError", "of 1"],
+        "together": True,
+        "alike": ["ValueError", "process 1 was started with other settings: b is 0 in process 0 and 1 there"],
+        "host": [[4.0 * i, 4.0 * i + 2] for i in range(8)],
+        "leaders": [0, 1],
+        "stop": False,
+    }
+    assert own[0]["strange"] == ["RuntimeError", "Strange: 1 and 2"]  # a class that takes more than a message
+    assert [one["main"] for one in own] == [True, False]
+    assert [one["mine"] for one in own] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert own[1]["values"] == [[2.0 * i, 2.0 * i + 1] for i in range(4, 8)]
+    assert sorted(own[0]["whole"] + own[1]["whole"]) == [0, 1, 2]  # what both hold, one of them works on
+
+
+def run_flags(workdir: Path, **changes: object) -> list[str]:
+    return ["--config=configs/default.py", f"--workdir={workdir}", *flags(**changes)]
+
+
+def outcome(directory: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in names}
+
+
+FILES = ("metrics.jsonl", "reference.json", "samples.json", "result.json")
+
+
+def after_rows(workdir: Path, rows: int, act) -> threading.Thread:
+    """Acts once the metrics file of a run has so many rows."""
+
+    def wait() -> None:
+        path, until = workdir / "metrics.jsonl", time.monotonic() + 240
+        while time.monotonic() < until:
+            if path.exists() and path.read_bytes().count(b"\n") >= rows:
+                act()
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_that_of_one_also_when_it_is_stopped_and_killed(tmp_path):
+    many = {
+        "train__iterations": 300,
+        "train__iterations_per_program": 5,
+        "checkpoint__interval": 20,
+        "evaluate__interval": 100,
+    }
+    ((code, _, err),) = end([start("launch.py", *run_flags(tmp_path / "one", **many), devices=2)])
+    assert code == 0, err
+    command = run_flags(tmp_path / "pod", **many)
+
+    # SIGTERM to one: both save and stop at the same point.
+    pod = start_pod(command)
+    watching = after_rows(tmp_path / "pod", 20, lambda: pod[1].send_signal(signal.SIGTERM))
+    ended = end(pod)
+    watching.join()
+    assert [code for code, _, _ in ended] == [75, 75], ended
+    for _, _, err in ended:
+        assert err.strip().splitlines()[-1] == (
+            f"launch.py: stopped by SIGTERM; the same command resumes the run in {tmp_path / 'pod'}"
+        )
+    assert not re.sub(r"\[Gloo\] .*", "", ended[1][1]).strip()  # main alone speaks
+    stopped = len((tmp_path / "pod" / "metrics.jsonl").read_text().splitlines())
+    assert 20 <= stopped < 290
+
+    # kill -9 of one: the other ends soon, and not with 0.
+    pod = start_pod(command)
+    watching = after_rows(tmp_path / "pod", stopped + 40, pod[1].kill)
+    begun = time.monotonic()
+    ended = end(pod)
+    watching.join()
+    assert ended[1][0] == -signal.SIGKILL
+    assert ended[0][0] not in (0, 75), ended[0]
+    assert time.monotonic() - begun < 240
+
+    # One process goes on from there, and the end is that of the run that was never broken.
+    ((code, out, err),) = end([start("launch.py", *command, devices=2)])
+    assert code == 0, err
+    assert "resuming after iteration" in out
+    assert outcome(tmp_path / "pod", FILES) == outcome(tmp_path / "one", FILES)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_texts_and_evaluate_as_one_does(tmp_path):
+    changes = {"model__stop_strings": "('1',)", "verifier__num_workers": 1, "train__iterations": 3}
+    measured = ("prompts.jsonl", "samples.jsonl", "samples.txt", "result.json")
+    for name, starts in (
+        ("one", lambda command: [start("launch.py", *command, devices=2)]),
+        ("pod", start_pod),
+    ):
+        for mode in ("train", "evaluate"):
+            ended = end(starts([*run_flags(tmp_path / name, **changes), f"--mode={mode}"]))
+            assert not any(code for code, _, _ in ended), ended
+    assert outcome(tmp_path / "pod", FILES) == outcome(tmp_path / "one", FILES)
+    (one, pod) = (next((tmp_path / name / "evaluations").iterdir()) for name in ("one", "pod"))
+    assert one.name == pod.name
+    assert outcome(pod, measured) == outcome(one, measured)
+
+
+def test_processes_that_do_not_come_or_come_twice_are_named():
+    """In all that came, in one line each, before jax is asked."""
+    for numbers, words in ((((0, 2)), "these did not come in time: 1"), ((0, 1, 1), "says that it is process 1")):
+        at, errors = f"127.0.0.1:{free_port()}", []
+
+        def call(own: int, at: str = at, errors: list[str] = errors) -> None:
+            with pytest.raises(RuntimeError) as error:
+                processes.call_roll(at, 3, own, timeout=2)
+            errors.append(str(error.value))
+
+        threads = [threading.Thread(target=call, args=(own,)) for own in numbers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(errors) == len(numbers)
+        assert sum(words in error for error in errors) >= 2
+    with pytest.raises(RuntimeError, match=r"process 1 of 2: nobody answers, is process 0 at 127.0.0.1:\d+\?"):
+        processes.call_roll(f"127.0.0.1:{free_port()}", 2, 1, timeout=0.1)
+    with pytest.raises(RuntimeError, match="must be HOST:PORT"):
+        processes.call_roll("8476", 2, 1, timeout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--num_processes=2",), "go together"),
+        (("--processes=auto", "--process_id=0"), "give one of them"),
+        (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "must be below"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, given, words):
+    ((code, _, err),) = end(
+        [start("launch.py", "--config=configs/small.py", f"--workdir={tmp_path / 'x'}", *given)], 60
+    )
+    assert code == 2
+    assert words in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_processes_of_different_settings_and_a_folder_that_is_not_shared_are_refused(tmp_path):
+    ended = end(start_pod(run_flags(tmp_path / "a"), each=[[], ["--config.objective.beta=3"]]), 120)
+    assert [code for code, _, _ in ended] == [1, 1]
+    for _, _, err in ended:
+        assert err.strip().endswith("other settings: objective.beta is 1.0 in process 0 and 3.0 there")
+    assert not (tmp_path / "a").exists()
+    ended = end(start_pod(run_flags(tmp_path / "a"), each=[[], [f"--workdir={tmp_path / 'b'}"]]), 120)
+    assert [code for code, _, _ in ended] == [1, 1]
+    assert all("is not shared by all processes" in err.strip().splitlines()[-1] for _, _, err in ended)
+
+
+def test_only_one_module_knows_of_processes():
+    words = re.compile(
+        r"process_index|process_count|is_fully_addressable|multihost|addressable_shards|jax\.distributed"
+    )
+    knowing = [
+        str(path.relative_to(ROOT))
+        for path in [*(ROOT / "grpo_jax").rglob("*.py"), ROOT / "launch.py"]
+        if words.search(path.read_text(encoding="utf-8"))
+    ]
+    assert knowing == ["grpo_jax/processes.py"]
