@@ -191,7 +191,7 @@ def explained(error: Exception) -> str:
 def stop(message: str, code: int) -> None:
     """Ends with one message on stderr; of several processes, whatever the others do."""
     print(f"launch.py: {message}", file=sys.stderr)
-    if (_PROCESSES.value or _COORDINATOR.value) and "grpo_jax.processes" in sys.modules:
+    if "grpo_jax.processes" in sys.modules and (_PROCESSES.value or _COORDINATOR.value):
         sys.modules["grpo_jax.processes"].leave(code)
     sys.exit(code)
 

@@ -121,10 +121,11 @@ def checksums(tree: Any) -> dict[str, str]:
     >>> list(a) == ["w"] and a["w"] != b["w"]
     True
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = {jax.tree_util.keystr(path, simple=True, separator="/"): _sums(leaf) for path, leaf in leaves}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.block_until_ready(tree))
+    # One after the other: programs of several CPU devices that wait in line may lock each other out.
+    sums = {jax.tree_util.keystr(path, simple=True, separator="/"): host(_sums(leaf)) for path, leaf in leaves}
     types = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, (_, leaf) in zip(sums, leaves, strict=True)}
-    return {name: f"{types[name]} {''.join(f'{n:08x}' for n in host(both).tolist())}" for name, both in sums.items()}
+    return {name: f"{types[name]} {''.join(f'{n:08x}' for n in both.tolist())}" for name, both in sums.items()}
 
 
 @jax.jit

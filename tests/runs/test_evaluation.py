@@ -361,8 +361,8 @@ HOSTILE = [
 
 
 def test_hostile_completions_stay_inert_and_majorities_are_counted(run, monkeypatch):
-    def decode(setup, rollout):
-        return [HOSTILE[i % 4] for i in range(rollout.mask.shape[0] * rollout.mask.shape[1])]
+    def decode(setup, completions, mask):
+        return [HOSTILE[i % 4] for i in range(mask.shape[0] * mask.shape[1])]
 
     def answer(text):
         return {0: "a", 1: "b", 2: "a"}[HOSTILE.index(text)]  # of the fourth it raises: no vote

@@ -91,7 +91,7 @@ def test_a_device_that_is_too_small_is_named(monkeypatch):
         def memory_stats(self):
             return {"bytes_limit": 1 << 20}
 
-    monkeypatch.setattr(jax, "devices", lambda: [Small()])
+    monkeypatch.setattr(jax, "local_devices", lambda: [Small()])
     check_memory({"parameters": 1 << 19, "optimizer": 1 << 19})
     with pytest.raises(
         RunError, match=r"parameters, optimizer need 2\.0 MiB per device, which has 1\.0 MiB: .*mesh\.fsdp"
