@@ -65,10 +65,7 @@ def main(arguments: list[str]) -> None:
     workdir = _WORKDIR.value or Path("runs") / "_".join(words)
     prepare_streams()
     if "://" in str(workdir):  # which would silently be made as a local folder of that name
-        stop(
-            f"--workdir={workdir}: a run directory is a folder; storage by URL is not supported",
-            EXIT_USAGE,
-        )
+        stop(f"--workdir={workdir}: a run directory is a folder; storage by URL is not supported", EXIT_USAGE)
     for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate")):
         if flag.value is not None and _MODE.value != mode:
             stop(f"--{flag.name} is for --mode={mode}", EXIT_USAGE)

@@ -61,7 +61,7 @@ def distil(run: Run, *, completions: int, rate: float, probes: int) -> dict[str,
     course, unseen = [], []
     with progress(run.console, "distillation", total=steps) as line:
         for step in range(1, steps + 1):
-            key = role_key(run.base_key, "distillation", step)
+            key = role_key(run.base_key, "rollout", step)
             (judged,) = judged_samples(run, reference, None, key, rows, samples=n, batch_samples=n)
             weights = np.take_along_axis(of_class, judged.rewards.astype(int), axis=1)  # [Q, n]
             ratios = np.asarray(setup.compiled.log_ratios(params, reference, prompts, judged.rollout), float)
@@ -71,7 +71,7 @@ def distil(run: Run, *, completions: int, rate: float, probes: int) -> dict[str,
             params, state = update(params, state, gradient)
             if step % max(1, steps // probes) == 0 or step == steps:
                 samples = config.evaluate.final_samples if step == steps else config.evaluate.samples
-                found = measure(run, params, reference, step, role="distilled", samples=samples)
+                found = measure(run, params, reference, step, samples=samples)
                 ledger = ledger_of_run(config, objective, before, found.tally(), optimum=False)
                 recent = unseen[-max(1, steps // probes) :]
                 row = {"completions": step * len(rows) * n, "unseen": float(np.mean(recent))}
@@ -79,7 +79,12 @@ def distil(run: Run, *, completions: int, rate: float, probes: int) -> dict[str,
                 course.append(row)
                 line.update(step, f"KL(π*‖π) {row['unseen']:.3f} · p̂ {row['p']:.3f}")
     at_start = float(np.mean((of_class * np.log(of_class) * np.stack([1 - p_ref, p_ref], axis=1)).sum(1)))
-    return {"p_ref": float(p_ref.mean()), "p_star": prediction.mean_p_star, "at_start": at_start, "course": course}
+    return {
+        "p_ref": float(p_ref.mean()),
+        "p_star": float(prediction.mean_p_star),
+        "at_start": at_start,
+        "course": course,
+    }
 
 
 def table(found: dict[str, Any]) -> str:
@@ -89,7 +94,7 @@ def table(found: dict[str, Any]) -> str:
         "",
         HEAD,
     ]
-    lines.append("|" + "---|" * (HEAD.count("|") - 1 - HEAD.count("\\|")))
+    lines.append("|" + "---|" * (HEAD.count("|") - 1))
     for row in found["course"]:
         names = ("kl", "useful", "objective", "followed")
         ledger = [f"{row['ledger'][name]['mean']:.3f}" if row["ledger"] else "" for name in names]

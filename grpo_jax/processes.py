@@ -324,7 +324,8 @@ def _broadcast(value: Any) -> Any:
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.zeros(_padded_size(length), np.uint8)
-    padded[: len(text) if is_main() else 0] = text if is_main() else text[:0]
+    if is_main():
+        padded[:length] = text
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:length].tobytes())
 
 
