@@ -63,9 +63,13 @@ def main(arguments: list[str]) -> None:
     name, _, regime = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     words = [Path(name).stem, *([regime] if regime else []), *([] if _SWEEP.value is None else ["sweep"])]
     workdir = _WORKDIR.value or Path("runs") / "_".join(words)
+    from grpo_jax import storage
+
     prepare_streams()
-    if "://" in str(workdir):  # which would silently be made as a local folder of that name
-        stop(f"--workdir={workdir}: a run directory is a folder; storage by URL is not supported", EXIT_USAGE)
+    try:
+        workdir = storage.place(workdir)
+    except ValueError as error:
+        stop(f"--workdir={error}", EXIT_USAGE)
     for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate")):
         if flag.value is not None and _MODE.value != mode:
             stop(f"--{flag.name} is for --mode={mode}", EXIT_USAGE)

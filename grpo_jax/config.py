@@ -8,6 +8,7 @@ from typing import Any
 from grpo_jax.data import make_task
 from grpo_jax.models.config import DTYPES, REMATS, DecoderConfig
 from grpo_jax.objective import Objective, named_objective
+from grpo_jax.storage import fetched
 from grpo_jax.tasks import Task
 
 _AT_LEAST = {
@@ -245,8 +246,12 @@ def _model_conflicts(config: Any) -> Iterator[str]:
     for key in ("system", "enable_thinking"):
         if config.data[key] is not None and not config.data.chat:
             yield f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True"
-    if config.model.path is not None and not Path(config.model.path).is_dir():
-        yield f"model.path={config.model.path!r} is not a folder"
+    if config.model.path is not None:
+        try:
+            if not Path(fetched(config.model.path)).is_dir():
+                yield f"model.path={config.model.path!r} is not a folder"
+        except ValueError as error:
+            yield f"model.path: {error}"
 
 
 def _training_conflicts(config: Any, task: Task) -> Iterator[str]:

@@ -4,21 +4,17 @@
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.storage import write_bytes
+
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text through a temporary file and a rename: whenever the power fails, the file is the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes text in UTF-8: whenever the power fails, the file is the old one or the new one."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

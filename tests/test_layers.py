@@ -20,7 +20,7 @@ ROOMS = {
     "rollout": ({"objective"}, {"jax"}),
     "models": ({"files", "products", "rollout"}, {"jax", "flax", "numpy", "ml_dtypes"}),
     "data": (
-        {"files", "rollout", "tasks"},
+        {"files", "rollout", "storage", "tasks"},
         {
             "jax",
             "numpy",
@@ -34,7 +34,7 @@ ROOMS = {
         },
     ),
     "report": (
-        {"files", "objective", "processes", "theory"},
+        {"files", "objective", "processes", "storage", "theory"},
         {"jax", "numpy", "scipy", "matplotlib", "tensorboardX", "rich"},
     ),
     "train": ({"objective", "rollout"}, {"jax", "optax"}),
@@ -43,6 +43,7 @@ ROOMS = {
             "files",
             "objective",
             "processes",
+            "storage",
             "theory",
             "tasks",
             "rollout",
@@ -55,20 +56,21 @@ ROOMS = {
         {"jax", "numpy", "orbax", "absl", "rich"},
     ),
     "sweeps": (
-        {"files", "objective", "processes", "tasks", "data", "report", "config", "train", "runs"},
+        {"files", "objective", "processes", "storage", "tasks", "data", "report", "config", "train", "runs"},
         {"jax", "numpy", "rich"},
     ),
-    "config": ({"objective", "tasks", "models", "data"}, set()),
+    "config": ({"objective", "tasks", "models", "data", "storage"}, set()),
     "environment": (set(), set()),
     "processes": (set(), {"jax", "numpy", "orbax"}),
-    "files": (set(), set()),
+    "files": ({"storage"}, set()),
+    "storage": (set(), {"etils", "fsspec", "gcsfs"}),  # inside the functions that need them
     "products": (set(), {"jax"}),
     "": ({"objective", "theory"}, set()),
 }
 # The theory's command line derives Ω from the trainer's own description of an objective, and draws if it can.
 COMMAND_LINES = {
-    "theory/__main__.py": ({"environment", "objective"}, {"matplotlib"}),
-    "report/__main__.py": ({"environment"}, {"rich"}),
+    "theory/__main__.py": ({"environment", "objective", "storage"}, {"matplotlib"}),
+    "report/__main__.py": ({"environment", "storage"}, {"rich"}),
 }
 
 

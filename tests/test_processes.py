@@ -216,13 +216,6 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, given, words):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_run_directory_by_url_is_refused_and_not_made_as_a_folder():
-    ((code, _, err),) = end([start("launch.py", "--config=configs/small.py", "--workdir=gs://bucket/run")], 60)
-    assert code == 2
-    assert "gs://bucket/run: a run directory is a folder" in err
-    assert not (ROOT / "gs:").exists()
-
-
 def test_processes_of_different_settings_and_a_folder_that_is_not_shared_are_refused(tmp_path):
     ended = end(start_pod(run_flags(tmp_path / "a"), each=[[], ["--config.objective.beta=3"]]), 120)
     assert [code for code, _, _ in ended] == [1, 1]

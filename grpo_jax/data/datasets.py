@@ -10,6 +10,7 @@ from grpo_jax.data.gsm8k import gsm8k
 from grpo_jax.data.reasoning import reasoning_gym
 from grpo_jax.data.splits import open_splits, read_split
 from grpo_jax.data.templates import parse_template
+from grpo_jax.storage import fetched
 from grpo_jax.tasks import Example, Task, arithmetic, countdown, find_answer, find_target_check, find_verifier, stories
 
 # Examples of the options that have no default, for the error that asks for them.
@@ -23,7 +24,7 @@ _SUCH_AS = {
 
 
 def make_task(name: str, /, **options: Any) -> Task:
-    """The task of that name, with its function's own options.
+    """The task of that name, with its function's own options; files may lie in a bucket.
 
     Raises ValueError for an unknown name, an option that must be set or a wrong value, TypeError for an unknown option, and
     ImportError naming the package that it needs.
@@ -39,6 +40,9 @@ def make_task(name: str, /, **options: Any) -> Task:
     if missing := [p.name for p in parameters if p.default is p.empty and p.name not in options]:
         keys = [f"task.{name}.{option} (such as {_SUCH_AS[option]!r})" for option in missing]
         raise ValueError(f"{', '.join(keys)} must be set")
+    for option in ("path", "source"):
+        if "://" in str(options.get(option)):
+            options[option] = fetched(options[option])
     return tasks[name](**options)
 
 

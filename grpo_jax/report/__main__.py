@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from grpo_jax.environment import prepare_streams
 from grpo_jax.report.comparison import compare, comparison_lines, plot_comparison
+from grpo_jax.storage import named
 
 EXAMPLES = """example:
   python -m grpo_jax.report compare runs/a/evaluations/reference-gsm8k-test runs/a/evaluations/iteration-150-gsm8k-test \\
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(arguments)
         if not 0 < options.confidence < 1:
             raise ValueError(f"--confidence={options.confidence:g} must be inside (0, 1)")
-        comparison = compare(Path(options.a), Path(options.b), common=options.common, confidence=options.confidence)
+        comparison = compare(named(options.a), named(options.b), common=options.common, confidence=options.confidence)
         if options.json is not None:
             Path(options.json).write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         if options.figure is not None:

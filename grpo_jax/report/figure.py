@@ -1,7 +1,10 @@
 """The look of all figures: colours, panels, grid, resolution."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from grpo_jax.storage import write_bytes
 
 INK, MEASURED, PREDICTED, FORECAST, ATTAINABLE = "#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7"
 
@@ -31,4 +34,6 @@ def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as a PNG, in the resolution and with the size of titles that all figures have."""
     for axes in figure.axes:
         axes.title.set_fontsize(10)
-    figure.savefig(path, dpi=150)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_bytes(path, picture.getvalue())

@@ -6,12 +6,12 @@ resumed. Seconds and rates differ from run to run; they have a file of their own
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.files import read_jsonl, write_text
+from grpo_jax.files import read_jsonl
 from grpo_jax.processes import common, is_main
+from grpo_jax.storage import Lines, Mirror
 
 METRICS, PERF, TENSORBOARD = "metrics.jsonl", "perf.jsonl", "tensorboard"
 
@@ -25,8 +25,9 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, *, after: int | None):
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Lines] = {}
         self._board: Any = None
+        self._mirror: Any = None
         common(lambda: self._open(directory, after))
 
     def _open(self, directory: Path, after: int | None) -> None:
@@ -34,15 +35,16 @@ class MetricsLog:
 
         for name in (METRICS, PERF):
             rows = [] if after is None else read_metrics(directory / name)
-            write_text(directory / name, "".join(_line(row) for row in rows if row["iteration"] <= (after or 0)))
-        self._files = {name: (directory / name).open("a", encoding="utf-8") for name in (METRICS, PERF)}
-        self._board = SummaryWriter(str(directory / TENSORBOARD), purge_step=0 if after is None else after + 1)
+            lines = (_line(row) for row in rows if row["iteration"] <= (after or 0))
+            self._files[name] = Lines(directory / name, lines)
+        self._mirror = Mirror(directory / TENSORBOARD)
+        self._board = SummaryWriter(str(self._mirror.here), purge_step=0 if after is None else after + 1)
 
     def write(self, row: dict[str, Any], *, file: str = METRICS) -> None:
         """Appends one row; numbers whose names have a slash also go to TensorBoard."""
         if not is_main():
             return
-        self._files[file].write(_line(row))
+        self._files[file].append(_line(row))
         for name, value in row.items():
             if "/" in name and isinstance(value, int | float):
                 self._board.add_scalar(name, value, row["iteration"])
@@ -54,8 +56,8 @@ class MetricsLog:
     def _flush(self) -> None:
         for file in self._files.values():
             file.flush()
-            os.fsync(file.fileno())
         self._board.flush()
+        self._mirror.flush()
 
     def close(self) -> None:
         """Ends the log: every row is then on disk, and none can follow."""
@@ -65,6 +67,7 @@ class MetricsLog:
         for file in self._files.values():
             file.close()
         self._board.close()
+        self._mirror.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

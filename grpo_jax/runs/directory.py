@@ -3,20 +3,19 @@
 Of several processes of a run, main reads and writes; what it finds, or fails with, is what all of them find or fail with.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_jax import processes
+from grpo_jax import processes, storage
 from grpo_jax.files import read_json, write_json, write_text
-from grpo_jax.runs.errors import RunDirectoryError
+from grpo_jax.runs.errors import DirectoryInUse, RunDirectoryError
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 ATTAINABLE, LOCK = "attainable.json", "lock"
+FAILED = "failed.txt"  # why the run of a point of a sweep failed
 
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
 # What attainable.json holds is measured again where attainable.* has changed; no iteration knows of it.
@@ -39,7 +38,7 @@ YOUNGER: dict[str, Any] = {
 
 @contextmanager
 def open_run_directory(
-    path: Path, config: dict[str, Any], *, changeable: tuple[str, ...] = CHANGEABLE, flag: str = "--workdir=PATH"
+    path: str | Path, config: dict[str, Any], *, changeable: tuple[str, ...] = CHANGEABLE, flag: str = "--workdir=PATH"
 ) -> Iterator[Path]:
     """Creates or reopens a run directory, locked for this process, that belongs to this config.
 
@@ -70,9 +69,9 @@ def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], fla
 
 
 @contextmanager
-def lock_directory(path: Path, *, flag: str = "--workdir=PATH") -> Iterator[Path]:
+def lock_directory(path: str | Path, *, flag: str = "--workdir=PATH") -> Iterator[Path]:
     """Creates a directory if need be, and holds its lock; see `open_run_directory`."""
-    path = path.expanduser().resolve()
+    path = storage.place(path)
     with processes.held_by_main(lambda: _lock(path, flag)):
         processes.together(lambda: _check_shared(path, flag))
         yield path
@@ -87,35 +86,28 @@ def _check_shared(path: Path, flag: str) -> None:
 
 @contextmanager
 def _lock(path: Path, flag: str) -> Iterator[None]:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        names = contents(path)
-        if names and CONFIG not in names:
-            raise RunDirectoryError(
-                f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with {flag}"
-            )
-        lock = (path / LOCK).open("a+")
-    except OSError as error:
-        raise RunDirectoryError(
-            f"cannot use {path} as run directory: {error.strerror or error}. Choose another with {flag}"
-        ) from error
-    with lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the system drops it when the process dies, however it dies
+            path.mkdir(parents=True, exist_ok=True)
+            found = contents(path)
+            if found and CONFIG not in found:
+                raise RunDirectoryError(
+                    f"{path} is not empty and is not a run directory (no {CONFIG}). Choose another with {flag}"
+                )
+            stack.enter_context(storage.held(path / LOCK))
+            storage.remove_temporaries(path)
+        except storage.InUse as error:
+            raise DirectoryInUse(f"{path} is in use by {error}") from None
         except OSError as error:
-            lock.seek(0)
-            raise RunDirectoryError(f"{path} is in use by process {lock.read().strip() or '?'}") from error
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+            raise RunDirectoryError(
+                f"cannot use {path} as run directory: {error.strerror or error}. Choose another with {flag}"
+            ) from error
         yield
 
 
 def contents(path: Path) -> set[str]:
-    """Names in a run directory, without those that bind nobody: the lock, a torn config, the folder of evaluations."""
-    return {p.name for p in path.iterdir()} - {LOCK, f".{CONFIG}.tmp", EVALUATIONS}
+    """Names in a run directory, without those that bind nobody: the lock, why it failed, the folder of evaluations."""
+    return storage.names(path) - {LOCK, FAILED, EVALUATIONS}
 
 
 def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...], advice: str) -> None:

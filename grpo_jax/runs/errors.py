@@ -9,6 +9,10 @@ class RunDirectoryError(RunError):
     """The run directory cannot be used; nothing in it has been changed."""
 
 
+class DirectoryInUse(RunDirectoryError):
+    """Another process works in the run directory."""
+
+
 class CheckpointError(RunError):
     """No checkpoint of the run can be trusted, or one could not be written."""
 

@@ -9,7 +9,6 @@ the same however often it was killed.
 import json
 import math
 import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from grpo_jax.runs.measured_policy import (
 from grpo_jax.runs.measurement import check_verifier, judged_samples
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup
+from grpo_jax.storage import place, remove_folder
 from grpo_jax.tasks import Task, Verdict
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.verifiers import import_path
@@ -110,7 +110,7 @@ def evaluate(
     if name is not None and not re.fullmatch(r"\w[\w.+-]{0,99}", name):
         raise RunDirectoryError(f"--name={name[:100]!r} must be letters, digits and . _ + - only: it names one folder")
     task, objective = validate(config, num_devices=jax.device_count(), training=False)
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = place(workdir)
     check_alike(flat(config) | task_identity(task) | {"--checkpoint": checkpoint, "--name": name})
     with ExitStack() as stack:
         # The policy to measure, and the directory of its evaluation.
@@ -127,7 +127,7 @@ def evaluate(
 
         # Finished before?
         if has(directory / RESULT):
-            common(lambda: shutil.rmtree(directory / BLOCKS, ignore_errors=True))  # left where the last step was killed
+            common(lambda: remove_folder(directory / BLOCKS))  # left where the last step was killed
             result = load(directory / RESULT)
             message = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
             say(console, f"{message}:")
@@ -192,7 +192,7 @@ def measure_and_write(
         evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
         write_text(directory / "report.md", evaluation_page.page(result, header, shown, samples))
         write_json(directory / RESULT, result)
-        shutil.rmtree(directory / BLOCKS)
+        remove_folder(directory / BLOCKS)
 
     common(write)
     show(run.console, evaluation_page.result_lines(result))

@@ -59,7 +59,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         # A config only names its data and its verifier; their digests are stored too, so that a change is noticed.
         identity = flat(config) | task_identity(task)
         check_alike(identity)
-        directory = stack.enter_context(open_run_directory(Path(workdir), identity))
+        directory = stack.enter_context(open_run_directory(workdir, identity))
         if has(directory / RESULT):
             result = load(directory / RESULT)
             say(console, f"{directory} holds a finished run:")

@@ -1,6 +1,5 @@
 """The reference policy: made once by the warm start (or taken as it is), measured, and read back by every later start."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from grpo_jax.runs.errors import RunDirectoryError, WarmStartFailed
 from grpo_jax.runs.measurement import measure, measure_in_full
 from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
+from grpo_jax.storage import copy_folder
 
 
 def measured_reference(run: Run) -> dict[str, Any]:
@@ -65,10 +65,7 @@ def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[
         with open_run_directory(directory, identity) as path:
             if contents(path) & {"reference", REFERENCE}:
                 return
-            copied = path / ".reference.tmp"
-            shutil.rmtree(copied, ignore_errors=True)
-            shutil.copytree(other / "reference", copied)
-            copied.rename(path / "reference")
+            copy_folder(other / "reference", path / "reference")
             if (other / ATTAINABLE).exists() and _is_same(other, identity, *OF_TRAINING):
                 write_json(path / ATTAINABLE, read_json(other / ATTAINABLE))
             write_json(path / REFERENCE, read_json(other / REFERENCE))  # last: what a later start looks for

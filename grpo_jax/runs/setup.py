@@ -35,6 +35,7 @@ from grpo_jax.models import (
 from grpo_jax.objective import Objective
 from grpo_jax.processes import put
 from grpo_jax.rollout import Layout, Policy, PromptBatch, sample_groups
+from grpo_jax.storage import fetched
 from grpo_jax.tasks import Task
 from grpo_jax.train.compiled import Compiled, compile_recipe
 from grpo_jax.train.iteration import Recipe, role_key
@@ -90,7 +91,7 @@ def make_setup(
     mesh, c = make_mesh(**config.mesh, devices=devices), config.data
     # The model and its tokenizer, from a folder or from the sizes in the config.
     if config.model.path is not None:
-        check_pretrained(config.model.path)
+        check_pretrained(fetched(config.model.path))
     tokenizer = make_tokenizer(config, task)
     decoder = make_decoder(config, task, tokenizer)
     stop_ids = _stop_ids(config, tokenizer)
@@ -120,7 +121,7 @@ def make_setup(
 
     def initial_params(seed: int) -> Any:
         if config.model.path is not None:
-            return load_pretrained(config.model.path, shardings=partial(parameter_shardings, mesh=mesh))[1]
+            return load_pretrained(fetched(config.model.path), shardings=partial(parameter_shardings, mesh=mesh))[1]
         params = init_params(decoder, role_key(jax.random.key(seed), "initialisation", 0))
         return jax.device_put(params, parameter_shardings(params, mesh))
 
@@ -215,7 +216,7 @@ def prompt_text(setup: Setup, row: int) -> str:
 def make_decoder(config: Any, task: Task, tokenizer: Tokenizer | None = None) -> DecoderConfig:
     """The decoder of a config: that of the model folder, or one of the sizes in the config, with the tokenizer's vocabulary."""
     if config.model.path is not None:
-        return replace(read_config(config.model.path), dtype=config.model.dtype, remat=config.model.remat)
+        return replace(read_config(fetched(config.model.path)), dtype=config.model.dtype, remat=config.model.remat)
     max_length = config.data.max_prompt + config.rollout.max_completion
     return DecoderConfig(
         vocab_size=(tokenizer or make_tokenizer(config, task)).vocab_size,
@@ -227,7 +228,7 @@ def make_decoder(config: Any, task: Task, tokenizer: Tokenizer | None = None) ->
 def make_tokenizer(config: Any, task: Task) -> Tokenizer:
     """The tokenizer of the model's folder, or bytes, or the characters of the task's texts."""
     if config.model.path is not None:
-        return HFTokenizer(config.model.path)
+        return HFTokenizer(fetched(config.model.path))
     if config.model.tokenizer == "bytes":
         return ByteTokenizer()
     demonstrations = [task.demonstrations(example) for example in task.examples] if task.demonstrations else []

@@ -3,8 +3,12 @@
 The directory of a sweep holds sweep.json (the state of every point), sweep.md (the same as a page), figure.png where β is
 swept, and a run directory per point, which is the whole truth of that point: a sweep that is started again reads from them
 what is done, goes on with what was interrupted, and tries once more what failed, last.
+
+The same command may run on several hosts at a time that share the directory, and hosts may come and go: each takes the next
+point whose run directory nobody holds, and takes up those of hosts that died.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,20 +23,22 @@ from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.processes import check_alike, common, stop_requested
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
-from grpo_jax.runs.directory import CHANGEABLE, CONFIG, RESULT, check_same, contents
-from grpo_jax.runs.errors import Preempted, RunDirectoryError, RunError
+from grpo_jax.runs.directory import CHANGEABLE, CONFIG, FAILED, LOCK, RESULT, check_same, contents
+from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError
 from grpo_jax.runs.loop import train
 from grpo_jax.runs.reference import share_reference
 from grpo_jax.runs.run import say, sigterm_handler, terminal
+from grpo_jax.storage import holder, names, place
 from grpo_jax.sweeps.points import Point, folder_name, title
 
 SWEEP, PAGE, FIGURE = "sweep.json", "sweep.md", "figure.png"
 BETA, SEED = "objective.beta", "seed"
+LOOK = 5.0  # seconds between looks at points that run elsewhere
 CURVE = 81  # values of β at which a predicted curve is computed
 
 
 class State(NamedTuple):
-    """Where a point stands: "done", "interrupted", "failed" or "waiting", in words, with why it failed or what came out."""
+    """Where a point stands: "done", "running", "interrupted", "failed" or "waiting"; in words, with why or with its result."""
 
     name: str
     words: str
@@ -60,43 +66,59 @@ def run_points(
     """
     console = console or terminal()
     check_alike({folder_name(point.values): point.identity for point in points})
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = place(workdir)
     common(lambda: _open_directory(workdir))
-    failures = common(lambda: _failures(workdir))
 
     def state_of(point: Point) -> State:
-        return State(*common(lambda: read_state(point, workdir, failures)))
+        return State(*common(lambda: read_state(point, workdir)))
 
-    def record() -> None:
+    def record() -> list[State]:
+        states = [state_of(point) for point in points]  # others may have run some
         common(lambda: _record(workdir, points, states))
+        return states
 
-    states = [state_of(point) for point in points]
+    def attempt(i: int, first: bool) -> bool:
+        """Runs a point, unless it is done or has failed, here or elsewhere; whether it still runs elsewhere."""
+        point, directory = points[i], workdir / folder_name(points[i].values)
+        state, heading = state_of(point), f"point {i + 1} of {len(points)}: {title(point.values)}"
+        if state.name in ("done", "running") or (state.name == "failed" and not (first and i in failed)):
+            if first or state.name != "running":
+                say(console, f"{heading}: {state.words}")
+            return state.name == "running"
+        say(console, heading)
+        if stop_requested([]):
+            raise Preempted(_stopped(workdir))
+        try:
+            others = [workdir / folder_name(x.values) for x in points]
+            common(partial(_forget_failure, directory))
+            common(partial(share_reference, directory, point.identity, others))
+            run(point.config, directory, console)
+        except DirectoryInUse as error:  # since a moment ago
+            say(console, f"{heading}: {error}")
+            return True
+        except (Preempted, RunDirectoryError):
+            record()
+            raise
+        except (RunError, ValueError, RuntimeError) as error:
+            why = str(error) or type(error).__name__
+            say(console, f"{heading} failed: {inline(why)}")
+            common(partial(_write_failure, directory, why))
+        record()
+        jax.clear_caches()  # each program holds memory maps, and a process may have 65,530
+        return False
+
+    failed = {i for i, point in enumerate(points) if state_of(point).name == "failed"}  # before this start
     with _interrupted_by_sigterm(workdir):
-        for i in sorted(range(len(points)), key=lambda i: states[i].name == "failed"):
-            point, folder = points[i], folder_name(points[i].values)
-            heading = f"point {i + 1} of {len(points)}: {title(point.values)}"
-            if states[i].name == "done":
-                say(console, f"{heading}: {states[i].words}")
-                continue
-            say(console, heading)
+        pending = sorted(range(len(points)), key=lambda i: i in failed)
+        first = True
+        while pending := [i for i in pending if attempt(i, first)]:
+            if first:
+                say(console, f"waiting for {len(pending)} points that run elsewhere")
+            first = False
             if stop_requested([]):
                 raise Preempted(_stopped(workdir))
-            failures.pop(folder, None)
-            try:
-                others = [workdir / folder_name(x.values) for x in points]
-                common(partial(share_reference, workdir / folder, point.identity, others))
-                run(point.config, workdir / folder, console)
-            except (Preempted, RunDirectoryError):
-                states[i] = state_of(point)
-                record()
-                raise
-            except (RunError, ValueError, RuntimeError) as error:
-                failures[folder] = str(error) or type(error).__name__
-                say(console, f"{heading} failed: {inline(failures[folder])}")
-            states[i] = state_of(point)
-            record()
-            jax.clear_caches()  # each program holds memory maps, and a process may have 65,530
-        record()
+            time.sleep(LOOK)
+        states = record()
         plotted = common(lambda: _plot(workdir / FIGURE, points, states))
         page = sweep_page(_records(points, states), FIGURE if plotted else None)
         common(lambda: write_text(workdir / PAGE, page))
@@ -108,57 +130,59 @@ def run_points(
 def list_points(points: Sequence[Point], workdir: str | Path, console: Console | None = None) -> list[State]:
     """Shows the points and their states, and changes nothing; arguments, result and errors as for `run_points`."""
     console = console or terminal()
-    workdir = Path(workdir).expanduser().resolve()
+    workdir = place(workdir)
     _check_directory(workdir)
-    states = [read_state(point, workdir, _failures(workdir)) for point in points]
+    states = [read_state(point, workdir) for point in points]
     _show(console, points, states)
     return states
 
 
-def read_state(point: Point, workdir: Path, failures: dict[str, str]) -> State:
-    """The state of a point, from its run directory and {folder: why} of the points that failed.
-
-    Raises RunDirectoryError where the directory belongs to another config.
-    """
+def read_state(point: Point, workdir: Path) -> State:
+    """The state of a point, from its run directory; raises RunDirectoryError where that belongs to another config."""
     directory = workdir / folder_name(point.values)
-    why = failures.get(directory.name)
-    failed = None if why is None else State("failed", "failed", why)
-    if not directory.is_dir() or not contents(directory) > {CONFIG}:
-        return failed or State("waiting", "waiting")
+    user = holder(directory / LOCK)
+    try:
+        failed = State("failed", "failed", (directory / FAILED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        failed = None
+    if not contents(directory) > {CONFIG}:
+        return State("running", f"running, {user}") if user else failed or State("waiting", "waiting")
     check_same(directory, point.identity, changeable=CHANGEABLE, advice="Choose another directory with --workdir=PATH")
     if (directory / RESULT).exists():
         result = read_json(directory / RESULT)
         star = f", p* {result['p_star']['mean']:.4f}" if "p_star" in result else ""
         return State("done", f"done, p̂ {result['p_final']['mean']:.4f}{star}", result=result)
     saved = [int(path.name) for path in directory.glob("checkpoints/*") if path.name.isdigit()]
-    words = f"interrupted at iteration {max(saved, default=0)} of {point.config.train.iterations}"
-    return failed or State("interrupted", words)
+    at = f"iteration {max(saved, default=0)} of {point.config.train.iterations}"
+    return (
+        State("running", f"running at {at}, {user}") if user else failed or State("interrupted", f"interrupted at {at}")
+    )
 
 
 def _open_directory(workdir: Path) -> None:
     _check_directory(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / SWEEP).exists():
+    if (workdir / SWEEP).exists():
+        _stored_records(workdir)
+    else:
         write_json(workdir / SWEEP, {"points": []})
 
 
 def _check_directory(workdir: Path) -> None:
-    holds = {path.name for path in workdir.iterdir()} - {f".{SWEEP}.tmp"} if workdir.is_dir() else set()
+    holds = names(workdir)
     if holds and SWEEP not in holds:
         raise RunDirectoryError(
             f"{workdir} is not empty and holds no sweep (no {SWEEP}). Choose another with --workdir=PATH"
         )
 
 
-def _failures(workdir: Path) -> dict[str, str]:
-    path = workdir / SWEEP
-    try:
-        points = read_json(path)["points"] if path.exists() else []
-        return {point["folder"]: point["why"] for point in points if point["state"] == "failed"}
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"{path} is not readable as the record of a sweep ({error}); remove it to start anew"
-        ) from None
+def _write_failure(directory: Path, why: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / FAILED, why)
+
+
+def _forget_failure(directory: Path) -> None:
+    (directory / FAILED).unlink(missing_ok=True)
 
 
 def _records(points: Sequence[Point], states: Sequence[State]) -> list[dict[str, Any]]:
@@ -180,8 +204,19 @@ def _record(workdir: Path, points: Sequence[Point], states: Sequence[State]) -> 
     """Writes the records of these points, and keeps those of other grids in the same directory."""
     records = _records(points, states)
     mine = {record["folder"] for record in records}
-    others = [record for record in read_json(workdir / SWEEP)["points"] if record["folder"] not in mine]
+    others = [record for record in _stored_records(workdir) if record["folder"] not in mine]
     write_json(workdir / SWEEP, {"points": records + others})
+
+
+def _stored_records(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / SWEEP
+    try:
+        records = read_json(path)["points"]
+        return [record for record in records if isinstance(record["folder"], str)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path} is not readable as the record of a sweep ({error}); remove it to start anew"
+        ) from None
 
 
 def _show(console: Console, points: Sequence[Point], states: Sequence[State]) -> None:

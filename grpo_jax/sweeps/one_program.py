@@ -108,7 +108,7 @@ def sweep(
         swept = {"seed": list(seeds), "objective.beta": plan.betas, "optimizer.learning_rate": plan.learning_rates}
         identity = flat(config) | task_identity(task) | swept
         check_alike(identity)
-        directory = stack.enter_context(open_run_directory(Path(workdir), identity))
+        directory = stack.enter_context(open_run_directory(workdir, identity))
         if has(directory / RESULT):
             say(console, f"{directory} holds a finished sweep")
             return load(directory / RESULT)

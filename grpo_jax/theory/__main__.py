@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from grpo_jax.environment import prepare_environment, prepare_streams
 from grpo_jax.objective import NAMED, Objective, named_objective
+from grpo_jax.storage import named
 from grpo_jax.theory.explanation import explain
 from grpo_jax.theory.planning import (
     BetaRange,
@@ -118,12 +119,12 @@ def _plan(options: argparse.Namespace) -> list[str]:
         raise InputError("--figure needs matplotlib: pip install matplotlib")
     _check_exactly_one(options, "p_ref", "from")
     # What was measured: typed, or read together with the config of its run.
-    source: str | None = getattr(options, "from")
+    source = None if getattr(options, "from") is None else named(getattr(options, "from"))
     config: dict[str, Any] = {}
     if source is None:
         successes, trials = _typed_counts(options.p_ref, options.trials)
     elif options.trials is None:
-        successes, trials, config = _read_counts(Path(source))
+        successes, trials, config = _read_counts(source)
     else:
         raise InputError("--trials goes with --p_ref; what --from reads has its own")
     # What would be trained: by the flags, else by that config, else by the defaults.
@@ -135,11 +136,11 @@ def _plan(options: argparse.Namespace) -> list[str]:
     # What the theory says of it.
     target = None if options.target is None else beta_for_mean(float(options.target), successes, trials, **settings)
     betas = [target.beta] if target else [float(beta) for beta in options.beta]
-    speed = _run_speed(Path(source)) if options.speed is None and source else options.speed
+    speed = _run_speed(source) if options.speed is None and source else options.speed
     speed = None if speed is None else float(speed)
     # R² weighs the prompts by the pull of what was measured: another objective or group size has another.
     is_same = options.objective is None and group_size == config.get("rollout.group_size")
-    r2 = _run_r2(Path(source)) if source and kl == "reverse" and is_same else None
+    r2 = _run_r2(source) if source and kl == "reverse" and is_same else None
     plans = plan(successes, trials, betas, confidence=confidence, speed=speed, r2=r2, **settings)
     sweep = recommended_range(successes, trials, **settings)
     # The files.

@@ -47,7 +47,7 @@ def test_a_run_directory_from_before_a_key_is_that_of_its_old_behaviour(tmp_path
 
 def test_a_start_that_failed_binds_nobody(tmp_path):
     use(tmp_path / "run")
-    (tmp_path / "run" / ".config.json.tmp").touch()  # as kill −9 leaves it
+    (tmp_path / "run" / ".config.json.123.tmp").touch()  # as kill −9 leaves it
     use(tmp_path / "run", seed=1)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
