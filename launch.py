@@ -39,6 +39,9 @@ _NAME = flags.DEFINE_string("name", None, "With --mode=evaluate: folder in the r
 _DEVICES = flags.DEFINE_integer(
     "devices", None, "With --mode=estimate: CPU devices that stand for as many accelerators.", lower_bound=1
 )
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "With --mode=estimate: compile for v5e:4x4, v6e:8x8, v5p:2x2x1, 2*v5e:4x4 or h200:8, here."
+)
 _SWEEP = flags.DEFINE_string(
     "sweep",
     None,
@@ -70,7 +73,7 @@ def main(arguments: list[str]) -> None:
         workdir = storage.place(workdir)
     except ValueError as error:
         stop(f"--workdir={error}", EXIT_USAGE)
-    for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate")):
+    for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate"), (_TOPOLOGY, "estimate")):
         if flag.value is not None and _MODE.value != mode:
             stop(f"--{flag.name} is for --mode={mode}", EXIT_USAGE)
     if _SWEEP.value is not None and _MODE.value != "train":
@@ -78,8 +81,10 @@ def main(arguments: list[str]) -> None:
     if _LIST.value and _SWEEP.value is None:
         stop("--list shows the points of a --sweep", EXIT_USAGE)
     check_processes()
-    if _DEVICES.value is not None:
-        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value)}
+    if _DEVICES.value is not None and _TOPOLOGY.value is not None:
+        stop("--devices stands for accelerators that --topology compiles for: give one of them", EXIT_USAGE)
+    if _DEVICES.value is not None or _TOPOLOGY.value is not None:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value or 1)}
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
     from grpo_jax import processes
@@ -106,7 +111,7 @@ def main(arguments: list[str]) -> None:
             case "evaluate":
                 evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value or "latest", name=_NAME.value)
             case "estimate":
-                estimate(_CONFIG.value)
+                estimate(_CONFIG.value, topology=_TOPOLOGY.value)
     except ConfigError as error:
         stop(str(error), EXIT_USAGE)
     except Preempted as error:

@@ -44,9 +44,12 @@ def test_urls_of_anything_else_are_refused_and_nothing_is_made(name):
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_line(folder):
-    with pytest.raises(
-        RunDirectoryError, match="cannot use gs://none/run as run directory: Bucket does not exist: none"
-    ), lock_directory("gs://none/run"):
+    with (
+        pytest.raises(
+            RunDirectoryError, match="cannot use gs://none/run as run directory: Bucket does not exist: none"
+        ),
+        lock_directory("gs://none/run"),
+    ):
         pass
 
 

@@ -5,7 +5,6 @@ Beside the limits counted by hand stand XLA's count of memory and the bytes that
 are then chosen by rules.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,18 +23,9 @@ from experiments.benchmarks.limits import (
 )
 from experiments.benchmarks.programs import Setting
 from experiments.benchmarks.traffic import Loop, loops
+from grpo_jax.runs.topologies import topology_devices
 
 GOALS = {"sampling": 0.7, "update": 0.5}  # of the limit
-H200_DESCRIPTION = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 9 }
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 149250000000
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 } device_description_str: "NVIDIA H200"
-"""
 
 
 def target(name: str) -> Any:
@@ -46,15 +36,10 @@ def target(name: str) -> Any:
     """
     if name == "here":
         return jax.devices()[0]
-    from jax.experimental import topologies
-
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which would look for a driver
-    # Without a driver there is no backend of the name; only where the topology comes from is asked for.
     try:
-        options = {"topology": "1x1x1", "target_config": H200_DESCRIPTION}
-        return topologies.get_topology_desc("", "cuda", **options).devices[0]
-    except (NotImplementedError, RuntimeError) as error:
-        raise RuntimeError(f"this jax cannot compile for it ({error}): pip install 'jax[cuda13]'") from error
+        return topology_devices("h200:1")[0]
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
 
 
 def predict(work: str, setting: Setting, limits: Device, device: Any) -> tuple[dict[str, Any], list[Loop]]:

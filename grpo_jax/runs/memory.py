@@ -1,6 +1,7 @@
 """What a run needs of each device's memory, known before anything is allocated: its programs are compiled for shapes alone."""
 
 import math
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -10,17 +11,35 @@ from rich.console import Console
 from grpo_jax.config import validate
 from grpo_jax.models import make_policy, param_shapes
 from grpo_jax.objective import Objective
+from grpo_jax.report.progress import progress
 from grpo_jax.rollout import PromptBatch, Rollout
 from grpo_jax.rollout.compaction import Stage, choose_stages
 from grpo_jax.runs.errors import RunError
 from grpo_jax.runs.run import say, show
 from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe
+from grpo_jax.runs.topologies import CAPACITY, collectives, out_of_memory, topology_devices
 from grpo_jax.tasks import Task
 from grpo_jax.train import scores
 from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.optimizer import Average
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, row_shards, sharded_shapes
 from grpo_jax.train.step import init_state
+
+
+class Program(NamedTuple):
+    """What its compiler says of a program.
+
+    Attributes:
+      adds: bytes per device beside its arguments while it runs; where it does not fit, all that it would need.
+      fits: the compiler found room for it.
+      seconds: of compiling.
+      transfers: {name: (number, bytes)} of its collective operations, see `collectives`.
+    """
+
+    adds: int
+    fits: bool
+    seconds: float
+    transfers: dict[str, tuple[int, int]]
 
 
 class Memory(NamedTuple):
@@ -30,10 +49,12 @@ class Memory(NamedTuple):
       lasting: of what stays for all iterations, by name: parameters, optimizer, the average where one is kept, and the reference
         where the objective has a KL to it.
       working: of what a program adds while it runs, by name; only one runs at a time.
+      programs: what was compiled to know, by name.
     """
 
     lasting: dict[str, int]
     working: dict[str, int]
+    programs: dict[str, Program] = {}  # noqa: RUF012  # of a NamedTuple, which nobody changes
 
     @property
     def peak(self) -> int:
@@ -41,17 +62,27 @@ class Memory(NamedTuple):
         return sum(self.lasting.values()) + max(self.working.values(), default=0)
 
 
-def estimate(config: Any, console: Console | None = None) -> Memory:
+def estimate(config: Any, console: Console | None = None, *, topology: str | None = None) -> Memory:
     """Prints what a run of this config would need on each device, without weights or a run directory.
 
-    Raises ConfigError for a config that cannot run.
+    Args:
+      config: as for `train`.
+      console: where it prints.
+      topology: of accelerators that need not be there, see `topology_devices`; None: the devices of this process.
+
+    Raises:
+      ConfigError: a config that cannot run.
+      ValueError: as of `topology_devices`.
     """
     console = console or Console()
-    task, objective = validate(config, num_devices=jax.device_count())
-    names = f"{jax.device_count()} × {jax.devices()[0].device_kind}"
-    say(console, f"compiling for {names}; nothing is allocated")
-    memory = estimate_memory(config, task, objective)
+    devices = jax.devices() if topology is None else topology_devices(topology)
+    task, objective = validate(config, num_devices=len(devices))
+    say(console, f"compiling for {len(devices)} × {devices[0].device_kind}; nothing is allocated")
+    memory = estimate_memory(config, task, objective, devices=devices, console=console)
     show(console, memory_table(memory))
+    if topology is not None:
+        show(console, program_table(memory))
+        say(console, advice(config, memory, CAPACITY.get(devices[0].device_kind), len(devices)))
     return memory
 
 
@@ -67,15 +98,22 @@ def lasting_memory(recipe: Recipe, shapes: Any, mesh: jax.sharding.Mesh) -> dict
     return lasting | ({"reference": parameters} if recipe.objective.holds_to_reference else {})
 
 
-def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
+def estimate_memory(
+    config: Any,
+    task: Task,
+    objective: Objective,
+    *,
+    devices: list[Any] | None = None,
+    console: Console | None = None,
+) -> Memory:
     """What XLA says the programs of training and measuring need, with the verifier on the host, for a validated config.
 
     With a verifier on the device, sampling and learning are one program; here they are two. Prompts count as data.max_prompt
-    tokens. The programs are those of this process's devices: on CPU devices that stand for others (``--devices``), buffers are
-    those of XLA's CPU compiler, near those of an accelerator but not the same.
+    tokens. The programs are those of the compiler of ``devices``: on CPU devices that stand for others (``--devices``), buffers
+    are near those of an accelerator but not the same.
     """
     # The model and its programs, without tokenizer or weights.
-    mesh, c = make_mesh(**config.mesh), config.evaluate
+    mesh, c = make_mesh(**config.mesh, devices=devices), config.evaluate
     decoder = make_decoder(config, task)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
     recipe = make_recipe(config, objective, make_policy(decoder), stop_ids=(0,), pad_id=0)
@@ -128,14 +166,19 @@ def estimate_memory(config: Any, task: Task, objective: Objective) -> Memory:
     if objective.holds_to_reference:
         programs["probe, KL"] = compiled.log_ratios.lower(shapes, shapes, prompts, rollout(probed))
     lasting = lasting_memory(recipe, shapes, mesh)
-    working = {name: _working(lowered) for name, lowered in programs.items()}
+    built = {}
+    with progress(console or Console(quiet=True), "programs", total=len(programs)) as line:
+        for number, (name, lowered) in enumerate(programs.items(), start=1):
+            built[name] = _build(lowered)
+            line.update(number, name)
+    working = {name: program.adds for name, program in built.items()}
     if config.attainable.steps and objective.kl_direction == "reverse":
         # Before training, and so without the optimizer: a gradient, four trees like the parameters, and the factors.
         factors = jax.eval_shape(lambda p: scores.whitening(scores.moments(p), p), shapes)
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(factors))
         beside = size + 5 * lasting["parameters"] - sum(lasting.values())
         working["R², about"] = max(0, working["update"] + beside)
-    return Memory(lasting, working)
+    return Memory(lasting, working, built)
 
 
 def check_memory(lasting: dict[str, int]) -> None:
@@ -170,6 +213,66 @@ def format_bytes(size: int) -> str:
     return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def _working(lowered: Any) -> int:
-    sizes = lowered.compile().memory_analysis()
-    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+def program_table(memory: Memory) -> list[tuple[str, str]]:
+    """(program, what its compiler says of it) lines."""
+    lines = []
+    for name, program in memory.programs.items():
+        moved = [f"{number} {kind} {format_bytes(size)}" for kind, (number, size) in program.transfers.items()]
+        transfers = "no collectives" if not moved else f"collectives, those of a loop once: {', '.join(moved)}"
+        lines.append((name, f"compiled in {program.seconds:.0f} s; {transfers if program.fits else 'does not fit'}"))
+    return lines
+
+
+def advice(config: Any, memory: Memory, capacity: float | None, num_devices: int) -> str:
+    """Whether it fits into ``capacity`` bytes per device, and if not, which keys would help."""
+    if capacity is None:
+        return "how much memory this device has is not known"
+    lasting = sum(memory.lasting.values())
+    # A program that was refused says what it would need in all, one that was compiled what it adds.
+    needs = {name: size + (lasting if memory.programs[name].fits else 0) for name, size in memory.working.items()
+             if name in memory.programs}  # fmt: skip
+    too_large = {name: size for name, size in needs.items() if size > capacity or not memory.programs[name].fits}
+    if lasting <= capacity and not too_large:
+        return f"fits: {format_bytes(max(needs.values(), default=lasting))} of {format_bytes(int(capacity))} per device"
+    spread = config.mesh.fsdp * config.mesh.tensor
+    keys = []
+    if lasting > capacity / 2 and spread < num_devices:
+        keys.append(
+            f"--config.mesh.fsdp={min(num_devices // config.mesh.tensor, 2 * config.mesh.fsdp)} spreads what lasts"
+        )
+    if "update" in too_large:
+        keys.append(
+            f"--config.train.microbatch_tokens={config.train.microbatch_tokens // 2} makes the update's parts smaller"
+        )
+        if config.model.remat == "none":
+            keys.append("--config.model.remat=full keeps less of each layer")
+    if any(name.startswith(("rollout", "probe, sampling")) for name in too_large):
+        if config.mesh.tensor * 2 <= num_devices:
+            keys.append(
+                f"--config.mesh.tensor={2 * config.mesh.tensor} splits the weights of decoding, which fsdp gathers"
+            )
+        keys.append("fewer prompts at a time (--config.data.prompts_per_iteration, --config.evaluate.batch_samples)")
+    if any(name.startswith("probe") for name in too_large):
+        keys.append(
+            f"--config.evaluate.batch_samples={max(1, config.evaluate.batch_samples // 2)} measures in smaller parts"
+        )
+    if config.model.dtype == "float32":
+        keys.append("--config.model.dtype=bfloat16 halves activations and decoding's weights")
+    over = (
+        ", ".join(f"{name} {format_bytes(size)}" for name, size in too_large.items()) or f"all {format_bytes(lasting)}"
+    )
+    return "\n  - ".join([f"does not fit into {format_bytes(int(capacity))} per device: {over}", *keys])
+
+
+def _build(lowered: Any) -> Program:
+    begun = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = out_of_memory(error)
+        if needed is None:
+            raise
+        return Program(needed, False, time.monotonic() - begun, {})
+    sizes = compiled.memory_analysis()
+    adds = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return Program(adds, True, time.monotonic() - begun, collectives(compiled.as_text()))
