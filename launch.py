@@ -6,7 +6,7 @@ A run started again with the same config and run directory resumes, or shows its
 runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
 On several hosts, the same command on each, with --processes=auto where the machine knows of the others (Cloud TPU, GKE, Slurm,
 Open MPI), or --coordinator=HOST:PORT --num_processes=N --process_id=I; the run directory must be a folder that all of them see.
-Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config.
+Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config, or three starts in vain.
 """
 
 import copy
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     from grpo_jax import processes
     from grpo_jax.config import ConfigError
-    from grpo_jax.runs.errors import Preempted, RunError
+    from grpo_jax.runs.errors import Preempted, RunError, StartedInVain
     from grpo_jax.runs.evaluation import evaluate
     from grpo_jax.runs.loop import train
     from grpo_jax.runs.memory import estimate
@@ -113,6 +113,8 @@ def main(arguments: list[str]) -> None:
             case "estimate":
                 estimate(_CONFIG.value, topology=_TOPOLOGY.value)
     except ConfigError as error:
+        stop(str(error), EXIT_USAGE)
+    except StartedInVain as error:
         stop(str(error), EXIT_USAGE)
     except Preempted as error:
         stop(str(error), EXIT_PREEMPTED)

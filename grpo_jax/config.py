@@ -216,10 +216,11 @@ def _division_conflicts(config: Any, num_devices: int, training: bool) -> Iterat
         yield (
             f"mesh.data={config.mesh.data} · mesh.fsdp={fsdp} · mesh.tensor={tensor} does not make the {num_devices} device(s)"
         )
-    elif training and prompts % (minibatches * data * fsdp):
+    elif training and prompts % (parts := minibatches * data * fsdp):
+        below, above = prompts // parts * parts, -(-prompts // parts) * parts
         yield (
             f"data.prompts_per_iteration={prompts} is not divisible by train.minibatches={minibatches} · "
-            f"{data * fsdp} devices along mesh.data and mesh.fsdp"
+            f"{data * fsdp} devices along mesh.data and mesh.fsdp; nearest: {f'{below} and ' if below else ''}{above}"
         )
 
     # Samples are drawn in equal batches; the last probe has at least as many as the others.

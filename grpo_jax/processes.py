@@ -5,6 +5,7 @@ the rows that they hold, and no other module knows that there are several. With 
 stands for, and nothing is communicated.
 """
 
+import faulthandler
 import itertools
 import json
 import os
@@ -300,6 +301,25 @@ def stop_requested(received: list[int]) -> bool:
 
     _stopping = _stopping or multihost_utils.reached_preemption_sync_point(next(_polls))
     return _stopping
+
+
+@contextmanager
+def watched(seconds: float | None) -> Iterator[None]:
+    """Ends this process, with all its stacks on stderr, where what is inside takes longer; then the others end, too.
+
+    A process that waits for another one in vain waits for ever otherwise, and looks alive.
+
+    Args:
+      seconds: that it may take; None: as long as it will. One process alone is not watched: it may be a laptop that slept.
+    """
+    if seconds is None or count() == 1:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def leave(code: int) -> None:

@@ -63,7 +63,8 @@ def test_prompts_divide_over_minibatches_and_devices():
     assert conflicts(train__minibatches=2, num_devices=4) == []
     (line,) = conflicts(train__minibatches=4, num_devices=4)
     assert line == (
-        "data.prompts_per_iteration=8 is not divisible by train.minibatches=4 · 4 devices along mesh.data and mesh.fsdp"
+        "data.prompts_per_iteration=8 is not divisible by train.minibatches=4 · 4 devices along mesh.data and mesh.fsdp; "
+        "nearest: 16"
     )
     assert conflicts(training=False, train__minibatches=4, num_devices=4) == []
 

@@ -370,6 +370,7 @@ def test_a_pretrained_model_runs_with_the_host_verifier(shared, tmp_path):
         "rollout__max_completion": 12,
         "evaluate__samples": 8,
         "evaluate__final_samples": 8,
+        "attainable__steps": 0,
     }
     more = [f"--config.{k.replace('__', '.')}={v}" for k, v in changes.items()]
     done = launch(tmp_path / "run", *more, config="configs/stories.py", tiny=False)

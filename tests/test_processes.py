@@ -237,3 +237,27 @@ def test_only_one_module_knows_of_processes():
         if words.search(path.read_text(encoding="utf-8"))
     ]
     assert knowing == ["grpo_jax/processes.py"]
+
+
+WATCHED = """
+import sys, time
+from grpo_jax import processes as p
+p.count = lambda: int(sys.argv[1])
+with p.watched(0.5):
+    time.sleep(0.1)
+time.sleep(0.6)
+with p.watched(None):
+    time.sleep(0.6)
+def hang():
+    with p.watched(0.5):
+        time.sleep(3)
+hang()
+print("ended")
+"""
+
+
+def test_a_process_of_several_that_hangs_ends_and_shows_where():
+    (code, out, err), (alone, said, _) = end([start("-c", WATCHED, "2"), start("-c", WATCHED, "1")], 60)
+    assert (code, out) == (1, "")
+    assert "in hang" in err
+    assert (alone, said) == (0, "ended\n")

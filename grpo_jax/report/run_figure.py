@@ -69,6 +69,12 @@ def _plot_iterations(
         n, mean, yerr=[mean - low, high - mean], color=MEASURED, marker="o", markersize=3, linewidth=1, capsize=0,
         label=r"measured $\hat p_n$",
     )  # fmt: skip
+    if "average" in result:
+        p, over = result["average"]["p_final"], result["average"]["iterations"]
+        axes.errorbar(
+            [last], [p["mean"]], yerr=[[p["mean"] - p["low"]], [p["high"] - p["mean"]]], color=MEASURED, marker="D",
+            markerfacecolor="white", markersize=6, label=f"average of the last {over:,}", zorder=5,
+        )  # fmt: skip
 
     axes.set(xlabel="iteration n", ylabel="success probability, mean over prompts", xlim=(-0.01 * last, 1.01 * last))
     symbols = {"β": result["beta"], r"$β_\mathrm{mirror}$": result["beta_mirror"]}

@@ -139,6 +139,10 @@ def result_lines(result: dict[str, Any]) -> Lines:
         others = f"KL {averaged['kl']:.4f}   greedy {averaged['greedy']:.4f}   pass@8 {averaged['pass@8']:.4f}"
         lines.append((f"average of the last {average['iterations']}: p̂", interval_text(average["p_final"], confidence)))
         lines.append(("of the average", others))
+        ledger = average.get("ledger", {})
+        if "objective" in ledger:
+            lines.append(("… beyond a rest point", interval_text(ledger["beyond_rest"], confidence, "+")))
+            lines.append(("… objective Φ(p̂) − β KL", interval_text(ledger["objective"], confidence, "+")))
     if after["verdicts"]:
         lines.append(("verdicts after", verdict_counts(after["verdicts"])))
     return [*lines, ("in words", in_words(result))]

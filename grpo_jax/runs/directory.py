@@ -11,10 +11,11 @@ from typing import Any
 
 from grpo_jax import processes, storage
 from grpo_jax.files import read_json, write_json, write_text
-from grpo_jax.runs.errors import DirectoryInUse, RunDirectoryError
+from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, StartedInVain
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 ATTAINABLE, LOCK = "attainable.json", "lock"
+STARTS, IN_VAIN = "starts.json", 3  # which counts the starts that came to nothing, and how many of them are enough
 FAILED = "failed.txt"  # why the run of a point of a sweep failed
 
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
@@ -65,6 +66,7 @@ def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], fla
     if contents(path) > {CONFIG}:
         check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
     else:
+        (path / STARTS).unlink(missing_ok=True)
         write_json(path / CONFIG, config)
 
 
@@ -106,8 +108,8 @@ def _lock(path: Path, flag: str) -> Iterator[None]:
 
 
 def contents(path: Path) -> set[str]:
-    """Names in a run directory, without those that bind nobody: the lock, why it failed, the folder of evaluations."""
-    return storage.names(path) - {LOCK, FAILED, EVALUATIONS}
+    """Names in a run directory, without those that bind nobody: the lock, of starts and failures, the folder of evaluations."""
+    return storage.names(path) - {LOCK, FAILED, STARTS, EVALUATIONS}
 
 
 def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...], advice: str) -> None:
@@ -134,6 +136,44 @@ def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...
     if differing:
         lines = [f"  - {k}: {stored.get(k)!r} there, {config.get(k)!r} now" for k in differing]
         raise RunDirectoryError("\n".join([f"{path} belongs to another config:", *lines, advice]))
+
+
+@contextmanager
+def counted_start(path: Path) -> Iterator[None]:
+    """Counts the starts of a run after which nothing new was saved, other than by who stopped it.
+
+    Raises:
+      StartedInVain: this is the one after `IN_VAIN` of them; what the last one failed with is in the message.
+    """
+    processes.common(lambda: _count_start(path))
+    try:
+        yield
+    except (Preempted, KeyboardInterrupt):
+        processes.common(lambda: (path / STARTS).unlink(missing_ok=True))
+        raise
+    except Exception as error:
+        if processes.is_main():  # another process may have failed alone, and waits for none
+            write_json(path / STARTS, read_json(path / STARTS) | {"why": str(error) or type(error).__name__})
+        raise
+    processes.common(lambda: (path / STARTS).unlink(missing_ok=True))
+
+
+def _count_start(path: Path) -> None:
+    steps = {name for name in storage.names(path / "checkpoints") if name.isdigit()}
+    saved = sorted(steps | (storage.names(path) & {REFERENCE, ATTAINABLE, "reference"}))
+    before: dict[str, Any] = {"saved": saved, "starts": 0, "why": "it was killed"}
+    try:
+        stored = read_json(path / STARTS)
+        if stored["saved"] == saved:
+            before |= {"starts": int(stored["starts"]), "why": str(stored["why"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or one that is broken: the count begins anew
+    if before["starts"] >= IN_VAIN:
+        raise StartedInVain(
+            f"{IN_VAIN} starts in a row ended before anything new was saved in {path}, the last because: {before['why']}\n"
+            f"Remove {path / STARTS} to start it again"
+        )
+    write_json(path / STARTS, before | {"starts": before["starts"] + 1, "why": "it was killed"})
 
 
 def has(path: Path) -> bool:

@@ -29,5 +29,9 @@ class Diverged(RunError):
     """Too many updates in a row had a non-finite loss or gradient; the checkpoints are from before."""
 
 
+class StartedInVain(RunError):
+    """Start after start ended before anything new was saved; another will not help."""
+
+
 class Preempted(RuntimeError):
     """SIGTERM arrived; what was done is saved, and the same command resumes it."""

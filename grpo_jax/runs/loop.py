@@ -13,7 +13,7 @@ from rich.console import Console
 from grpo_jax import theory
 from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
-from grpo_jax.processes import check_alike, common, put
+from grpo_jax.processes import check_alike, common, put, watched
 from grpo_jax.report import forecast, live_forecast, run_figure, run_page, run_result, standing
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
@@ -22,7 +22,7 @@ from grpo_jax.report.progress import progress
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
-from grpo_jax.runs.directory import RESULT, has, load, open_run_directory, save
+from grpo_jax.runs.directory import RESULT, counted_start, has, load, open_run_directory, save
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
@@ -65,6 +65,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             say(console, f"{directory} holds a finished run:")
             show(console, run_page.result_lines(result))
             return result
+        stack.enter_context(counted_start(directory))
         setup = make_setup(config, task, objective)
         dropped = len(task.examples) - len(setup.task.examples)
         options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
@@ -208,12 +209,15 @@ def run_iterations(
             log.write(forecast.probe_row(0, before, c.evaluate.confidence))
         target = "" if prediction is None else f" → p* {prediction.mean_p_star:.3f}"
         success = ""
+        durations: list[float] = []  # of the stretches so far, in seconds
         with progress(run.console, "iterations", total=c.train.iterations, done=n) as line:
             while n < c.train.iterations:
                 # Iterate, and write a row for each iteration.
                 begun = time.monotonic()
-                state, rows, skipped = advance(run, state, ref_params, table, n)
+                with watched(patience(durations)):
+                    state, rows, skipped = advance(run, state, ref_params, table, n)
                 seconds = (time.monotonic() - begun) / len(rows)
+                durations.append(seconds * len(rows))
                 for row, in_a_row in zip(rows, skipped, strict=True):
                     n += 1
                     history.append({"iteration": n, "phase": "train"} | row)
@@ -295,6 +299,15 @@ def advance(
     row = {name: float(x) for name, x in metrics.items()}
     row |= {f"verdict/{name}": number for name, number in judged.verdict_counts().items()}
     return state, [row], [int(state.skipped)]
+
+
+def patience(durations: list[float]) -> float | None:
+    """Seconds after which a stretch of iterations hangs, from those of the stretches before; None: too few to tell.
+
+    >>> patience([9.0, 2.0, 2.0]), patience([300.0, 100.0, 90.0]), patience([1.0])
+    (600.0, 2000.0, None)
+    """
+    return max(600.0, 20 * float(np.median(durations))) if len(durations) >= 3 else None
 
 
 def stretch(config: Any, done: int) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.files import write_json
-from grpo_jax.runs.directory import open_run_directory
-from grpo_jax.runs.errors import RunDirectoryError
+from grpo_jax.runs.directory import counted_start, open_run_directory
+from grpo_jax.runs.errors import Preempted, RunDirectoryError, StartedInVain
 
 CONFIG = {"seed": 0, "mesh": (1, 2), "objective.beta": 1.0, "checkpoint.interval": 5}
 
@@ -100,3 +100,36 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "x.json", {"a": object()})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+def test_the_start_after_three_that_came_to_nothing_is_refused(tmp_path):
+    run = use(tmp_path / "run")
+
+    def begin(error: BaseException | None = None) -> None:
+        with counted_start(run):
+            if error is not None:
+                raise error
+
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            begin(ValueError("no room"))
+    counted = json.loads((run / "starts.json").read_text())
+    assert (counted["starts"], counted["why"]) == (2, "no room")
+    (run / "starts.json").write_text(
+        json.dumps(counted | {"starts": 3, "why": "it was killed"})
+    )  # as kill −9 leaves it
+    with pytest.raises(StartedInVain, match=r"3 starts in a row .* because: it was killed\nRemove .*starts\.json"):
+        begin()
+    use(tmp_path / "run", seed=1)  # another config, and nothing bound the first: the count begins anew
+    assert not (run / "starts.json").exists()
+    # What was saved since, who stopped it, and an end that was reached: none counts.
+    for _ in range(3):
+        with pytest.raises(ValueError):
+            begin(ValueError("no room"))
+    (run / "checkpoints" / "20").mkdir(parents=True)
+    with pytest.raises(Preempted):
+        begin(Preempted("stopped"))
+    assert not (run / "starts.json").exists()
+    (run / "starts.json").write_text("{")
+    begin()
+    assert not (run / "starts.json").exists()
