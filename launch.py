@@ -1,7 +1,8 @@
 """Runs a config: python launch.py --config=configs/small.py [--workdir=runs/small] [--config.objective.beta=0.5 …]
 
 A run started again with the same config and run directory resumes, or shows its result if it is finished.
---mode=evaluate measures a checkpoint of the run directory; --mode=estimate says what memory each device needs.
+--mode=evaluate measures a checkpoint of the run directory; --mode=estimate says what memory each device needs, also of a TPU
+pod that is not there (--topology=v5e:4x4); --mode=manifest --target=jobset prints what starts the command on such a pod.
 --sweep="objective.beta=0.1,0.3,1; seed=0,1" runs every combination one after the other, each in its own directory inside
 runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
 On several hosts, the same command on each, with --processes=auto where the machine knows of the others (Cloud TPU, GKE, Slurm,
@@ -11,14 +12,16 @@ Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad comman
 
 import copy
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpo_jax.environment import prepare_environment, prepare_streams
+from grpo_jax.manifests import TARGETS, manifest, parse_cluster
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
 MISTAKES = (flags.Error, OSError, AttributeError, TypeError, ValueError, KeyError)  # that parsing a flag raises
@@ -30,17 +33,26 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; runs/NAME of the config file by default, runs/NAME_sweep with --sweep."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "estimate"], "train or resume; measure a checkpoint; or bytes per device."
+    "mode",
+    "train",
+    ["train", "evaluate", "estimate", "manifest"],
+    "train or resume; measure a checkpoint; bytes per device; or print what starts this command on a cluster.",
 )
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "With --mode=evaluate: latest (default), reference, average, or an iteration."
 )
-_NAME = flags.DEFINE_string("name", None, "With --mode=evaluate: folder in the run directory's evaluations/.")
+_NAME = flags.DEFINE_string(
+    "name", None, "With --mode=evaluate: folder in the run directory's evaluations/; with --mode=manifest: of the job."
+)
 _DEVICES = flags.DEFINE_integer(
     "devices", None, "With --mode=estimate: CPU devices that stand for as many accelerators.", lower_bound=1
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "With --mode=estimate: compile for v5e:4x4, v6e:8x8, v5p:2x2x1, 2*v5e:4x4 or h200:8, here."
+    "topology", None, "With --mode=estimate or manifest: v5e:4x4, v6e:8x8, v5p:2x2x1, 2*v5e:4x4 (two slices) or h200:8."
+)
+_TARGET = flags.DEFINE_enum("target", None, TARGETS, "With --mode=manifest: what starts it.")
+_IMAGE = flags.DEFINE_string(
+    "image", "grpo_jax", "With --mode=manifest: the container image, built from the Dockerfile."
 )
 _SWEEP = flags.DEFINE_string(
     "sweep",
@@ -73,10 +85,16 @@ def main(arguments: list[str]) -> None:
         workdir = storage.place(workdir)
     except ValueError as error:
         stop(f"--workdir={error}", EXIT_USAGE)
-    for flag, mode in ((_CHECKPOINT, "evaluate"), (_NAME, "evaluate"), (_DEVICES, "estimate"), (_TOPOLOGY, "estimate")):
-        if flag.value is not None and _MODE.value != mode:
-            stop(f"--{flag.name} is for --mode={mode}", EXIT_USAGE)
-    if _SWEEP.value is not None and _MODE.value != "train":
+    for flag, modes in (
+        (_CHECKPOINT, ("evaluate",)),
+        (_NAME, ("evaluate", "manifest")),
+        (_DEVICES, ("estimate",)),
+        (_TOPOLOGY, ("estimate", "manifest")),
+        (_TARGET, ("manifest",)),
+    ):
+        if flag.value is not None and _MODE.value not in modes:
+            stop(f"--{flag.name} is for --mode={' or '.join(modes)}", EXIT_USAGE)
+    if _SWEEP.value is not None and _MODE.value not in ("train", "manifest"):
         stop("--sweep is for --mode=train", EXIT_USAGE)
     if _LIST.value and _SWEEP.value is None:
         stop("--list shows the points of a --sweep", EXIT_USAGE)
@@ -87,6 +105,9 @@ def main(arguments: list[str]) -> None:
         os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(_DEVICES.value or 1)}
     prepare_environment()
     logging.set_verbosity(logging.WARNING)
+    if _MODE.value == "manifest":
+        print_manifest("_".join(words))
+        return
     from grpo_jax import processes
     from grpo_jax.config import ConfigError
     from grpo_jax.runs.errors import Preempted, RunError, StartedInVain
@@ -124,6 +145,25 @@ def main(arguments: list[str]) -> None:
         stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
 
 
+def print_manifest(name: str) -> None:
+    """Prints what starts this command line on the hardware of --topology."""
+    target, topology = _TARGET.value, _TOPOLOGY.value
+    if target is None or topology is None or _WORKDIR.value is None:
+        stop("--mode=manifest wants --target, --topology, and a --workdir that all hosts see", EXIT_USAGE)
+    own = {flag.name for flag in (_MODE, _TARGET, _TOPOLOGY, _IMAGE, _NAME)}
+    words = [word for word in sys.argv[1:] if word.lstrip("-").partition("=")[0] not in own]
+    try:
+        if any(word.lstrip("-") in own for word in sys.argv[1:]):
+            raise ValueError("with --mode=manifest, write flags as --KEY=VALUE")
+        cluster, points = parse_cluster(topology), None
+        if _SWEEP.value is not None:
+            points = len(sweep_points(_CONFIG.value, _SWEEP.value))
+        job = _NAME.value or re.sub(r"[^a-z0-9-]+", "-", name.lower())
+        print(manifest(target, cluster, words, name=job, image=_IMAGE.value, points=points), end="")
+    except ValueError as error:
+        stop(str(error), EXIT_USAGE)
+
+
 def check_processes() -> None:
     """Refuses flags of several processes that do not go together."""
     given = [flag.name for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID) if flag.value is not None]
@@ -140,10 +180,9 @@ def sweep(config: Any, text: str, workdir: str | Path) -> None:
     """Runs, resumes or lists the points of --sweep."""
     from grpo_jax.config import ConfigError
     from grpo_jax.sweeps.one_by_one import list_points, run_points
-    from grpo_jax.sweeps.points import make_points, parse_grid
 
     try:
-        points = make_points(config, parse_grid(text), with_value)
+        points = sweep_points(config, text)
     except ConfigError:
         raise
     except ValueError as error:
@@ -154,6 +193,13 @@ def sweep(config: Any, text: str, workdir: str | Path) -> None:
     failed = sum(state.name == "failed" for state in run_points(points, workdir))
     if failed:
         stop(f"{failed} of {len(points)} points failed; why is in {Path(workdir) / 'sweep.md'}", EXIT_FAILED)
+
+
+def sweep_points(config: Any, text: str) -> list[Any]:
+    """The points of --sweep; ValueError where they cannot run."""
+    from grpo_jax.sweeps.points import make_points, parse_grid
+
+    return make_points(config, parse_grid(text), with_value)
 
 
 def with_value(config: Any, key: str, text: str) -> Any:
@@ -196,7 +242,7 @@ def explained(error: Exception) -> str:
             return f"bad config value: {error}"
 
 
-def stop(message: str, code: int) -> None:
+def stop(message: str, code: int) -> NoReturn:
     """Ends with one message on stderr; of several processes, whatever the others do."""
     print(f"launch.py: {message}", file=sys.stderr)
     if "grpo_jax.processes" in sys.modules and (_PROCESSES.value or _COORDINATOR.value):

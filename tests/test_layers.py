@@ -62,6 +62,7 @@ ROOMS = {
     "config": ({"objective", "tasks", "models", "data", "storage"}, set()),
     "environment": (set(), set()),
     "processes": (set(), {"jax", "numpy", "orbax"}),
+    "manifests": (set(), {"yaml"}),
     "files": ({"storage"}, set()),
     "storage": (set(), {"etils", "fsspec", "gcsfs"}),  # inside the functions that need them
     "products": (set(), {"jax"}),

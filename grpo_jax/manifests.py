@@ -1,0 +1,262 @@
+"""What starts a run on a cluster: a JobSet for Kubernetes, a batch script for Slurm, a command for Google's or SkyPilot's tools.
+
+Each runs `launch.py` with the same flags on every host, and starts it again when it ends with anything but success or exit code
+2, with which `launch.py` says that another start would not help: a bad config, or three starts in a row that came to nothing.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+PORT = 8476  # open between TPU hosts in the default network, which jax's own choice, 8482, is not
+GRACE = 120  # seconds between SIGTERM and the end: a stretch of iterations and a checkpoint
+STOPS = 2  # the exit code after which another start would not help
+AGAIN = "1,75,134,137,139"  # where codes must be listed: failed, preempted, aborted, killed, crashed
+TARGETS = ("jobset", "slurm", "gcloud", "gcluster", "xpk", "skypilot")
+
+# Of each kind of TPU: GKE's label, the type's name and its unit (cores or chips), and the image of its virtual machines.
+_TPU = {
+    "v4": ("tpu-v4-podslice", "v4", 2, "tpu-ubuntu2204-base"),
+    "v5e": ("tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite"),
+    "v5p": ("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
+    "v6e": ("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
+}
+
+
+class Cluster(NamedTuple):
+    """The hardware of a run.
+
+    Attributes:
+      kind: v4, v5e, v5p, v6e or h200.
+      grid: of a TPU slice, 4x4 or 2x2x1; empty for GPUs.
+      slices: of which there are several for larger runs, or for points of a sweep.
+      hosts: of a slice.
+      chips: accelerators of a host.
+    """
+
+    kind: str
+    grid: str
+    slices: int
+    hosts: int
+    chips: int
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether it is of TPUs."""
+        return self.kind in _TPU
+
+    @property
+    def type_name(self) -> str:
+        """What Google calls a slice, such as v5litepod-16."""
+        _, name, unit, _ = _TPU[self.kind]
+        return f"{name}-{self.hosts * self.chips * unit}"
+
+
+def parse_cluster(topology: str) -> Cluster:
+    """The hardware of a topology; ValueError for one that does not exist.
+
+    >>> parse_cluster("2*v5e:4x4")
+    Cluster(kind='v5e', grid='4x4', slices=2, hosts=4, chips=4)
+    >>> parse_cluster("v5e:2x4").hosts, parse_cluster("h200:16").hosts, parse_cluster("v5p:2x2x2").type_name
+    (1, 2, 'v5p-16')
+    """
+    if match := re.fullmatch(r"(?:(\d+)\*)?h200:(\d+)", topology):
+        slices, number = int(match[1] or 1), int(match[2])
+        if slices < 1 or number < 1 or (number > 8 and number % 8):
+            raise ValueError(f"--topology={topology}: hosts have 8 of these; more than 8 must be a multiple of 8")
+        return Cluster("h200", "", slices, max(1, number // 8), min(number, 8))
+    if not (match := re.fullmatch(r"(?:(\d+)\*)?(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})", topology)):
+        raise ValueError(
+            f"--topology={topology} must be like v5e:4x4, v6e:8x8, v5p:2x2x1, 2*v5e:4x4 (two slices) or h200:8"
+        )
+    slices, kind, grid = int(match[1] or 1), match[2], match[3]
+    number = math.prod(map(int, grid.split("x")))
+    if (len(grid.split("x")) == 2) != (kind in ("v5e", "v6e")) or slices < 1 or number < 1:
+        raise ValueError(
+            f"--topology={topology}: a slice of {kind} has {2 if kind in ('v5e', 'v6e') else 3} dimensions"
+        )
+    chips = number if number <= (8 if kind in ("v5e", "v6e") else 4) else 4
+    return Cluster(kind, grid, slices, number // chips, chips)
+
+
+def manifest(
+    target: str, cluster: Cluster, flags: Sequence[str], *, name: str, image: str, points: int | None = None
+) -> str:
+    """The text that starts a run.
+
+    Args:
+      target: one of `TARGETS`.
+      cluster: the hardware.
+      flags: of launch.py, with the run directory, which every host must see.
+      name: of the run.
+      image: of the container, built from the Dockerfile; its directory is the checkout.
+      points: of a sweep: as many clusters, at most, as it has points, each of which takes the next free one; None: a single run.
+
+    Raises:
+      ValueError: hardware that the target does not start, or a name that Kubernetes refuses.
+    """
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise ValueError(f"--name={name} must be of lower-case letters, digits and -, at most 40")
+    if target in ("gcloud", "xpk") and not cluster.is_tpu:
+        raise ValueError(f"--target={target} starts TPUs; jobset, slurm, gcluster and skypilot start GPUs, too")
+    if target == "slurm" and cluster.is_tpu:
+        raise ValueError("--target=slurm starts GPUs; TPUs have jobset, gcloud, gcluster, xpk and skypilot")
+    make = {"jobset": _jobset, "slurm": _slurm, "gcloud": _gcloud, "gcluster": _gcluster, "xpk": _xpk}.get(
+        target, _skypilot
+    )
+    if points is None:
+        if not cluster.is_tpu:  # hosts of GPUs are all alike
+            cluster = cluster._replace(slices=1, hosts=cluster.hosts * cluster.slices)
+        return make(cluster, flags, name, image)
+    # A sweep: clusters of one slice that know nothing of each other, and share the directory.
+    alone = cluster._replace(slices=1)
+    parts = [make(alone, flags, f"{name}-{i}", image) for i in range(min(points, cluster.slices))]
+    return ("---\n" if target == "jobset" else "\n").join(parts)
+
+
+def command(cluster: Cluster, flags: Sequence[str], *, coordinator: str = "$COORDINATOR", own: str = "$PROCESS") -> str:
+    """The shell command of a host; TPU hosts find each other, GPU hosts are told by environment variables."""
+    words = [f"python launch.py {shlex.join(flags)}"]
+    hosts = cluster.hosts * cluster.slices
+    if hosts > 1 and cluster.is_tpu:
+        words.append("--processes=auto --wait=600")
+    elif hosts > 1:
+        words.append(f"--coordinator={coordinator} --num_processes={hosts} --process_id={own} --wait=600")
+    return " ".join(words)
+
+
+def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+    environment = {"PYTHONUNBUFFERED": "1"}
+    if cluster.is_tpu:
+        label, _, _, _ = _TPU[cluster.kind]
+        selector = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": cluster.grid}
+        resources = {"google.com/tpu": cluster.chips}
+    else:
+        selector = {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
+        resources = {"nvidia.com/gpu": cluster.chips}
+        environment["COORDINATOR"] = f"{name}-hosts-0-0.{name}:{PORT}"
+    variables: list[Any] = [{"name": key, "value": value} for key, value in environment.items()]
+    index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+    variables.append({"name": "PROCESS", "valueFrom": {"fieldRef": index}})
+    container = {
+        "name": "launch",
+        "image": image,
+        "command": ["bash", "-c", f"exec {command(cluster, flags)}"],  # exec: SIGTERM reaches Python
+        "env": variables,
+        "ports": [{"containerPort": PORT}],
+        "resources": {"limits": resources},
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE,
+        "nodeSelector": selector,
+        "containers": [container],
+    }
+    in_vain = {"action": "FailJob", "onExitCodes": {"containerName": "launch", "operator": "In", "values": [STOPS]}}
+    job = {
+        "backoffLimit": 0,
+        "completions": cluster.hosts,
+        "parallelism": cluster.hosts,
+        "completionMode": "Indexed",
+        "podFailurePolicy": {"rules": [in_vain]},
+        "template": {"spec": pod},
+    }
+    document = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": name,
+            # A slice's hosts are those of one node pool.
+            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
+        },
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": 1000,  # launch.py itself ends what restarts in vain
+                "rules": [{"name": "inVain", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": "hosts", "replicas": cluster.slices, "template": {"spec": job}}],
+        },
+    }
+    return yaml.safe_dump(document, sort_keys=False, width=1000)
+
+
+def _slurm(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+    run = command(cluster, flags)
+    if cluster.hosts > 1:  # Slurm tells each process of the others
+        run = f"python launch.py {shlex.join(flags)} --processes=auto --wait=600"
+    return f"""#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={cluster.hosts}
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node={cluster.chips}
+#SBATCH --signal=TERM@{GRACE}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# In a checkout, with its environment activated; or in a container of the image {image}.
+export PYTHONUNBUFFERED=1
+srun --kill-on-bad-exit=1 {run} &
+trap 'kill -TERM $!; wait $!' TERM
+wait $!
+code=$?
+# Started again, unless it is done or another start would not help.
+if [ $code -ne 0 ] && [ $code -ne {STOPS} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit $code
+"""
+
+
+def _gcloud(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+    _, _, _, system = _TPU[cluster.kind]
+    where = '--project="$PROJECT" --zone="$ZONE"'
+    inside = f"sudo docker run --rm --privileged --net=host -e PYTHONUNBUFFERED=1 {image} {command(cluster, flags)}"
+    again = f"until {inside} || [ $? -eq {STOPS} ]; do sleep 10; done"
+    if cluster.slices > 1:
+        raise ValueError("--target=gcloud starts one slice, or the points of a sweep on several: take jobset for more")
+    return f"""gcloud compute tpus tpu-vm create {name} {where} --accelerator-type={cluster.type_name} --version={system}
+gcloud compute tpus tpu-vm ssh {name} {where} --worker=all --command={shlex.quote(again)}
+gcloud compute tpus tpu-vm delete {name} {where} --quiet
+"""
+
+
+def _gcluster(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+    if cluster.is_tpu:
+        kind = f"--compute-type={_TPU[cluster.kind][0]} --topology={cluster.grid} --num-slices={cluster.slices}"
+    else:
+        kind = f"--compute-type=nvidia-h200-{cluster.chips}px --num-nodes={cluster.hosts}"
+    coordinator = f"{name}-workload-0-0.{name}:{PORT}"
+    run = command(cluster, flags, coordinator=coordinator, own="$JOB_COMPLETION_INDEX")
+    return (
+        f"gcluster job submit --name={name} --image={image} {kind} --grace-period={GRACE}s "
+        f"--restart-on-exit-codes={AGAIN} --command={shlex.quote(run)}\n"
+    )
+
+
+def _xpk(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+    return (
+        f"xpk workload create --workload={name} --docker-image={image} --tpu-type={cluster.type_name} "
+        f"--num-slices={cluster.slices} --restart-on-exit-codes={AGAIN} --command={shlex.quote(command(cluster, flags))}\n"
+    )
+
+
+def _skypilot(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+    accelerators = f"tpu-{cluster.type_name}:1" if cluster.is_tpu else f"H200:{cluster.chips}"
+    first = f'$(head -n1 <<< "$SKYPILOT_NODE_IPS"):{PORT}'
+    document = {
+        "name": name,
+        "num_nodes": 1 if cluster.is_tpu else cluster.hosts,  # the hosts of a slice are one node
+        "resources": {
+            "accelerators": accelerators,
+            "image_id": f"docker:{image}",
+            "job_recovery": {"strategy": "FAILOVER", "max_restarts_on_errors": 1000},
+        },
+        "envs": {"PYTHONUNBUFFERED": "1"},
+        "run": command(cluster, flags, coordinator=first, own="$SKYPILOT_NODE_RANK") + "\n",
+    }
+    if cluster.slices > 1:
+        raise ValueError(
+            "--target=skypilot starts one slice, or the points of a sweep on several: take jobset for more"
+        )
+    return yaml.safe_dump(document, sort_keys=False, width=1000)
