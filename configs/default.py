@@ -140,6 +140,7 @@ def get_config() -> ConfigDict:
                 "row_length": placeholder(int),  # completion tokens of a packed row; unset: max_completion, or up to 32
                 "iterations_per_program": 10,  # run without touching the host, where the verifier is on the device
                 "chunk_size": placeholder(int),  # positions whose logits exist at a time; unset: 64 MiB of them
+                "profile": (),  # first and last iteration to trace with jax.profiler, into the run directory's profile/
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },
             "evaluate": {

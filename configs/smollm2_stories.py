@@ -25,7 +25,9 @@ def get_config() -> ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.schedule = "constant"
     config.optimizer.max_grad_norm = 1e3
-    config.attainable.samples = 48  # 256 completions a part, which two steps explain to the last: samples decide, not steps
+    config.attainable.samples = (
+        48  # 256 completions a part, which two steps explain to the last: samples decide, not steps
+    )
     config.attainable.steps = 3
     config.evaluate.interval = 20
     config.evaluate.samples = 8

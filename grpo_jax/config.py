@@ -264,6 +264,10 @@ def _training_conflicts(config: Any, task: Task) -> Iterator[str]:
                 f"sampled policy and the trained one would differ. Leave it unset; --mode=evaluate accepts it"
             )
 
+    profile, last = tuple(config.train.profile), config.train.iterations
+    if profile and not (len(profile) == 2 and 1 <= profile[0] <= profile[1] <= last):
+        yield f"train.profile={profile} must be empty, or the first and the last iteration to trace, from 1 to {last}"
+
     # A micro-batch holds a packed row, and that a completion.
     longest, most, row = config.rollout.max_completion, config.train.microbatch_tokens, config.train.row_length
     if most < longest:

@@ -84,3 +84,10 @@ def test_all_conflicts_at_once():
         "rollout.top_p",
         "model.stop_strings",
     ]
+
+
+def test_iterations_to_trace_are_checked():
+    assert conflicts(train__profile=(2, 3)) == []
+    for wrong in ((3,), (0, 1), (3, 2), (1, 8)):
+        (line,) = conflicts(train__profile=wrong)
+        assert line == f"train.profile={wrong} must be empty, or the first and the last iteration to trace, from 1 to 7"

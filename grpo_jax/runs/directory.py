@@ -25,12 +25,14 @@ CHANGEABLE = (
     "checkpoint.keep",
     "verifier.num_workers",
     "train.iterations_per_program",
+    "train.profile",
     "attainable.",
 )
 
 # Keys that run directories of older versions lack, with the value that does what those versions did.
 YOUNGER: dict[str, Any] = {
     "train.average": 0.0,
+    "train.profile": [],
     "task.arithmetic.left": [],
     "task.arithmetic.right": [],
     "task.arithmetic.prompt": None,

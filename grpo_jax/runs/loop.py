@@ -1,7 +1,8 @@
 """A run from start to end: reference, prediction, iterations, measurement, report."""
 
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, sigterm_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
+from grpo_jax.storage import Mirror
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
@@ -214,7 +216,7 @@ def run_iterations(
             while n < c.train.iterations:
                 # Iterate, and write a row for each iteration.
                 begun = time.monotonic()
-                with watched(patience(durations)):
+                with watched(patience(durations)), traced(run, n):
                     state, rows, skipped = advance(run, state, ref_params, table, n)
                 seconds = (time.monotonic() - begun) / len(rows)
                 durations.append(seconds * len(rows))
@@ -308,6 +310,19 @@ def patience(durations: list[float]) -> float | None:
     (600.0, 2000.0, None)
     """
     return max(600.0, 20 * float(np.median(durations))) if len(durations) >= 3 else None
+
+
+@contextmanager
+def traced(run: Run, done: int) -> Iterator[None]:
+    """Traces the stretch of iterations after ``done``, where it has any of ``train.profile``; each process its own devices."""
+    wanted, count = tuple(run.config.train.profile), stretch(run.config, done)
+    if not wanted or done + count < wanted[0] or done >= wanted[1]:
+        yield
+        return
+    mirror = Mirror(run.directory / "profile")
+    with jax.profiler.trace(str(mirror.here)):
+        yield
+    mirror.close()
 
 
 def stretch(config: Any, done: int) -> int:

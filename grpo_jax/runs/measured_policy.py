@@ -27,7 +27,13 @@ from grpo_jax.train.sharding import sharded_shapes
 # laid out. The other keys decide which parameters there are.
 OF_THE_MEASUREMENT: tuple[str, ...] = (
     *("task.", "evaluate.", "data.", "rollout.", "verifier.", "mesh.", "checkpoint."),
-    *("train.microbatch_tokens", "train.row_length", "train.chunk_size", "train.iterations_per_program"),
+    *(
+        "train.microbatch_tokens",
+        "train.row_length",
+        "train.chunk_size",
+        "train.iterations_per_program",
+        "train.profile",
+    ),
 )
 
 # Config keys that may differ when an evaluation is started again: no number depends on them.

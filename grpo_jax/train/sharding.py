@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.rollout import PromptBatch, Rollout
@@ -27,8 +28,10 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[Any] | None = None) -> Mesh:
     """A mesh over all devices; ``data=-1`` takes what fsdp and tensor leave.
 
+    TPUs of several slices, between which transfers are slow, are spread along data, so that fsdp and tensor stay within one.
+
     Raises:
-      ValueError: sizes that do not multiply to the number of devices.
+      ValueError: sizes that do not multiply to the number of devices, or data that is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or tensor < 1 or not (data == -1 or data >= 1):
@@ -38,7 +41,14 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[A
         raise ValueError(
             f"mesh data={data} · fsdp={fsdp} · tensor={tensor} is not the number of devices, {len(devices)}"
         )
-    return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    types = (AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return jax.make_mesh((data, fsdp, tensor), AXES, devices=devices, axis_types=types)
+    if data % slices:
+        raise ValueError(f"mesh data={data} is not a multiple of the {slices} slices, along which data is spread")
+    grid = create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices=devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
