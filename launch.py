@@ -7,7 +7,8 @@ pod that is not there (--topology=v5e:4x4); --mode=manifest --target=jobset prin
 runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
 On several hosts, the same command on each, with --processes=auto where the machine knows of the others (Cloud TPU, GKE, Slurm,
 Open MPI), or --coordinator=HOST:PORT --num_processes=N --process_id=I; the run directory must be a folder that all of them see.
-Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 bad command line or config, or three starts in vain.
+Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 where another start would not help: a bad
+command line or config, the directory of something else, or three starts in vain.
 """
 
 import copy
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> None:
         return
     from grpo_jax import processes
     from grpo_jax.config import ConfigError
-    from grpo_jax.runs.errors import Preempted, RunError, StartedInVain
+    from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError, StartedInVain
     from grpo_jax.runs.evaluation import evaluate
     from grpo_jax.runs.loop import train
     from grpo_jax.runs.memory import estimate
@@ -135,18 +136,26 @@ def main(arguments: list[str]) -> None:
                 estimate(_CONFIG.value, topology=_TOPOLOGY.value)
     except ConfigError as error:
         stop(str(error), EXIT_USAGE)
-    except StartedInVain as error:
+    except DirectoryInUse as error:
+        stop(str(error), EXIT_FAILED)
+    except (StartedInVain, RunDirectoryError) as error:
         stop(str(error), EXIT_USAGE)
     except Preempted as error:
         stop(str(error), EXIT_PREEMPTED)
     except (RunError, ValueError, OSError, RuntimeError) as error:
         stop(str(error) or type(error).__name__, EXIT_FAILED)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("gcsfs", "aiohttp", "google"):
+            raise
+        stop(f"the bucket could not be reached: {' '.join(str(error).split())[:300]}", EXIT_FAILED)
     except KeyboardInterrupt:
         stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
 
 
 def print_manifest(name: str) -> None:
     """Prints what starts this command line on the hardware of --topology."""
+    from grpo_jax.config import validate
+
     target, topology = _TARGET.value, _TOPOLOGY.value
     if target is None or topology is None or _WORKDIR.value is None:
         stop("--mode=manifest wants --target, --topology, and a --workdir that all hosts see", EXIT_USAGE)
@@ -156,8 +165,13 @@ def print_manifest(name: str) -> None:
         if any(word.lstrip("-") in own for word in sys.argv[1:]):
             raise ValueError("with --mode=manifest, write flags as --KEY=VALUE")
         cluster, points = parse_cluster(topology), None
+        if target != "slurm" and not str(_WORKDIR.value).startswith("gs://"):
+            raise ValueError(f"--workdir={_WORKDIR.value}: a container's folder is lost with it; take gs://BUCKET/NAME")
+        of_slice = cluster.hosts * cluster.chips
         if _SWEEP.value is not None:
-            points = len(sweep_points(_CONFIG.value, _SWEEP.value))
+            points = len(sweep_points(_CONFIG.value, _SWEEP.value, num_devices=of_slice))
+        else:
+            validate(_CONFIG.value, num_devices=of_slice * cluster.slices)
         job = _NAME.value or re.sub(r"[^a-z0-9-]+", "-", name.lower())
         print(manifest(target, cluster, words, name=job, image=_IMAGE.value, points=points), end="")
     except ValueError as error:
@@ -195,11 +209,11 @@ def sweep(config: Any, text: str, workdir: str | Path) -> None:
         stop(f"{failed} of {len(points)} points failed; why is in {Path(workdir) / 'sweep.md'}", EXIT_FAILED)
 
 
-def sweep_points(config: Any, text: str) -> list[Any]:
-    """The points of --sweep; ValueError where they cannot run."""
+def sweep_points(config: Any, text: str, num_devices: int | None = None) -> list[Any]:
+    """The points of --sweep, for so many devices; ValueError where they cannot run."""
     from grpo_jax.sweeps.points import make_points, parse_grid
 
-    return make_points(config, parse_grid(text), with_value)
+    return make_points(config, parse_grid(text), with_value, num_devices=num_devices)
 
 
 def with_value(config: Any, key: str, text: str) -> Any:

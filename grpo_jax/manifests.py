@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-PORT = 8476  # open between TPU hosts in the default network, which jax's own choice, 8482, is not
+PORT = 8476  # where process 0 listens for GPU hosts; TPU hosts find each other, at jax's own port 8482
 GRACE = 120  # seconds between SIGTERM and the end: a stretch of iterations and a checkpoint
 STOPS = 2  # the exit code after which another start would not help
 AGAIN = "1,75,134,137,139"  # where codes must be listed: failed, preempted, aborted, killed, crashed
@@ -25,6 +25,9 @@ _TPU = {
     "v5p": ("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
     "v6e": ("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
 }
+
+
+_GRIDS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
 
 
 class Cluster(NamedTuple):
@@ -79,6 +82,10 @@ def parse_cluster(topology: str) -> Cluster:
         raise ValueError(
             f"--topology={topology}: a slice of {kind} has {2 if kind in ('v5e', 'v6e') else 3} dimensions"
         )
+    if kind in ("v5e", "v6e") and grid not in _GRIDS_2D:
+        raise ValueError(f"--topology={topology}: slices of {kind} are {', '.join(_GRIDS_2D)}")
+    if kind in ("v4", "v5p") and number % 4:
+        raise ValueError(f"--topology={topology}: slices of {kind} have a multiple of 4 chips, from 2x2x1 on")
     chips = number if number <= (8 if kind in ("v5e", "v6e") else 4) else 4
     return Cluster(kind, grid, slices, number // chips, chips)
 
@@ -113,9 +120,15 @@ def manifest(
             cluster = cluster._replace(slices=1, hosts=cluster.hosts * cluster.slices)
         return make(cluster, flags, name, image)
     # A sweep: clusters of one slice that know nothing of each other, and share the directory.
-    alone = cluster._replace(slices=1)
-    parts = [make(alone, flags, f"{name}-{i}", image) for i in range(min(points, cluster.slices))]
-    return ("---\n" if target == "jobset" else "\n").join(parts)
+    alone, number = cluster._replace(slices=1), min(points, cluster.slices)
+    if target == "slurm":
+        return _slurm(alone, flags, name, image, number)
+    if number > 1 and target in ("gcloud", "skypilot"):
+        raise ValueError(
+            f"--target={target} starts one cluster at a time: leave out '{number}*', and take a --name for each"
+        )
+    parts = [make(alone, flags, f"{name}-{i}" if number > 1 else name, image) for i in range(number)]
+    return ("---\n" if target == "jobset" else "").join(parts)
 
 
 def command(cluster: Cluster, flags: Sequence[str], *, coordinator: str = "$COORDINATOR", own: str = "$PROCESS") -> str:
@@ -130,7 +143,7 @@ def command(cluster: Cluster, flags: Sequence[str], *, coordinator: str = "$COOR
 
 
 def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
-    environment = {"PYTHONUNBUFFERED": "1"}
+    environment = {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "tpu,cpu" if cluster.is_tpu else "cuda,cpu"}  # or fail
     if cluster.is_tpu:
         label, _, _, _ = _TPU[cluster.kind]
         selector = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": cluster.grid}
@@ -138,6 +151,7 @@ def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> st
     else:
         selector = {"cloud.google.com/gke-accelerator": "nvidia-h200-141gb"}
         resources = {"nvidia.com/gpu": cluster.chips}
+        environment["LD_LIBRARY_PATH"] = "/usr/local/nvidia/lib64"  # where GKE puts the driver
         environment["COORDINATOR"] = f"{name}-hosts-0-0.{name}:{PORT}"
     variables: list[Any] = [{"name": key, "value": value} for key, value in environment.items()]
     index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
@@ -168,11 +182,7 @@ def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> st
     document = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {
-            "name": name,
-            # A slice's hosts are those of one node pool.
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-        },
+        "metadata": {"name": name},
         "spec": {
             "failurePolicy": {
                 "maxRestarts": 1000,  # launch.py itself ends what restarts in vain
@@ -181,11 +191,15 @@ def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> st
             "replicatedJobs": [{"name": "hosts", "replicas": cluster.slices, "template": {"spec": job}}],
         },
     }
+    if cluster.is_tpu and cluster.hosts > 1:  # a slice's hosts are those of one node pool
+        pool = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+        document["metadata"] = {"name": name, "annotations": pool}
     return yaml.safe_dump(document, sort_keys=False, width=1000)
 
 
-def _slurm(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+def _slurm(cluster: Cluster, flags: Sequence[str], name: str, image: str, array: int = 1) -> str:
     run = command(cluster, flags)
+    points = f"\n#SBATCH --array=0-{array - 1}" if array > 1 else ""
     if cluster.hosts > 1:  # Slurm tells each process of the others
         run = f"python launch.py {shlex.join(flags)} --processes=auto --wait=600"
     return f"""#!/bin/bash
@@ -194,16 +208,20 @@ def _slurm(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={cluster.chips}
 #SBATCH --signal=TERM@{GRACE}
-#SBATCH --requeue
+#SBATCH --requeue{points}
 #SBATCH --open-mode=append
 # In a checkout, with its environment activated; or in a container of the image {image}.
 export PYTHONUNBUFFERED=1
 srun --kill-on-bad-exit=1 {run} &
-trap 'kill -TERM $!; wait $!' TERM
-wait $!
+child=$!
+trap 'kill -TERM $child' TERM
+wait $child
 code=$?
-# Started again, unless it is done or another start would not help.
-if [ $code -ne 0 ] && [ $code -ne {STOPS} ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+while kill -0 $child 2> /dev/null; do wait $child; code=$?; done  # a signal ends a wait early
+# Started again, unless it is done, another start would not help, or it was cancelled.
+if [ $code -ne 0 ] && [ $code -ne {STOPS} ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $code
 """
 
@@ -237,7 +255,8 @@ def _gcluster(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> 
 def _xpk(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
     return (
         f"xpk workload create --workload={name} --docker-image={image} --tpu-type={cluster.type_name} "
-        f"--num-slices={cluster.slices} --restart-on-exit-codes={AGAIN} --command={shlex.quote(command(cluster, flags))}\n"
+        f"--num-slices={cluster.slices} --max-restarts=1000 --restart-on-exit-codes={AGAIN} "
+        f"--termination-grace-period-seconds={GRACE} --command={shlex.quote(command(cluster, flags))}\n"
     )
 
 
@@ -250,10 +269,10 @@ def _skypilot(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> 
         "resources": {
             "accelerators": accelerators,
             "image_id": f"docker:{image}",
-            "job_recovery": {"strategy": "FAILOVER", "max_restarts_on_errors": 1000},
+            "job_recovery": {"recover_on_exit_codes": [int(code) for code in AGAIN.split(",")]},
         },
         "envs": {"PYTHONUNBUFFERED": "1"},
-        "run": command(cluster, flags, coordinator=first, own="$SKYPILOT_NODE_RANK") + "\n",
+        "run": "cd /grpo_jax && " + command(cluster, flags, coordinator=first, own="$SKYPILOT_NODE_RANK") + "\n",
     }
     if cluster.slices > 1:
         raise ValueError(

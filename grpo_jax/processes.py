@@ -50,19 +50,29 @@ def initialize(
     """
     who = "this process" if own is None else f"process {own} of {number}, at {coordinator}"
     print(f"{who}: waiting for the others, {timeout} s at most", file=sys.stderr, flush=True)
+    # Slurm and Open MPI make jax take one GPU a process, unless it is told of more.
+    options: dict[str, Any] = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat}
     if coordinator is not None and number is not None and own is not None:
         call_roll(coordinator, number, own, timeout)
+        options["cluster_detection_method"] = "deactivate"
+    elif _is_alone_on_host() and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        options["local_device_ids"] = list(range(len(visible.split(","))))
     # jax aborts with a stack trace where it waits in vain, so that it is given longer than this.
     timer = threading.Timer(timeout, _give_up, (f"{who}: the others did not come within {timeout} s",))
     timer.daemon = True
     timer.start()
-    options: dict[str, Any] = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat}
     try:
         jax.distributed.initialize(coordinator, number, own, **options)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(f"{who}: {str(error).strip().splitlines()[0]}") from error
     finally:
         timer.cancel()
+
+
+def _is_alone_on_host() -> bool:
+    """Whether Slurm or Open MPI says that each host has one process."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or ""
+    return tasks.partition("(")[0] == "1"
 
 
 def call_roll(coordinator: str, number: int, own: int, timeout: float) -> None:

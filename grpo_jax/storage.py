@@ -81,7 +81,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     if not is_here(path):
         path.write_bytes(content)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -276,7 +276,7 @@ def _held_file(lock: Path) -> Iterator[None]:
 def _flock(file: Any, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
 
@@ -290,15 +290,22 @@ class _Lease:
         000002 {"state": "held", …, "beat": 7}         its process writes it anew every `BEAT` seconds
         000003                                         created by who saw 000002 unchanged for `PATIENCE`
 
-    No clock of another machine is read. A process that finds a higher number than its own was taken for dead, and ends at once.
+    No clock of another machine is read. A process that could not write its object for three quarters of `PATIENCE` ends, before
+    another may take its place; so does one that wakes up and finds a higher number.
     """
 
     def __init__(self, folder: Path):
         self._folder, self._objects = folder, _bucket(folder)
-        self._own, self._beat, self._over, self._token = 0, 0, threading.Event(), secrets.token_hex(4)
-        _tokens.add(self._token)
-        boot = Path("/proc/sys/kernel/random/boot_id")
-        self._machine = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}".strip()
+        self._own, self._beat, self._over = 0, 0, threading.Event()
+        # Who this is: the number of a process means something in its own space of numbers alone, and for a while.
+        boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+        known = [boot.read_text().strip(), os.readlink(space)] if boot.exists() and space.exists() else []
+        self._identity = {
+            "machine": " ".join([socket.gethostname(), *known]),
+            "process": os.getpid(),
+            "started": _started(os.getpid()),
+            "token": secrets.token_hex(4),
+        }
 
     def __enter__(self) -> None:
         while True:
@@ -308,32 +315,38 @@ class _Lease:
             try:
                 self._write(number + 1, mode="create")
             except FileExistsError:
-                continue  # another process was faster; is it alive?
+                # Another process was faster, or the answer to our own request was lost and it was sent again.
+                if self._newest()[1].get("token") != self._identity["token"]:
+                    continue
             self._own = number + 1
             if self._newest()[0] == self._own:
                 break
             self._remove({f"{self._own:06}"})  # others have been and gone, and their numbers with them
         self._remove({name for name in names(self._folder) if name < f"{self._own:06}"})
-        self._thread = threading.Thread(target=self._live, daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._renew, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        self._write(self._own, state="free")
 
     def holder(self) -> str | None:
         """See `holder`; the machines' clocks must agree to within seconds for this, and for nothing else."""
         number, holder = self._newest()
         if holder.get("state") != "held" or self._is_dead(holder):
             return None
-        written = self._objects.modified(str(self._folder / f"{number:06}")).timestamp()
+        try:
+            written = self._objects.modified(str(self._folder / f"{number:06}")).timestamp()
+        except FileNotFoundError:  # it has just left
+            return None
         return self._words(holder) if time.time() - written < PATIENCE else None
 
     @staticmethod
     def _words(holder: dict[str, Any]) -> str:
         return f"process {holder.get('process')} of {str(holder.get('machine')).split(' ')[0]}"
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        self._write(self._own, state="free")
-        _tokens.discard(self._token)
 
     def _remove(self, numbers: set[str]) -> None:
         for name in numbers:
@@ -352,56 +365,60 @@ class _Lease:
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
         """Whether a holder was a process of this machine, and is no more."""
-        if holder.get("machine") != self._machine or not isinstance(holder.get("process"), int):
-            return False
-        try:
-            os.kill(holder["process"], 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
-        return holder["process"] == os.getpid() and holder.get("token") not in _tokens
+        is_ours = holder.get("machine") == self._identity["machine"] and isinstance(holder.get("process"), int)
+        return is_ours and holder.get("started") != _started(holder["process"])
 
     def _wait_for_death(self, number: int, holder: dict[str, Any]) -> None:
+        """Returns when a holder has left, or has shown no sign of life for `PATIENCE`; raises InUse where it lives."""
         who = self._words(holder)
-        if holder.get("machine") == self._machine:
-            raise InUse(who)  # alive
-        print(
-            f"{who} holds {self._folder.parent}: waiting {PATIENCE:g} s for a sign of life", file=sys.stderr, flush=True
-        )
+        if holder.get("machine") == self._identity["machine"]:
+            raise InUse(who)
+        words = f"{who} holds {self._folder.parent}: waiting {PATIENCE:g} s for a sign of life"
+        print(words, file=sys.stderr, flush=True)
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             time.sleep(min(1.0, PATIENCE / 20))
-            if self._newest() != (number, holder):
-                if self._newest()[1].get("state") == "held":
+            now = self._newest()
+            if now != (number, holder):
+                if now[1].get("state") == "held":
                     raise InUse(who)
                 return
 
     def _write(self, number: int, *, state: str = "held", mode: str = "overwrite") -> None:
         self._beat += 1
-        about = {
-            "state": state,
-            "machine": self._machine,
-            "process": os.getpid(),
-            "token": self._token,
-            "beat": self._beat,
-        }
+        about, begun = self._identity | {"state": state, "beat": self._beat}, time.monotonic()
         try:
             self._objects.pipe_file(str(self._folder / f"{number:06}"), json.dumps(about).encode(), mode=mode)
         except FileNotFoundError:
             raise OSError("there is no such bucket, or none that may be written to") from None
+        self._written = begun
 
-    def _live(self) -> None:
+    def _renew(self) -> None:
         while not self._over.wait(BEAT):
             try:
                 number, _ = self._newest()
                 if number > self._own:
-                    message = f"{self._folder.parent} was taken over by another process, which had no sign of life of this one"
-                    print(f"launch.py: {message}", file=sys.stderr, flush=True)
-                    os._exit(1)
+                    self._end("another process has taken its place, which had no sign of life of this one")
                 self._write(self._own)
             except Exception as error:  # the network may come back
                 print(f"cannot renew the lock of {self._folder.parent}: {error}", file=sys.stderr, flush=True)
 
+    def _watch(self) -> None:
+        # In a thread of its own: a request may hang for minutes.
+        while not self._over.wait(PATIENCE / 60):
+            if time.monotonic() - self._written > 0.75 * PATIENCE:
+                self._end(
+                    f"it was not reached for {0.75 * PATIENCE:g} s, and another process may take this one's place soon"
+                )
 
-_tokens: set[str] = set()  # of the leases of this process
+    def _end(self, why: str) -> None:
+        print(f"launch.py: {self._folder.parent}: {why}; start again to resume", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def _started(process: int) -> str | None:
+    """When a process of this machine started, in the system's ticks; None where there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None

@@ -330,7 +330,7 @@ def test_memory_is_estimated_without_a_run(tmp_path):
 def test_another_config_in_the_same_directory_is_refused(unbroken):
     before = outcome(unbroken[0])
     failed = launch(unbroken[0], seed=5)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "seed: 0 there, 5 now" in failed.stderr
     assert outcome(unbroken[0]) == before
 
@@ -342,7 +342,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_verifier(unbroken, tmp_
     config = json.loads((workdir / "config.json").read_text())
     (workdir / "config.json").write_text(json.dumps(config | {"task.examples": "0" * 64}))
     failed = launch(workdir)
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "task.examples" in failed.stderr
     assert "task.verify" not in failed.stderr
 

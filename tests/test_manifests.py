@@ -31,7 +31,8 @@ def test_hardware_by_its_name(name, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["v5e", "v5e:4x4x4", "v5p:2x2", "h200:12", "h200:0", "0*v5e:2x2", "v9:2x2", "v5e:0x4", ""]
+    "name",
+    ["v5e", "v5e:4x4x4", "v5p:2x2", "h200:12", "h200:0", "0*v5e:2x2", "v9:2x2", "v5e:0x4", "v5e:3x5", "v5p:1x1x2", ""],
 )
 def test_hardware_that_does_not_exist_is_refused(name):
     with pytest.raises(ValueError, match="--topology="):
@@ -71,12 +72,22 @@ def test_the_points_of_a_sweep_have_clusters_of_their_own():
         jobs = list(
             yaml.safe_load_all(manifest("jobset", parse_cluster(topology), FLAGS, name="s", image="i", points=points))
         )
-        assert [job["metadata"]["name"] for job in jobs] == [f"s-{i}" for i in range(expected)]
+        names = ["s"] if expected == 1 else [f"s-{i}" for i in range(expected)]
+        assert [job["metadata"]["name"] for job in jobs] == names
         assert {job["spec"]["replicatedJobs"][0]["replicas"] for job in jobs} == {1}
         words = jobs[0]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0][
             "command"
         ][2]
         assert ("--processes" in words) == (topology in ("3*v5e:4x4", "v5e:4x4"))
+    # Slurm has arrays for that; the tools that wait for one cluster to end are refused.
+    script = manifest("slurm", parse_cluster("4*h200:8"), FLAGS, name="s", image="i", points=3)
+    assert script.count("#!/bin/bash") == 1 and "#SBATCH --array=0-2\n" in script
+    for target in ("gcloud", "skypilot"):
+        with pytest.raises(ValueError, match="one cluster at a time"):
+            manifest(target, parse_cluster("2*v5e:4x4"), FLAGS, name="s", image="i", points=3)
+
+
+EIGHT = "--config.data.prompts_per_iteration=8"
 
 
 @pytest.mark.parametrize(
@@ -84,10 +95,12 @@ def test_the_points_of_a_sweep_have_clusters_of_their_own():
     [
         (("--target=jobset",), "wants --target, --topology, and a --workdir"),
         (("--target=slurm", "--topology=v5e:2x2", "--workdir=x"), "starts GPUs"),
-        (("--target=xpk", "--topology=h200:8", "--workdir=x"), "starts TPUs"),
-        (("--target=gcloud", "--topology=2*v5e:4x4", "--workdir=x"), "one slice"),
-        (("--target=jobset", "--topology", "v5e:2x2", "--workdir=x"), "--KEY=VALUE"),
-        (("--target=jobset", "--topology=v5e:2x2", "--workdir=x", "--sweep=objective.betaa=1"), "betaa"),
+        (("--target=xpk", "--topology=h200:4", "--workdir=gs://b/x"), "starts TPUs"),
+        (("--target=gcloud", "--topology=2*v5e:2x2", "--workdir=gs://b/x", EIGHT), "one slice"),
+        (("--target=jobset", "--topology", "v5e:2x2", "--workdir=gs://b/x"), "--KEY=VALUE"),
+        (("--target=jobset", "--topology=v5e:2x2", "--workdir=x"), "a container's folder is lost with it"),
+        (("--target=jobset", "--topology=v5e:8x8", "--workdir=gs://b/x"), "nearest: 64 and 128"),
+        (("--target=jobset", "--topology=v5e:2x2", "--workdir=gs://b/x", "--sweep=objective.betaa=1"), "betaa"),
     ],
 )
 def test_what_cannot_be_started_is_refused(more, words):
@@ -97,10 +110,14 @@ def test_what_cannot_be_started_is_refused(more, words):
     assert words in done.stderr
 
 
-def printed(workdir: Path, target: str, *more: str) -> str:
-    command = [sys.executable, "launch.py", "--config=configs/default.py", f"--workdir={workdir}", *flags(), *more]
+def printed(workdir: Path, target: str) -> str:
+    """What starts the tiny run on two hosts; its directory is a folder here, which --target=jobset would not take."""
+    place = "gs://bucket/run" if target == "jobset" else str(workdir)
+    tiny = flags(data__prompts_per_iteration=16)
+    command = [sys.executable, "launch.py", "--config=configs/default.py", f"--workdir={place}", *tiny]
     command += ["--mode=manifest", f"--target={target}", "--topology=h200:16"]
-    return subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=True).stdout
+    return text.replace(place, str(workdir))
 
 
 def with_python(folder: Path) -> dict[str, str]:
@@ -142,7 +159,9 @@ code=$?; wait; exit $code
 @pytest.mark.slow
 def test_the_script_for_slurm_runs_on_two_hosts_and_is_queued_again_unless_that_would_not_help(tmp_path):
     shared = with_python(tmp_path / "bin") | {"SLURM_JOB_ID": str(free_port())}
-    for name, text in (("srun", SRUN), ("scontrol", f'#!/bin/bash\necho "$@" >> {tmp_path}/queued\n')):
+    queue = f'echo "$@" >> {tmp_path}/queued'
+    for name, lines in (("srun", SRUN), ("squeue", "echo RUNNING"), ("scontrol", queue)):
+        text = lines if lines.startswith("#!") else f"#!/bin/bash\n{lines}\n"
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o700)
 

@@ -200,6 +200,25 @@ def test_processes_that_do_not_come_or_come_twice_are_named():
 
 
 @pytest.mark.parametrize(
+    ("variables", "alone"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, True),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "12"}, False),
+    ],
+)
+def test_one_process_on_a_host_takes_all_its_gpus(monkeypatch, variables, alone):
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes._is_alone_on_host() == alone
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         (("--num_processes=2",), "go together"),
@@ -223,7 +242,7 @@ def test_processes_of_different_settings_and_a_folder_that_is_not_shared_are_ref
         assert err.strip().endswith("other settings: objective.beta is 1.0 in process 0 and 3.0 there")
     assert not (tmp_path / "a").exists()
     ended = end(start_pod(run_flags(tmp_path / "a"), each=[[], [f"--workdir={tmp_path / 'b'}"]]), 120)
-    assert [code for code, _, _ in ended] == [1, 1]
+    assert [code for code, _, _ in ended] == [2, 2]
     assert all("is not shared by all processes" in err.strip().splitlines()[-1] for _, _, err in ended)
 
 

@@ -133,10 +133,10 @@ def test_the_lock_of_a_dead_process_is_taken_over(folder, monkeypatch, capfd):
     with held(lock):
         assert storage.names(lock) == {"000008"}
     assert "process 1 of other holds" in capfd.readouterr().err
-    # Of this machine: at once, also where it had the number that this process has now.
-    machine = storage._Lease(lock)._machine
+    # Of this machine: at once, also where another process has its number now.
+    machine = storage._Lease(lock)._identity["machine"]
     for process in (2**22 + 1, os.getpid()):
-        write_lock(lock, 20, machine=machine, process=process)
+        write_lock(lock, 20, machine=machine, process=process, started="17")
         begun = time.monotonic()
         with held(lock):
             assert time.monotonic() - begun < 0.4
@@ -149,6 +149,36 @@ def test_the_lock_of_a_dead_process_is_taken_over(folder, monkeypatch, capfd):
     (lock / "000060").write_text("{")
     with held(lock):
         pass
+
+
+def test_an_answer_that_was_lost_does_not_lock_a_process_out_of_its_own_lock(folder, monkeypatch):
+    lease = storage._Lease(folder / "lock")
+    write = lease._write
+
+    def unheard(number, **options):
+        write(number, **options)
+        if options.get("mode") == "create":
+            raise FileExistsError  # of the request that was sent again
+
+    monkeypatch.setattr(lease, "_write", unheard)
+    with lease:
+        assert storage.names(folder / "lock") == {"000001"}
+
+
+def test_who_cannot_renew_its_lock_ends_before_another_takes_it(folder, monkeypatch, capfd):
+    monkeypatch.setattr(storage, "BEAT", 0.05)
+    monkeypatch.setattr(storage, "PATIENCE", 1.0)
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    lease = storage._Lease(folder / "lock")
+    with lease:
+        write = lease._write
+        monkeypatch.setattr(lease, "_write", lambda number, **options: (_ for _ in ()).throw(OSError("no network")))
+        begun = time.monotonic()
+        assert ended.wait(5) and 0.5 < time.monotonic() - begun < 1.0
+        monkeypatch.setattr(lease, "_write", write)
+    said = capfd.readouterr().err
+    assert "cannot renew the lock" in said and "was not reached for 0.75 s" in said
 
 
 def test_of_many_that_want_a_lock_one_has_it_at_a_time(folder, monkeypatch):
@@ -182,7 +212,7 @@ def test_who_was_taken_for_dead_ends_at_once(folder, monkeypatch, capfd):
     with held(folder / "lock"):
         write_lock(folder / "lock", 2)
         assert ended.wait(5)
-    assert "was taken over by another process" in capfd.readouterr().err
+    assert "another process has taken its place" in capfd.readouterr().err
 
 
 FILES = ("metrics.jsonl", "reference.json", "samples.json", "result.json", "report.md", "figure.png")

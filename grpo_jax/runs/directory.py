@@ -67,8 +67,8 @@ def open_run_directory(
 def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], flag: str) -> None:
     if contents(path) > {CONFIG}:
         check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
-    else:
-        (path / STARTS).unlink(missing_ok=True)
+    elif not (path / CONFIG).exists() or read_json(path / CONFIG) != json.loads(json.dumps(config)):
+        (path / STARTS).unlink(missing_ok=True)  # of another config
         write_json(path / CONFIG, config)
 
 
@@ -77,12 +77,20 @@ def lock_directory(path: str | Path, *, flag: str = "--workdir=PATH") -> Iterato
     """Creates a directory if need be, and holds its lock; see `open_run_directory`."""
     path = storage.place(path)
     with processes.held_by_main(lambda: _lock(path, flag)):
-        processes.together(lambda: _check_shared(path, flag))
+        seen = processes.common(lambda: _lock_text(path))
+        processes.together(lambda: _check_shared(path, seen, flag))
         yield path
 
 
-def _check_shared(path: Path, flag: str) -> None:
-    if not (path / LOCK).exists():
+def _lock_text(path: Path) -> str | None:
+    """What stands in the lock, which names who holds it; "" for one of a bucket, which all see."""
+    if not storage.is_here(path):
+        return ""
+    return (path / LOCK).read_text(encoding="utf-8") if (path / LOCK).exists() else None
+
+
+def _check_shared(path: Path, seen: str | None, flag: str) -> None:
+    if _lock_text(path) != seen:
         raise RunDirectoryError(
             f"{path} is not shared by all processes: choose a folder that each host sees, with {flag}"
         )

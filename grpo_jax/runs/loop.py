@@ -1,8 +1,7 @@
 """A run from start to end: reference, prediction, iterations, measurement, report."""
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def run_iterations(
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
         say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
     table = put_table(setup) if setup.compiled.iterate else None
-    log = MetricsLog(run.directory, after=n or None)
+    log, trace = MetricsLog(run.directory, after=n or None), _Trace(run)
     history = common(lambda: read_metrics(run.directory / METRICS))
     try:
         if n == 0:
@@ -216,8 +215,10 @@ def run_iterations(
             while n < c.train.iterations:
                 # Iterate, and write a row for each iteration.
                 begun = time.monotonic()
-                with watched(patience(durations)), traced(run, n):
+                trace.before(n + 1, n + (1 if table is None else stretch(c, n)))
+                with watched(patience(durations)):
                     state, rows, skipped = advance(run, state, ref_params, table, n)
+                trace.after(n + len(rows))
                 seconds = (time.monotonic() - begun) / len(rows)
                 durations.append(seconds * len(rows))
                 for row, in_a_row in zip(rows, skipped, strict=True):
@@ -255,6 +256,7 @@ def run_iterations(
                         check_preempted(run)
         return state.params, averaged_params(state.params, state.opt_state)
     finally:
+        trace.close()
         log.close()
         checkpoints.close()
 
@@ -312,17 +314,30 @@ def patience(durations: list[float]) -> float | None:
     return max(600.0, 20 * float(np.median(durations))) if len(durations) >= 3 else None
 
 
-@contextmanager
-def traced(run: Run, done: int) -> Iterator[None]:
-    """Traces the stretch of iterations after ``done``, where it has any of ``train.profile``; each process its own devices."""
-    wanted, count = tuple(run.config.train.profile), stretch(run.config, done)
-    if not wanted or done + count < wanted[0] or done >= wanted[1]:
-        yield
-        return
-    mirror = Mirror(run.directory / "profile")
-    with jax.profiler.trace(str(mirror.here)):
-        yield
-    mirror.close()
+class _Trace:
+    """The trace of ``train.profile``, of whole stretches of iterations; each process traces its own devices."""
+
+    def __init__(self, run: Run):
+        self._wanted, self._folder = tuple(run.config.train.profile), run.directory / "profile"
+        self._mirror: Mirror | None = None
+
+    def before(self, first: int, last: int) -> None:
+        """Begins it, where the iterations that follow have the first of those that are wanted."""
+        if self._wanted and self._mirror is None and first <= self._wanted[0] <= last:
+            self._mirror = Mirror(self._folder)
+            jax.profiler.start_trace(str(self._mirror.here))
+
+    def after(self, last: int) -> None:
+        """Ends it, where the last of those that are wanted has been."""
+        if self._mirror is not None and last >= self._wanted[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Ends it, if it has begun."""
+        if self._mirror is not None:
+            jax.profiler.stop_trace()
+            self._mirror.close()
+            self._mirror = None
 
 
 def stretch(config: Any, done: int) -> int:

@@ -30,7 +30,7 @@ class Program(NamedTuple):
     """What its compiler says of a program.
 
     Attributes:
-      adds: bytes per device beside its arguments while it runs; where it does not fit, all that it would need.
+      adds: bytes per device beside what lasts, while it runs.
       fits: the compiler found room for it.
       seconds: of compiling.
       transfers: {name: (number, bytes)} of its collective operations, see `collectives`.
@@ -165,11 +165,10 @@ def estimate_memory(
     }
     if objective.holds_to_reference:
         programs["probe, KL"] = compiled.log_ratios.lower(shapes, shapes, prompts, rollout(probed))
-    lasting = lasting_memory(recipe, shapes, mesh)
-    built = {}
+    built, lasting = {}, lasting_memory(recipe, shapes, mesh)
     with progress(console or Console(quiet=True), "programs", total=len(programs)) as line:
         for number, (name, lowered) in enumerate(programs.items(), start=1):
-            built[name] = _build(lowered)
+            built[name] = _build(lowered, sum(lasting.values()) if name == "update" else lasting["parameters"])
             line.update(number, name)
     working = {name: program.adds for name, program in built.items()}
     if config.attainable.steps and objective.kl_direction == "reverse":
@@ -228,10 +227,9 @@ def advice(config: Any, memory: Memory, capacity: float | None, num_devices: int
     if capacity is None:
         return "how much memory this device has is not known"
     lasting = sum(memory.lasting.values())
-    # A program that was refused says what it would need in all, one that was compiled what it adds.
-    needs = {name: size + (lasting if memory.programs[name].fits else 0) for name, size in memory.working.items()
-             if name in memory.programs}  # fmt: skip
-    too_large = {name: size for name, size in needs.items() if size > capacity or not memory.programs[name].fits}
+    needs = {name: size + lasting for name, size in memory.working.items()}
+    refused = {name for name, program in memory.programs.items() if not program.fits}
+    too_large = {name: size for name, size in needs.items() if size > capacity or name in refused}
     if lasting <= capacity and not too_large:
         return f"fits: {format_bytes(max(needs.values(), default=lasting))} of {format_bytes(int(capacity))} per device"
     spread = config.mesh.fsdp * config.mesh.tensor
@@ -240,6 +238,8 @@ def advice(config: Any, memory: Memory, capacity: float | None, num_devices: int
         keys.append(
             f"--config.mesh.fsdp={min(num_devices // config.mesh.tensor, 2 * config.mesh.fsdp)} spreads what lasts"
         )
+    if "R², about" in too_large:
+        keys.append("--config.attainable.steps=0 leaves out what the network lets through")
     if "update" in too_large:
         keys.append(
             f"--config.train.microbatch_tokens={config.train.microbatch_tokens // 2} makes the update's parts smaller"
@@ -264,7 +264,8 @@ def advice(config: Any, memory: Memory, capacity: float | None, num_devices: int
     return "\n  - ".join([f"does not fit into {format_bytes(int(capacity))} per device: {over}", *keys])
 
 
-def _build(lowered: Any) -> Program:
+def _build(lowered: Any, arguments: int) -> Program:
+    """Compiles; ``arguments`` are the bytes per device of what lasts and is read, which a compiler that refuses counts in."""
     begun = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -272,7 +273,7 @@ def _build(lowered: Any) -> Program:
         needed = out_of_memory(error)
         if needed is None:
             raise
-        return Program(needed, False, time.monotonic() - begun, {})
+        return Program(max(0, needed - arguments), False, time.monotonic() - begun, {})
     sizes = compiled.memory_analysis()
     adds = sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return Program(adds, True, time.monotonic() - begun, collectives(compiled.as_text()))

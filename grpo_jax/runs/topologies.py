@@ -14,7 +14,7 @@ CAPACITY = {
     "TPU v5 lite": 15.75 * 2**30,
     "TPU v5": 95.73 * 2**30,
     "TPU v6 lite": 31.24 * 2**30,
-    "NVIDIA H200": 139.0 * 2**30,
+    "NVIDIA H200": 0.75 * 139.0 * 2**30,  # what jax takes of it, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more
 }
 H200_DESCRIPTION = """
 gpu_device_info {

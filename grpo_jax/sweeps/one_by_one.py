@@ -24,7 +24,7 @@ from grpo_jax.processes import check_alike, common, stop_requested
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
 from grpo_jax.runs.directory import CHANGEABLE, CONFIG, FAILED, LOCK, RESULT, check_same, contents
-from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError
+from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError, StartedInVain
 from grpo_jax.runs.loop import train
 from grpo_jax.runs.reference import share_reference
 from grpo_jax.runs.run import say, sigterm_handler, terminal
@@ -63,6 +63,7 @@ def run_points(
     Raises:
       RunDirectoryError, OSError: the directory is not of this sweep, in use, or not writable.
       Preempted: SIGTERM arrived; the same sweep goes on from there.
+      StartedInVain: all that failed did so at this start and at those before.
     """
     console = console or terminal()
     check_alike({folder_name(point.values): point.identity for point in points})
@@ -77,17 +78,21 @@ def run_points(
         common(lambda: _record(workdir, points, states))
         return states
 
-    def attempt(i: int, first: bool) -> bool:
-        """Runs a point, unless it is done or has failed, here or elsewhere; whether it still runs elsewhere."""
+    def attempt(i: int) -> bool:
+        """Runs a point, unless it is done; whether it is left for later, because it runs elsewhere or has failed there."""
         point, directory = points[i], workdir / folder_name(points[i].values)
         state, heading = state_of(point), f"point {i + 1} of {len(points)}: {title(point.values)}"
-        if state.name in ("done", "running") or (state.name == "failed" and not (first and i in failed)):
-            if first or state.name != "running":
-                say(console, f"{heading}: {state.words}")
-            return state.name == "running"
+        if state.name == "running":
+            return True
+        if state.name == "failed" and first and i not in failed:
+            return True  # since this start began, elsewhere: here it may do
+        if state.name == "done" or i in tried:
+            say(console, f"{heading}: {state.words}")
+            return False
         say(console, heading)
         if stop_requested([]):
             raise Preempted(_stopped(workdir))
+        tried.add(i)
         try:
             others = [workdir / folder_name(x.values) for x in points]
             common(partial(_forget_failure, directory))
@@ -95,6 +100,7 @@ def run_points(
             run(point.config, directory, console)
         except DirectoryInUse as error:  # since a moment ago
             say(console, f"{heading}: {error}")
+            tried.discard(i)
             return True
         except (Preempted, RunDirectoryError):
             record()
@@ -103,17 +109,25 @@ def run_points(
             why = str(error) or type(error).__name__
             say(console, f"{heading} failed: {inline(why)}")
             common(partial(_write_failure, directory, why))
+            ends.append(error)
+            if len(ends) > 1 and not any(isinstance(end, RunError | ValueError) for end in ends[-2:]):
+                record()
+                raise  # two in a row, of no fault of the run: it may be this machine
+        else:
+            ends.append(None)
         record()
         jax.clear_caches()  # each program holds memory maps, and a process may have 65,530
         return False
 
     failed = {i for i, point in enumerate(points) if state_of(point).name == "failed"}  # before this start
+    tried: set[int] = set()
+    ends: list[Exception | None] = []  # of the runs here
+    first = True
     with _interrupted_by_sigterm(workdir):
         pending = sorted(range(len(points)), key=lambda i: i in failed)
-        first = True
-        while pending := [i for i in pending if attempt(i, first)]:
+        while pending := [i for i in pending if attempt(i)]:
             if first:
-                say(console, f"waiting for {len(pending)} points that run elsewhere")
+                say(console, f"waiting for {len(pending)} points that run elsewhere, or failed there")
             first = False
             if stop_requested([]):
                 raise Preempted(_stopped(workdir))
@@ -124,6 +138,9 @@ def run_points(
         common(lambda: write_text(workdir / PAGE, page))
     _show(console, points, states)
     say(console, f"{SWEEP}, {PAGE}{f' and {FIGURE}' if plotted else ''} are in {workdir}")
+    errors = [end for end in ends if end is not None]
+    if errors and all(isinstance(error, StartedInVain) for error in errors):
+        raise StartedInVain(f"{len(errors)} of {len(points)} points fail at every start; why is in {workdir / PAGE}")
     return states
 
 

@@ -53,13 +53,20 @@ def parse_grid(text: str) -> dict[str, list[str]]:
     return grid
 
 
-def make_points(config: Any, grid: dict[str, list[str]], with_value: Callable[[Any, str, str], Any]) -> list[Point]:
+def make_points(
+    config: Any,
+    grid: dict[str, list[str]],
+    with_value: Callable[[Any, str, str], Any],
+    *,
+    num_devices: int | None = None,
+) -> list[Point]:
     """Every combination of the values; the last key varies fastest; each is checked as a run of its own would be.
 
     Args:
       config: of which the keys are changed.
       grid: {dotted key: texts of its values}.
       with_value: (config, key, text) -> a config with that value, as the command line reads it; raises where it cannot.
+      num_devices: that each will have; None: those of this process.
 
     Raises:
       ConfigError: every conflict of every point, each with the points that have it.
@@ -82,7 +89,7 @@ def make_points(config: Any, grid: dict[str, list[str]], with_value: Callable[[A
         leaves = flat(chosen)
         values = {key: leaves[key] for key in grid}
         try:
-            task, objective = validate(chosen, num_devices=jax.device_count())
+            task, objective = validate(chosen, num_devices=num_devices or jax.device_count())
         except ConfigError as error:
             for line in error.conflicts:
                 conflicts.setdefault(line, []).append(title(values))

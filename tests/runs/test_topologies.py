@@ -49,7 +49,7 @@ def test_advice_names_what_does_not_fit_and_keys_that_help():
     update = advice(
         config, Memory({"parameters": gib}, {"update": 9 * gib}, {"update": program(9 * gib, False)}), 3.0 * gib, 8
     )
-    assert "update 9.0 GiB" in update
+    assert "update 10.0 GiB" in update
     assert "--config.train.microbatch_tokens=16384" in update and "--config.model.remat=full" in update
     rollout = advice(
         config, Memory({"parameters": gib}, {"rollout": 9 * gib}, {"rollout": program(9 * gib)}), 3.0 * gib, 8
@@ -74,7 +74,7 @@ def test_a_program_that_is_too_large_is_said_to_be(monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: (2.00G) exceeds available HBM")
 
-    assert memory._build(Lowered())._replace(seconds=0.0) == Program(2 * 2**30, False, 0.0, {})
+    assert memory._build(Lowered(), 2**30)._replace(seconds=0.0) == Program(2**30, False, 0.0, {})
 
 
 def estimate(*more: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from grpo_jax.objective import GRPO, GRPO_TRL
 from grpo_jax.report import forecast, run_result
 from grpo_jax.report.sweep_figure import p_star_curve
 from grpo_jax.runs.directory import open_run_directory
-from grpo_jax.runs.errors import Diverged, Preempted, RunDirectoryError
+from grpo_jax.runs.errors import Diverged, Preempted, RunDirectoryError, StartedInVain
 from grpo_jax.sweeps import one_by_one
 from grpo_jax.sweeps.one_by_one import list_points, run_points
 from grpo_jax.sweeps.points import folder_name, make_points, parse_grid
@@ -165,6 +166,52 @@ def test_a_failed_point_says_why_and_is_tried_again_last(tmp_path):
     assert again.begun == [(1.0, 0), (0.3, 0)]
     assert {state.name for state in states} == {"done"}
     assert "failed" not in (workdir / "sweep.md").read_text()
+
+
+def test_points_that_fail_at_every_start_are_said_to(tmp_path):
+    points, workdir = points_of("objective.beta=0.3,1"), tmp_path / "sweep"
+    vain = {(0.3, 0): StartedInVain("3 starts in a row"), (1.0, 0): Diverged("nan")}
+    assert [state.name for state in run_points(points, workdir, console(tmp_path), run=Runs(points, vain))] == [
+        "failed"
+    ] * 2
+    with pytest.raises(StartedInVain, match=r"1 of 2 points fail at every start; why is in .*sweep\.md"):
+        run_points(points, workdir, console(tmp_path), run=Runs(points, {(0.3, 0): vain[0.3, 0]}))
+    assert "3 starts in a row" in (workdir / "sweep.md").read_text()
+
+
+def test_a_machine_on_which_nothing_runs_ends_and_leaves_the_points_to_others(tmp_path):
+    points, workdir = points_of("objective.beta=0.3,1,2"), tmp_path / "sweep"
+    broken = {(beta, 0): RuntimeError("no device") for beta in (0.3, 1.0, 2.0)}
+    with pytest.raises(RuntimeError, match="no device"):
+        run_points(points, workdir, console(tmp_path), run=Runs(points, broken))
+    assert [state.name for state in list_points(points, workdir, console(tmp_path))] == ["failed", "failed", "waiting"]
+    again = Runs(points)
+    assert {state.name for state in run_points(points, workdir, console(tmp_path), run=again)} == {"done"}
+    assert again.begun == [(2.0, 0), (0.3, 0), (1.0, 0)]
+
+
+def test_a_point_that_runs_or_fails_elsewhere_is_waited_for_and_then_tried(tmp_path, monkeypatch):
+    points, workdir = points_of("objective.beta=0.3,1"), tmp_path / "sweep"
+    elsewhere = workdir / "objective.beta=1"
+    runs, looks = Runs(points), []
+
+    def fails_elsewhere(seconds):
+        looks.append(said(tmp_path))
+        if len(looks) == 2:
+            held_elsewhere.close()
+            (elsewhere / "failed.txt").write_text("no device there")
+
+    monkeypatch.setattr(one_by_one.time, "sleep", fails_elsewhere)
+    held_elsewhere = ExitStack()
+    workdir.mkdir()
+    write_json(workdir / "sweep.json", {"points": []})
+    with held_elsewhere:
+        held_elsewhere.enter_context(open_run_directory(elsewhere, points[1].identity))
+        states = run_points(points, workdir, console(tmp_path), run=runs)
+    assert len(looks) == 2 and "waiting for 1 points that run elsewhere" in looks[0]
+    assert runs.begun == [(0.3, 0), (1.0, 0)]
+    assert {state.name for state in states} == {"done"}
+    assert not (elsewhere / "failed.txt").exists()
 
 
 def test_another_grid_in_the_same_directory_keeps_what_is_known_of_the_first(tmp_path):
