@@ -19,7 +19,7 @@ from grpo_jax.processes import everyone, host, of_rows, own_rows, together
 from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
 from grpo_jax.runs.errors import VerifierFailed
-from grpo_jax.runs.run import Run, say
+from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import Setup, put_prompts
 from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
@@ -89,6 +89,7 @@ def measure(
     batch_samples: int | None = None,
     examples: int = 0,
     greedy: bool = False,
+    may_stop: bool = False,
 ) -> Measurement:
     """Counts the successes of every measured prompt.
 
@@ -101,6 +102,7 @@ def measure(
       batch_samples: per prompt, sampled at a time; those of the config by default.
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
+      may_stop: raise `Preempted` between two batches once SIGTERM has arrived; what was measured is measured again.
     """
     setup, c = run.setup, run.config.evaluate
     samples, batch_samples = samples or c.samples, batch_samples or c.batch_samples
@@ -118,6 +120,8 @@ def measure(
             run, params, ref_params, key, rows, samples=samples, batch_samples=batch_samples, greedy=greedy
         )
         for number, judged in enumerate(batches):
+            if may_stop:
+                check_preempted(run)
             rollout, against_itself = judged.rollout, np.zeros_like(judged.rewards)
             log_ratios = against_itself if judged.log_ratios is None else host(judged.log_ratios)
             successes[places] += judged.rewards.sum(-1).astype(np.int64)
@@ -141,9 +145,9 @@ def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> t
     """
     c = run.config.evaluate
     say(run.console, f"measuring the success probability: {c.final_samples} samples of every prompt")
-    sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples)
+    sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples, may_stop=True)
     check_verifier(run, sampled.verdicts)
-    greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
+    greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True, may_stop=True)
     return sampled.record(float(greedy.successes.mean())), sampled.tally()
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.runs.errors import VerifierFailed
+from grpo_jax.runs.errors import Preempted, VerifierFailed
 from grpo_jax.runs.measurement import check_verifier, decode, judged_samples, measure, measure_in_full
 from grpo_jax.runs.run import Run
 from grpo_jax.runs.setup import put_prompts
@@ -119,3 +119,12 @@ def test_a_verifier_that_judges_nothing_is_an_error(tmp_path):
     with pytest.raises(VerifierFailed, match=r"none of 7 completions \(crash 5, timeout 2\); the first crash: Zero"):
         check_verifier(run, {str(Verdict.crash): 5, str(Verdict.timeout): 2})
     check_verifier(run._replace(pool=None), {str(Verdict.crash): 5})
+
+
+def test_a_full_measurement_stops_between_two_batches(tmp_path):
+    run = run_of(tmp_path)
+    params = run.setup.initial_params(0)
+    run.signals.append(15)
+    with pytest.raises(Preempted, match="the same command resumes"):
+        measure_in_full(run, params, params, 0)
+    measure(run, params, params, 0, samples=4, batch_samples=2)  # one on the way ends: its row belongs to a checkpoint
