@@ -15,7 +15,8 @@ from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, S
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 ATTAINABLE, LOCK = "attainable.json", "lock"
-STARTS, IN_VAIN = "starts.json", 3  # which counts the starts that came to nothing, and how many of them are enough
+STARTS = "starts.json"  # which counts the starts that came to nothing
+IN_VAIN, UNSAVED = 3, 20  # so many without an iteration are enough, and so many without anything new that was saved
 FAILED = "failed.txt"  # why the run of a point of a sweep failed
 
 # Keys that may differ when a run is started again: they decide when it is saved and how it is run, never what is computed.
@@ -150,10 +151,11 @@ def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...
 
 @contextmanager
 def counted_start(path: Path) -> Iterator[None]:
-    """Counts the starts of a run after which nothing new was saved, other than by who stopped it.
+    """Counts the starts of a run that came to nothing, other than by who stopped it; see `count_iteration`.
 
     Raises:
-      StartedInVain: this is the one after `IN_VAIN` of them; what the last one failed with is in the message.
+      StartedInVain: `IN_VAIN` starts in a row ended before an iteration, or `UNSAVED` before anything new was saved; the message
+        has what the last one failed with.
     """
     processes.common(lambda: _count_start(path))
     try:
@@ -168,22 +170,33 @@ def counted_start(path: Path) -> Iterator[None]:
     processes.common(lambda: (path / STARTS).unlink(missing_ok=True))
 
 
+def count_iteration(path: Path) -> None:
+    """Says that this start has come to an iteration."""
+    if processes.is_main() and (path / STARTS).exists():
+        write_json(path / STARTS, read_json(path / STARTS) | {"without_iteration": 0})
+
+
 def _count_start(path: Path) -> None:
     steps = {name for name in storage.names(path / "checkpoints") if name.isdigit()}
     saved = sorted(steps | (storage.names(path) & {REFERENCE, ATTAINABLE, "reference"}))
-    before: dict[str, Any] = {"saved": saved, "starts": 0, "why": "it was killed"}
+    counts, why = {"without_iteration": 0, "unsaved": 0}, ""
     try:
         stored = read_json(path / STARTS)
         if stored["saved"] == saved:
-            before |= {"starts": int(stored["starts"]), "why": str(stored["why"])}
+            counts, why = {name: int(stored[name]) for name in counts}, str(stored["why"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, or one that is broken: the count begins anew
-    if before["starts"] >= IN_VAIN:
-        raise StartedInVain(
-            f"{IN_VAIN} starts in a row ended before anything new was saved in {path}, the last because: {before['why']}\n"
-            f"Remove {path / STARTS} to start it again"
-        )
-    write_json(path / STARTS, before | {"starts": before["starts"] + 1, "why": "it was killed"})
+    for name, most, words in (
+        ("without_iteration", IN_VAIN, "an iteration"),
+        ("unsaved", UNSAVED, "anything new was saved"),
+    ):
+        if counts[name] >= most:
+            raise StartedInVain(
+                f"{most} starts in a row ended before {words} in {path}, the last because: {why}\n"
+                f"Remove {path / STARTS} to start it again"
+            )
+    counts = {name: number + 1 for name, number in counts.items()}
+    write_json(path / STARTS, counts | {"saved": saved, "why": "it was killed"})
 
 
 def has(path: Path) -> bool:

@@ -22,7 +22,7 @@ from grpo_jax.report.progress import progress
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
-from grpo_jax.runs.directory import RESULT, counted_start, has, load, open_run_directory, save
+from grpo_jax.runs.directory import RESULT, count_iteration, counted_start, has, load, open_run_directory, save
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
@@ -219,6 +219,8 @@ def run_iterations(
                 with watched(patience(durations)):
                     state, rows, skipped = advance(run, state, ref_params, table, n)
                 trace.after(n + len(rows))
+                if not durations:
+                    count_iteration(run.directory)
                 seconds = (time.monotonic() - begun) / len(rows)
                 durations.append(seconds * len(rows))
                 for row, in_a_row in zip(rows, skipped, strict=True):

@@ -114,11 +114,20 @@ def test_the_start_after_three_that_came_to_nothing_is_refused(tmp_path):
         with pytest.raises(ValueError):
             begin(ValueError("no room"))
     counted = json.loads((run / "starts.json").read_text())
-    assert (counted["starts"], counted["why"]) == (2, "no room")
-    (run / "starts.json").write_text(
-        json.dumps(counted | {"starts": 3, "why": "it was killed"})
-    )  # as kill −9 leaves it
-    with pytest.raises(StartedInVain, match=r"3 starts in a row .* because: it was killed\nRemove .*starts\.json"):
+    assert (counted["without_iteration"], counted["unsaved"], counted["why"]) == (2, 2, "no room")
+    killed = counted | {"without_iteration": 3, "why": "it was killed"}  # as kill −9 leaves it
+    (run / "starts.json").write_text(json.dumps(killed))
+    for _ in range(2):
+        with pytest.raises(
+            StartedInVain, match=r"3 starts in a row .*iteration.* because: it was killed\nRemove .*starts"
+        ):
+            begin()
+        use(tmp_path / "run")  # the same config: the count stays
+    count_iteration(run)
+    with pytest.raises(ValueError):
+        begin(ValueError("later"))
+    (run / "starts.json").write_text(json.dumps(killed | {"without_iteration": 1, "unsaved": 20}))
+    with pytest.raises(StartedInVain, match="20 starts in a row ended before anything new was saved"):
         begin()
     use(tmp_path / "run", seed=1)  # another config, and nothing bound the first: the count begins anew
     assert not (run / "starts.json").exists()
