@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.files import write_json
-from grpo_jax.runs.directory import counted_start, open_run_directory
+from grpo_jax.runs.directory import count_iteration, counted_start, open_run_directory
 from grpo_jax.runs.errors import Preempted, RunDirectoryError, StartedInVain
 
 CONFIG = {"seed": 0, "mesh": (1, 2), "objective.beta": 1.0, "checkpoint.interval": 5}
