@@ -80,7 +80,8 @@ def _plot_iterations(
     symbols = {"β": result["beta"], r"$β_\mathrm{mirror}$": result["beta_mirror"]}
     weights = "".join(f"{symbol} = {weight:g}, " for symbol, weight in symbols.items() if weight)
     axes.set_title(f"{weights}G = {result['group_size']}, {result['objective']}, seed {result['seed']}")
-    axes.legend(frameon=False, loc="best", fontsize=9)
+    many = len(axes.get_legend_handles_labels()[0]) > 5
+    axes.legend(frameon=False, loc="best", fontsize=8 if many else 9, ncols=2 if many else 1, columnspacing=1.0)
 
 
 def _plot_ledger(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -112,9 +113,8 @@ def _plot_prompts(axes: Any, result: dict[str, Any]) -> None:
         axes.fill_between(p_ref[order], low, high, color=PREDICTED, alpha=0.25, linewidth=0)
         axes.plot(p_ref[order], star, color=PREDICTED, linewidth=1.2, label=r"predicted $p^*(p_\mathrm{ref})$")
     if "attainable" in prompts:
-        order = np.argsort(p_ref)
-        label = r"attainable $p^\dagger(p_\mathrm{ref})$, likewise"
-        axes.plot(p_ref[order], prompts["attainable"][order], color=ATTAINABLE, linewidth=1.2, label=label)
+        dash = {"marker": "_", "markersize": 9, "markeredgewidth": 1.5, "linestyle": "none"}
+        axes.plot(p_ref, prompts["attainable"], color=ATTAINABLE, label=r"attainable $p^\dagger$ of the prompt", **dash)
     style = {"color": MEASURED, "markersize": 3.5, "alpha": 0.7, "linestyle": "none"}
     axes.plot(p_ref, prompts["p_final"], "o", label="measured, per prompt", **style)
     axes.set(title="prompt by prompt", xlabel=r"measured $p_\mathrm{ref}$ of the prompt", xlim=(-0.02, 1.02))

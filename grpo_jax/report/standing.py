@@ -142,14 +142,25 @@ def in_words(result: dict[str, Any]) -> str:
         below = ", below the start on its objective" * (ledger["objective"]["high"] < 0)
         if rising and rising["low"] > 0:
             still = f" Success still rises, {moved}."
-        return (
-            f"noise: the policy is beyond a rest point{nats}{below}. A learning rate that decays, larger batches or "
-            f"train.average bring it back.{still} It is short of p*{parted}"
-        )
+        remedy = _averaged(result) or "A learning rate that decays, larger batches or train.average bring it back."
+        return f"noise: the policy is beyond a rest point{nats}{below}. {remedy}{still} It is short of p*{parted}"
     still = f", and success moved by {moved}" if moved else ""
     return (
         f"limited by the network: push and hold are in balance{still}{parted}. More iterations like the last do not take it "
         "further; a larger model, or another learning rate, may"
+    )
+
+
+def _averaged(result: dict[str, Any]) -> str:
+    """What an average has made of the noise; "" where there is none, or where it is no better than the last iterate."""
+    average = result.get("average", {})
+    ledger, last = average.get("ledger", {}), result["ledger"]
+    if "objective" not in ledger or ledger["objective"]["mean"] <= last["objective"]["mean"]:
+        return ""
+    left = f"{ledger['beyond_rest']['mean']:.3f} of them left, and an objective of {ledger['objective']['mean']:+.3f}"
+    return (
+        f"The average of the last {average['iterations']:,} iterations has {left}: take it (--checkpoint=average), "
+        f"p̂ = {average['p_final']['mean']:.3f}."
     )
 
 

@@ -31,6 +31,11 @@ def made(*, p_final=0.5, p_star=0.7, slope=0.0, error=0.01, hold=0.3, objective=
     return result | more
 
 
+AVERAGE = {
+    "iterations": 600,
+    "p_final": interval(0.438),
+    "ledger": {"objective": interval(0.159), "beyond_rest": interval(0.036)},
+}
 CASES = [
     ({"p_final": 0.71}, standing.ARRIVED, "0.200 of its 0.300 nats of KL bought no success"),
     (
@@ -58,6 +63,16 @@ CASES = [
         {"slope": -0.2, "attainable": interval(0.6)},
         standing.NOISY,
         "p† = 0.600 was expected of this network",
+    ),
+    (
+        {"slope": -0.2, "objective": 0.02, "average": AVERAGE},
+        standing.NOISY,
+        "The average of the last 600 iterations has 0.036 of them left, and an objective of +0.159: take it",
+    ),
+    (  # an average that is no better is not worth a word
+        {"slope": -0.2, "objective": 0.2, "average": AVERAGE},
+        standing.NOISY,
+        "A learning rate that decays, larger batches or train.average bring it back.",
     ),
     ({"slope": 0.02}, standing.LIMITED, "limited"),  # significant, and small beside the hold
     ({"slope": -0.02}, standing.LIMITED, "limited"),
