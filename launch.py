@@ -111,7 +111,14 @@ def main(arguments: list[str]) -> None:
         return
     from grpo_jax import processes
     from grpo_jax.config import ConfigError
-    from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError, StartedInVain
+    from grpo_jax.runs.errors import (
+        DirectoryInUse,
+        DirectoryUnreachable,
+        Preempted,
+        RunDirectoryError,
+        RunError,
+        StartedInVain,
+    )
     from grpo_jax.runs.evaluation import evaluate
     from grpo_jax.runs.loop import train
     from grpo_jax.runs.memory import estimate
@@ -136,7 +143,7 @@ def main(arguments: list[str]) -> None:
                 estimate(_CONFIG.value, topology=_TOPOLOGY.value)
     except ConfigError as error:
         stop(str(error), EXIT_USAGE)
-    except DirectoryInUse as error:
+    except (DirectoryInUse, DirectoryUnreachable) as error:
         stop(str(error), EXIT_FAILED)
     except (StartedInVain, RunDirectoryError) as error:
         stop(str(error), EXIT_USAGE)

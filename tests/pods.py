@@ -20,7 +20,7 @@ def environment(devices: int) -> dict[str, str]:
     """Of a process with so many CPU devices, with the cache of compiled programs of all tests."""
     names = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return inherited | cache | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
 
 

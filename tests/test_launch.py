@@ -1,7 +1,6 @@
 """launch.py as a process: a whole run, kill −9 and resume to the same bits, and one clear message for every mistake."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -14,14 +13,11 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.runs.checkpoints import Checkpoints
+from tests.pods import environment
 from tests.tiny_run import flags
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+ENVIRONMENT = environment(1)
 
 
 def command(workdir, *more, config="configs/default.py", tiny=True, **changes):

@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_jax import processes, storage
 from grpo_jax.files import read_json, write_json, write_text
-from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, StartedInVain
+from grpo_jax.runs.errors import DirectoryInUse, DirectoryUnreachable, Preempted, RunDirectoryError, StartedInVain
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 ATTAINABLE, LOCK = "attainable.json", "lock"
@@ -112,7 +112,7 @@ def _lock(path: Path, flag: str) -> Iterator[None]:
         except storage.InUse as error:
             raise DirectoryInUse(f"{path} is in use by {error}") from None
         except OSError as error:
-            raise RunDirectoryError(
+            raise DirectoryUnreachable(
                 f"cannot use {path} as run directory: {error.strerror or error}. Choose another with {flag}"
             ) from error
         yield

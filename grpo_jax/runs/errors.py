@@ -13,6 +13,10 @@ class DirectoryInUse(RunDirectoryError):
     """Another process works in the run directory."""
 
 
+class DirectoryUnreachable(RunDirectoryError):
+    """The system does not let it be read or written; another time it may."""
+
+
 class CheckpointError(RunError):
     """No checkpoint of the run can be trusted, or one could not be written."""
 
