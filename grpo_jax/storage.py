@@ -57,7 +57,7 @@ def named(name: str | os.PathLike[str]) -> Path:
         import gcsfs  # noqa: F401
         from etils import epath
     except ImportError as error:
-        raise ValueError(f"{text} needs the package {error.name}: pip install gcsfs") from None
+        raise ValueError(f"{text} needs the package {error.name}: pip install gcsfs etils") from None
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # an error is raised, and needs no stack trace before
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other hosts write too
     return epath.Path(f"{scheme}://{rest.rstrip('/')}")
