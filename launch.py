@@ -22,9 +22,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from grpo_jax.environment import prepare_environment, prepare_streams
-from grpo_jax.manifests import TARGETS, manifest, parse_cluster
+from grpo_jax.manifests import STOPS, TARGETS, manifest, parse_cluster
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, STOPS, 75
 MISTAKES = (flags.Error, OSError, AttributeError, TypeError, ValueError, KeyError)  # that parsing a flag raises
 
 _CONFIG = config_flags.DEFINE_config_file(

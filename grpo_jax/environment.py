@@ -14,10 +14,14 @@ def prepare_streams() -> None:
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it can make or fetch again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax"
+
+
 def prepare_environment() -> None:
     """Sets where compiled programs are kept, and an XLA flag without which sums on a CPU can be wrong."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "compiled"
-    os.environ.setdefault(_CACHE, str(cache))
+    os.environ.setdefault(_CACHE, str(cache_folder() / "compiled"))
     os.environ.setdefault(_LEAST, "0")
     if jax := sys.modules.get("jax"):  # which has read its own variables when it was imported, but not yet XLA's
         jax.config.update(_CACHE.lower(), os.environ[_CACHE])

@@ -25,8 +25,6 @@ _TPU = {
     "v5p": ("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5"),
     "v6e": ("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e"),
 }
-
-
 _GRIDS_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # of v5e and v6e
 
 
@@ -77,16 +75,14 @@ def parse_cluster(topology: str) -> Cluster:
             f"--topology={topology} must be like v5e:4x4, v6e:8x8, v5p:2x2x1, 2*v5e:4x4 (two slices) or h200:8"
         )
     slices, kind, grid = int(match[1] or 1), match[2], match[3]
-    number = math.prod(map(int, grid.split("x")))
-    if (len(grid.split("x")) == 2) != (kind in ("v5e", "v6e")) or slices < 1 or number < 1:
-        raise ValueError(
-            f"--topology={topology}: a slice of {kind} has {2 if kind in ('v5e', 'v6e') else 3} dimensions"
-        )
-    if kind in ("v5e", "v6e") and grid not in _GRIDS_2D:
+    number, is_flat = math.prod(map(int, grid.split("x"))), kind in ("v5e", "v6e")
+    if (len(grid.split("x")) == 2) != is_flat or slices < 1 or number < 1:
+        raise ValueError(f"--topology={topology}: a slice of {kind} has {2 if is_flat else 3} dimensions")
+    if is_flat and grid not in _GRIDS_2D:
         raise ValueError(f"--topology={topology}: slices of {kind} are {', '.join(_GRIDS_2D)}")
-    if kind in ("v4", "v5p") and number % 4:
+    if not is_flat and number % 4:
         raise ValueError(f"--topology={topology}: slices of {kind} have a multiple of 4 chips, from 2x2x1 on")
-    chips = number if number <= (8 if kind in ("v5e", "v6e") else 4) else 4
+    chips = number if number <= (8 if is_flat else 4) else 4
     return Cluster(kind, grid, slices, number // chips, chips)
 
 

@@ -50,11 +50,11 @@ def initialize(
     """
     who = "this process" if own is None else f"process {own} of {number}, at {coordinator}"
     print(f"{who}: waiting for the others, {timeout} s at most", file=sys.stderr, flush=True)
-    # Slurm and Open MPI make jax take one GPU a process, unless it is told of more.
     options: dict[str, Any] = {"initialization_timeout": timeout + 60, "heartbeat_timeout_seconds": heartbeat}
     if coordinator is not None and number is not None and own is not None:
         call_roll(coordinator, number, own, timeout)
         options["cluster_detection_method"] = "deactivate"
+    # Slurm and Open MPI make jax take one GPU a process, unless it is told of more.
     elif _is_alone_on_host() and (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
         options["local_device_ids"] = list(range(len(visible.split(","))))
     # jax aborts with a stack trace where it waits in vain, so that it is given longer than this.

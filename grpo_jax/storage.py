@@ -23,6 +23,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.environment import cache_folder
+
 TEMPORARY = ".tmp"  # ends the names of files that are being written
 BEAT, PATIENCE = 10.0, 60.0  # seconds between signs of life of who holds a folder, and after which silence is death
 REFRESH = 30.0  # seconds after which lines that were appended are written to a bucket, if nothing asks earlier
@@ -72,7 +74,7 @@ def names(folder: Path) -> set[str]:
     """The names in a folder, without files that a kill has left half written; none where there is no such folder."""
     try:
         return {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 
@@ -107,14 +109,17 @@ def remove_temporaries(folder: Path) -> None:
 def copy_folder(source: Path, target: Path) -> None:
     """Copies the folder of a checkpoint, which is not there before all of it is."""
     if is_here(source) and is_here(target):
-        temporary = target.with_name(f".{target.name}.tmp")
+        temporary = target.with_name(f".{target.name}{TEMPORARY}")
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(source, temporary)
         temporary.rename(target)
         return
+    _copy_files(source, target)
+
+
+def _copy_files(source: Path, target: Path) -> None:
     # In a bucket Orbax takes a checkpoint for one when it has this object, so that it comes last.
-    files = sorted(_files(source), key=lambda name: name.endswith("commit_success.txt"))
-    for name in files:
+    for name in sorted(_files(source), key=lambda name: name.endswith("commit_success.txt")):
         (target / name).write_bytes((source / name).read_bytes())
 
 
@@ -178,8 +183,7 @@ class Mirror:
     def flush(self) -> None:
         """Copies what is there."""
         if self._temporary is not None:
-            for name in _files(self.here):
-                (self._target / name).write_bytes((self.here / name).read_bytes())
+            _copy_files(self.here, self._target)
 
     def close(self) -> None:
         """Copies what is there, for the last time."""
@@ -205,7 +209,7 @@ def fetched(name: str | os.PathLike[str]) -> str:
     objects = _bucket(source)
     about = [objects.info(str(source / file if file else source)) for file in files]
     version = json.dumps([str(source), [[x["name"], x["size"], x.get("generation"), x.get("md5Hash")] for x in about]])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "fetched"
+    home = cache_folder() / "fetched"
     folder = home / hashlib.sha256(version.encode()).hexdigest()[:16]
     if not folder.exists():
         print(f"fetching {source}, {sum(x['size'] for x in about):,} bytes", file=sys.stderr, flush=True)

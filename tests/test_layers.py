@@ -41,6 +41,7 @@ ROOMS = {
     "runs": (
         {
             "files",
+            "manifests",
             "objective",
             "processes",
             "storage",
@@ -64,7 +65,7 @@ ROOMS = {
     "processes": (set(), {"jax", "numpy", "orbax"}),
     "manifests": (set(), {"yaml"}),
     "files": ({"storage"}, set()),
-    "storage": (set(), {"etils", "fsspec", "gcsfs"}),  # inside the functions that need them
+    "storage": ({"environment"}, {"etils", "fsspec", "gcsfs"}),  # inside the functions that need them
     "products": (set(), {"jax"}),
     "": ({"objective", "theory"}, set()),
 }

@@ -63,7 +63,6 @@ class MetricsLog:
         """Ends the log: every row is then on disk, and none can follow."""
         if not is_main():  # it may end because another process has failed, and so waits for none
             return
-        self._flush()
         for file in self._files.values():
             file.close()
         self._board.close()

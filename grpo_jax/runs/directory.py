@@ -123,6 +123,11 @@ def contents(path: Path) -> set[str]:
     return storage.names(path) - {LOCK, FAILED, STARTS, EVALUATIONS}
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The steps that a folder of checkpoints holds, intact or not; none where there is no such folder."""
+    return sorted(int(name) for name in storage.names(folder) if name.isdigit())
+
+
 def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...], advice: str) -> None:
     """Compares a config with that of a run directory.
 
@@ -177,8 +182,9 @@ def count_iteration(path: Path) -> None:
 
 
 def _count_start(path: Path) -> None:
-    steps = {name for name in storage.names(path / "checkpoints") if name.isdigit()}
-    saved = sorted(steps | (storage.names(path) & {REFERENCE, ATTAINABLE, "reference"}))
+    saved = sorted(
+        {*map(str, saved_steps(path / "checkpoints"))} | (storage.names(path) & {REFERENCE, ATTAINABLE, "reference"})
+    )
     counts, why = {"without_iteration": 0, "unsaved": 0}, ""
     try:
         stored = read_json(path / STARTS)

@@ -15,7 +15,7 @@ from grpo_jax.config import averaged_iterations, flat, task_options, validate
 from grpo_jax.files import read_json, read_jsonl
 from grpo_jax.processes import common
 from grpo_jax.runs.checkpoints import Checkpoints, checksums
-from grpo_jax.runs.directory import CONFIG, EVALUATIONS, REFERENCE, RESULT, check_same, contents, has
+from grpo_jax.runs.directory import CONFIG, EVALUATIONS, REFERENCE, RESULT, check_same, contents, has, saved_steps
 from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
 from grpo_jax.runs.setup import Setup, make_tokenizer
 from grpo_jax.tasks import Task
@@ -234,7 +234,7 @@ def _name(config: Any, task: Task, policy: MeasuredPolicy, stored: dict[str, Any
 
 def _restore(folder: Path, like: Any, number: int | None = None) -> tuple[int, Any] | None:
     """(step, state): the one asked for, else the newest that is intact; None where there is none."""
-    steps = common(lambda: sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()))
+    steps = common(lambda: saved_steps(folder))
     if number is not None and number not in steps:
         saved = ", ".join(map(str, steps)) or "none"
         raise CheckpointError(f"--checkpoint={number}: {folder} does not hold it; there are {saved}")

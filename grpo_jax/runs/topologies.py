@@ -3,10 +3,13 @@
 TPUs need the package libtpu of jax's version, an H200 jax's CUDA plugin; neither needs the device.
 """
 
+import math
 import os
 import re
 from collections import Counter
 from typing import Any
+
+from grpo_jax.manifests import parse_cluster
 
 # Bytes per device that their compiler gives to programs, read from what it says of a program that is too large.
 CAPACITY = {
@@ -26,36 +29,32 @@ gpu_device_info {
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 } runtime_version { major: 13 } device_description_str: "NVIDIA H200"
 """
-_TPU = re.compile(r"(?:(\d+)\*)?(v[456]\w*:\d+(?:x\d+){1,2})")
-_H200 = re.compile(r"h200:(\d+)")
 
 
 def topology_devices(name: str) -> list[Any]:
     """The devices of a topology, to compile for.
 
     Args:
-      name: ``v5e:4x4``, ``v6e:8x8``, ``v5p:2x2x1``; ``2*v5e:4x4`` for two slices; ``h200:8``.
+      name: see `parse_cluster`.
 
     Raises:
       ValueError: there is no such topology, or its compiler is not installed; says what to do.
     """
     from jax.experimental import topologies
 
-    if match := _H200.fullmatch(name.lower()):
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which would look for a driver
-        arguments: Any = ("", "cuda")
-        options: dict[str, Any] = {"topology": f"1x{match[1]}x1", "target_config": H200_DESCRIPTION}
-        package = "'jax[cuda13]'"
-    elif match := _TPU.fullmatch(name.lower()):
+    cluster = parse_cluster(name.lower())
+    if cluster.is_tpu:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a server that only a pod has, for a while
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        arguments, options = (match[2], "tpu"), {} if match[1] is None else {"num_slices": int(match[1])}
+        arguments: Any = (f"{cluster.kind}:{cluster.grid}", "tpu")
+        options: dict[str, Any] = {} if cluster.slices == 1 else {"num_slices": cluster.slices}
         package = "'jax[tpu]'"
     else:
-        raise ValueError(
-            f"--topology={name} must be like v5e:4x4, v6e:8x8, v5p:2x2x1, 2*v5e:4x4 (two slices) or h200:8"
-        )
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which would look for a driver
+        number = cluster.slices * cluster.hosts * cluster.chips
+        arguments, options = ("", "cuda"), {"topology": f"1x{number}x1", "target_config": H200_DESCRIPTION}
+        package = "'jax[cuda13]'"
     try:
         return list(topologies.get_topology_desc(*arguments, **options).devices)
     except Exception as error:  # whatever a compiler that is half there raises
@@ -81,7 +80,7 @@ def out_of_memory(error: Exception) -> int | None:
 _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(?:-start)?\("
 )
-_ARRAY = re.compile(r"([a-z]+)(\d+)\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"[a-z]+(\d+)\w*\[([\d,]*)\]")
 
 
 def collectives(hlo: str) -> dict[str, tuple[int, int]]:
@@ -98,9 +97,7 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
             # What starts an operation holds its operand and its result.
             last = arrays[-1:] if "-start(" in line else arrays
             number[match[2]] += 1
-            for _, bits, dimensions in last:
-                entries = 1
-                for d in dimensions.split(","):
-                    entries *= int(d or 1)
+            for bits, dimensions in last:
+                entries = math.prod(int(d) for d in dimensions.split(",") if d)
                 size[match[2]] += entries * int(bits) // 8
     return {name: (number[name], size[name]) for name in sorted(number)}

@@ -23,7 +23,7 @@ from grpo_jax.files import read_json, write_json, write_text
 from grpo_jax.processes import check_alike, common, stop_requested
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
-from grpo_jax.runs.directory import CHANGEABLE, CONFIG, FAILED, LOCK, RESULT, check_same, contents
+from grpo_jax.runs.directory import CHANGEABLE, CONFIG, FAILED, LOCK, RESULT, check_same, contents, saved_steps
 from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError, StartedInVain
 from grpo_jax.runs.loop import train
 from grpo_jax.runs.reference import share_reference
@@ -157,23 +157,23 @@ def list_points(points: Sequence[Point], workdir: str | Path, console: Console |
 def read_state(point: Point, workdir: Path) -> State:
     """The state of a point, from its run directory; raises RunDirectoryError where that belongs to another config."""
     directory = workdir / folder_name(point.values)
-    user = holder(directory / LOCK)
+    there = contents(directory)
+    has_begun = there > {CONFIG}
+    if has_begun:
+        check_same(
+            directory, point.identity, changeable=CHANGEABLE, advice="Choose another directory with --workdir=PATH"
+        )
+        if RESULT in there:
+            result = read_json(directory / RESULT)
+            star = f", p* {result['p_star']['mean']:.4f}" if "p_star" in result else ""
+            return State("done", f"done, p̂ {result['p_final']['mean']:.4f}{star}", result=result)
+    at = f"iteration {max(saved_steps(directory / 'checkpoints'), default=0)} of {point.config.train.iterations}"
+    if user := holder(directory / LOCK):
+        return State("running", f"running at {at}, {user}" if has_begun else f"running, {user}")
     try:
-        failed = State("failed", "failed", (directory / FAILED).read_text(encoding="utf-8"))
+        return State("failed", "failed", (directory / FAILED).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        failed = None
-    if not contents(directory) > {CONFIG}:
-        return State("running", f"running, {user}") if user else failed or State("waiting", "waiting")
-    check_same(directory, point.identity, changeable=CHANGEABLE, advice="Choose another directory with --workdir=PATH")
-    if (directory / RESULT).exists():
-        result = read_json(directory / RESULT)
-        star = f", p* {result['p_star']['mean']:.4f}" if "p_star" in result else ""
-        return State("done", f"done, p̂ {result['p_final']['mean']:.4f}{star}", result=result)
-    saved = [int(path.name) for path in directory.glob("checkpoints/*") if path.name.isdigit()]
-    at = f"iteration {max(saved, default=0)} of {point.config.train.iterations}"
-    return (
-        State("running", f"running at {at}, {user}") if user else failed or State("interrupted", f"interrupted at {at}")
-    )
+        return State("interrupted", f"interrupted at {at}") if has_begun else State("waiting", "waiting")
 
 
 def _open_directory(workdir: Path) -> None:

@@ -119,7 +119,8 @@ def _plan(options: argparse.Namespace) -> list[str]:
         raise InputError("--figure needs matplotlib: pip install matplotlib")
     _check_exactly_one(options, "p_ref", "from")
     # What was measured: typed, or read together with the config of its run.
-    source = None if getattr(options, "from") is None else named(getattr(options, "from"))
+    given: str | None = getattr(options, "from")
+    source = None if given is None else named(given)
     config: dict[str, Any] = {}
     if source is None:
         successes, trials = _typed_counts(options.p_ref, options.trials)
