@@ -176,6 +176,77 @@ def test_two_processes_judge_texts_and_evaluate_as_one_does(tmp_path):
     assert outcome(pod, measured) == outcome(one, measured)
 
 
+@pytest.mark.slow
+def test_two_processes_that_share_weights_repeat_themselves(tmp_path):
+    mesh = {"mesh__fsdp": 4, "model__d_model": 32, "train__iterations": 5}
+    for name in ("a", "b"):
+        ended = end(start_pod(run_flags(tmp_path / name, **mesh), devices=2))
+        assert not any(code for code, _, _ in ended), ended
+    assert outcome(tmp_path / "a", FILES) == outcome(tmp_path / "b", FILES)
+
+
+SWEEP = """
+import sys
+import jax
+from rich.console import Console
+from grpo_jax import processes
+from grpo_jax.sweeps import one_program
+from tests.tiny_run import tiny_config
+
+workdir, coordinator, own = sys.argv[1:]
+if coordinator:
+    processes.initialize(coordinator=coordinator, number=2, own=int(own), timeout=60)
+one_program.devices_of_all = jax.devices  # so that the references of both are made on two devices
+config = tiny_config(warm_start__target=0.01)
+one_program.sweep(config, workdir, seeds=(0, 3), betas=(0.3, 1.0, 3.0, 9.0), console=Console(quiet=True))
+processes.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_as_one_program_on_two_processes_is_that_of_one(tmp_path):
+    at = f"127.0.0.1:{free_port()}"
+    started = [start("-c", SWEEP, str(tmp_path / "one"), "", "", devices=2)]
+    started += [start("-c", SWEEP, str(tmp_path / "pod"), at, str(own)) for own in (0, 1)]
+    ended = end(started)
+    assert not any(code for code, _, _ in ended), ended
+    files = ("metrics.jsonl", "result.json", "seed-3/reference.json")
+    assert outcome(tmp_path / "pod", files) == outcome(tmp_path / "one", files)
+
+
+DAMAGED = """
+import sys
+import jax
+from pathlib import Path
+from grpo_jax import processes
+from grpo_jax.runs.checkpoints import Checkpoints
+
+workdir, coordinator, own = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+processes.initialize(coordinator=coordinator, number=2, own=own, timeout=60)
+w = jax.random.normal(jax.random.key(0), (2, 4096))  # each process has a row of it
+state = {"w": processes.put(w, jax.NamedSharding(jax.make_mesh((2,), "x"), jax.P("x")))}
+checkpoints = Checkpoints(workdir, keep=None)
+for step in (1, 2):
+    checkpoints.save(step, state, {"step": step})
+found = []
+for path in sorted((workdir / "2").rglob("*")):
+    if processes.is_main() and path.is_file() and path.stat().st_size > 10_000 and "process_1" in str(path):
+        found.append(path.name)
+        path.write_bytes(path.read_bytes()[:100])
+step, _, meta = processes.common(lambda: None) or checkpoints.restore_latest(state)
+print("FOUND", len(found), step, meta["step"], sorted(path.name for path in workdir.iterdir()))
+processes.leave(0)
+"""
+
+
+def test_damage_that_one_process_sees_makes_all_take_the_older_checkpoint(tmp_path):
+    at = f"127.0.0.1:{free_port()}"
+    ended = end([start("-c", DAMAGED, str(tmp_path / "c"), at, str(own)) for own in (0, 1)], 120)
+    for own, (code, out, err) in enumerate(ended):
+        assert code == 0, err
+        assert f"FOUND {1 - own} 1 1 ['1', '2.corrupt']" in out
+
+
 def test_processes_that_do_not_come_or_come_twice_are_named():
     """In all that came, in one line each, before jax is asked."""
     for numbers, words in ((((0, 2)), "these did not come in time: 1"), ((0, 1, 1), "says that it is process 1")):
