@@ -7,24 +7,26 @@ pod that is not there (--topology=v5e:4x4); --mode=manifest --target=jobset prin
 runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
 On several hosts, the same command on each, with --processes=auto where the machine knows of the others (Cloud TPU, GKE, Slurm,
 Open MPI), or --coordinator=HOST:PORT --num_processes=N --process_id=I; the run directory must be a folder that all of them see.
-Exit codes: 0 done, 75 preempted (start again to resume), 1 failed, 2 where another start would not help: a bad
-command line or config, the directory of something else, or three starts in vain.
+Exit codes: 0 done, 75 preempted by SIGTERM or SIGHUP (start again to resume), 130 interrupted by Ctrl-C, 1 failed, 2 where
+another start would not help: a bad command line or config, the directory of something else, or three starts in vain.
 """
 
 import copy
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from grpo_jax.environment import prepare_environment, prepare_streams
+from grpo_jax.environment import end_on_signals, prepare_environment, prepare_streams
 from grpo_jax.manifests import STOPS, TARGETS, manifest, parse_cluster
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, STOPS, 75
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, STOPS, 75, 130
+end_on_signals()
 MISTAKES = (flags.Error, OSError, AttributeError, TypeError, ValueError, KeyError)  # that parsing a flag raises
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -95,6 +97,11 @@ def main(arguments: list[str]) -> None:
     ):
         if flag.value is not None and _MODE.value not in modes:
             stop(f"--{flag.name} is for --mode={' or '.join(modes)}", EXIT_USAGE)
+    if _CHECKPOINT.value is not None and not re.fullmatch("latest|reference|average|[0-9]{1,9}", _CHECKPOINT.value):
+        stop(
+            f"--checkpoint={_CHECKPOINT.value!r} must be latest, reference, average, or the number of an iteration",
+            EXIT_USAGE,
+        )
     if _SWEEP.value is not None and _MODE.value not in ("train", "manifest"):
         stop("--sweep is for --mode=train", EXIT_USAGE)
     if _LIST.value and _SWEEP.value is None:
@@ -114,6 +121,7 @@ def main(arguments: list[str]) -> None:
     from grpo_jax.runs.errors import (
         DirectoryInUse,
         DirectoryUnreachable,
+        Interrupted,
         Preempted,
         RunDirectoryError,
         RunError,
@@ -147,6 +155,8 @@ def main(arguments: list[str]) -> None:
         stop(str(error), EXIT_FAILED)
     except (StartedInVain, RunDirectoryError) as error:
         stop(str(error), EXIT_USAGE)
+    except Interrupted as error:
+        stop(str(error), EXIT_INTERRUPTED)
     except Preempted as error:
         stop(str(error), EXIT_PREEMPTED)
     except (RunError, ValueError, OSError, RuntimeError) as error:
@@ -155,8 +165,6 @@ def main(arguments: list[str]) -> None:
         if type(error).__module__.partition(".")[0] not in ("gcsfs", "aiohttp", "google"):
             raise
         stop(f"the bucket could not be reached: {' '.join(str(error).split())[:300]}", EXIT_FAILED)
-    except KeyboardInterrupt:
-        stop(f"interrupted; the same command resumes the run in {workdir} from its last checkpoint", EXIT_FAILED)
 
 
 def print_manifest(name: str) -> None:
@@ -241,6 +249,10 @@ def parse(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
     except MISTAKES as error:
         stop(explained(error), EXIT_USAGE)
+    except Exception as error:  # a config file that is not Python, or fails when it is run
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, SyntaxError) else f" ({last.filename}, line {last.lineno})"
+        stop(f"the config file cannot be run: {type(error).__name__}: {error}{where}", EXIT_USAGE)
     try:
         missing = _CONFIG.value is None or not _CONFIG.value.keys()
     except Exception as error:  # the file's own, whatever it is, or that there is none

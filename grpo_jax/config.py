@@ -1,12 +1,12 @@
 """Checks of a run's configuration: every conflict at once, with the numbers, before anything is compiled."""
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import make_task
 from grpo_jax.models.config import DTYPES, REMATS, DecoderConfig
+from grpo_jax.models.families import read_config
 from grpo_jax.objective import Objective, named_objective
 from grpo_jax.storage import fetched
 from grpo_jax.tasks import Task
@@ -24,6 +24,8 @@ _AT_LEAST = {
 }  # fmt: skip
 _POSITIVE = ("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm", "warm_start.learning_rate",
              "verifier.deadline")  # fmt: skip
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
+MOST = 10**7
 _CHOICES = {
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "model.dtype": DTYPES,
@@ -133,8 +135,15 @@ def _attempt(conflicts: list[str], group: str, make: Callable[[], Any]) -> Any:
 def _number_conflicts(config: Any) -> Iterator[str]:
     values = flat(config)
     for key, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{key}={value} must be finite"
+        if isinstance(value, float) and not (value == 0 or SMALLEST <= abs(value) <= LARGEST):
+            yield f"{key}={value} must be finite, and 0 or within what float32 holds: {SMALLEST:.2g} to {LARGEST:.2g}"
+        if isinstance(value, int) and abs(value) >= 2**31 and key != "seed":
+            yield f"{key}={value} must be below 2**31"
+
+    # What is listed on the host, one by one: so many take minutes and gigabytes before anything begins.
+    for key in ("train.iterations", "data.prompts_per_iteration", "rollout.group_size", "evaluate.final_samples"):
+        if values[key] > MOST:
+            yield f"{key}={values[key]} must be at most {MOST}"
 
     # Lower bounds; a key that is not set has none.
     for least, keys in _AT_LEAST.items():
@@ -249,9 +258,11 @@ def _model_conflicts(config: Any) -> Iterator[str]:
             yield f"data.{key}={config.data[key]!r} would do nothing: set data.chat to True"
     if config.model.path is not None:
         try:
-            if not Path(fetched(config.model.path)).is_dir():
+            if not config.model.path or not Path(fetched(config.model.path)).is_dir():
                 yield f"model.path={config.model.path!r} is not a folder"
-        except ValueError as error:
+            else:
+                read_config(fetched(config.model.path))
+        except (ValueError, OSError) as error:
             yield f"model.path: {error}"
 
 

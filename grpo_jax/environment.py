@@ -1,11 +1,27 @@
 """What must be known before jax computes anything; every command line starts with it."""
 
 import os
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 _CACHE, _LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
+
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+def end_on_signals() -> None:
+    """Signals to stop end a process in which nothing is under way yet with 75, or 130 for SIGINT; a run has its own handlers."""
+
+    def end(number: int, frame: Any) -> None:
+        os.write(2, f"launch.py: stopped by {signal.Signals(number).name} before anything was begun\n".encode())
+        os._exit(130 if number == signal.SIGINT else 75)
+
+    for number in STOPS:
+        signal.signal(number, end)
 
 
 def prepare_streams() -> None:

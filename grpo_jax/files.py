@@ -1,8 +1,11 @@
 """Files that are read whole and written whole: JSON, JSON lines, and text that is either the old one or the new one.
 
+What a later start goes on from is sealed: an object with a digest of itself, so that no change of it goes unnoticed.
+
 `read_bounded` and `read_bounded_json` are for files that somebody else made, which may be of any size and hold anything.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.storage import write_bytes
+
+SEAL = "sha256"  # the key of the digest in a sealed object
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,6 +30,52 @@ def write_json(path: Path, value: Any) -> None:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Writes values as JSON lines, in the manner of `write_text`."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def seal(entries: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """An object of JSON with its digest; ``name`` says what it is, so that no other's can take its place.
+
+    >>> unseal(seal({"step": 3}, name="a"), name="a")
+    {'step': 3}
+    >>> unseal(seal({"step": 3}, name="a") | {"step": 4}, name="a")
+    Traceback (most recent call last):
+    ...
+    ValueError: changed since it was written
+    """
+    entries = json.loads(json.dumps(entries))  # as it comes back
+    return entries | {SEAL: _digest(entries, name)}
+
+
+def unseal(value: Any, *, name: str) -> dict[str, Any]:
+    """What was sealed; ValueError where that has changed, or never was."""
+    if not isinstance(value, dict) or SEAL not in value:
+        raise ValueError("it has no digest: changed since it was written, or by an older version of grpo_jax")
+    entries = {key: x for key, x in value.items() if key != SEAL}
+    if value[SEAL] != _digest(entries, name):
+        raise ValueError("changed since it was written")
+    return entries
+
+
+def _digest(entries: dict[str, Any], name: str) -> str:
+    return hashlib.sha256(json.dumps([name, entries], sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, entries: dict[str, Any]) -> None:
+    """Writes an object as JSON with its digest, in the manner of `write_text`."""
+    write_json(path, seal(entries, name=path.name))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a file of `write_sealed`.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not what was written; names the file.
+    """
+    try:
+        return unseal(read_json(path), name=path.name)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_json(path: Path) -> Any:

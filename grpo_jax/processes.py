@@ -288,6 +288,15 @@ def own_rows(array: jax.Array) -> np.ndarray:
     return np.flatnonzero(np.array(owners) == jax.process_index())
 
 
+def own_share(number: int) -> range:
+    """Which of so many things are this process's to work on: each is that of one process.
+
+    >>> list(own_share(3))
+    [0, 1, 2]
+    """
+    return range(jax.process_index(), number, count())
+
+
 def of_rows(array: jax.Array, rows: np.ndarray) -> np.ndarray:
     """Rows of an array, which this process holds."""
     if array.is_fully_addressable:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,19 @@ def remove_temporaries(folder: Path) -> None:
     for path in folder.iterdir() if is_here(folder) else ():
         if path.name.endswith(TEMPORARY):
             remove_folder(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def plainly_named(folder: Path) -> Iterator[Path]:
+    """A folder by a path without ``* ? [``, which Orbax would take for a pattern: a link to it, where its own path has them."""
+    if not (is_here(folder) and has_magic(str(folder))):
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary, "link")
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -264,7 +278,8 @@ def holder(lock: Path) -> str | None:
 
 @contextmanager
 def _held_file(lock: Path) -> Iterator[None]:
-    with lock.open("a+") as file:
+    # A link that somebody left there is not followed.
+    with os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+") as file:
         # The system drops it when the process dies, however it dies. Who only looked drops it at once.
         if not _flock(file, fcntl.LOCK_EX):
             time.sleep(0.1)

@@ -146,7 +146,8 @@ def test_the_comparison_can_fail(unbroken, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_75(unbroken, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits(tmp_path, number, code):
     workdir = tmp_path / "preempted"
     # Many short iterations: there is always one to be interrupted.
     more = {"checkpoint__interval": 1000, "train__iterations": 400, "evaluate__interval": 1000}
@@ -154,12 +155,31 @@ def test_sigterm_saves_and_exits_75(unbroken, tmp_path):
         command(workdir, **more), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     wait_for_rows(workdir, 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 75, error
-    assert "the same command resumes" in error
+    assert process.returncode == code, error
+    assert f"stopped by {number.name}; the same command resumes" in error
     assert [p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
     assert not (workdir / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_signals_at_any_time_of_a_start_end_it_in_a_line_and_cost_nothing(tmp_path):
+    """Among imports, set-up, compilation and measurement; SIGINT once or twice. The run then goes on as if nothing had been."""
+    dice = random.Random(1)
+    for number, count in ((signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGHUP, 1)) * 2:
+        process = subprocess.Popen(
+            command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(dice.uniform(0.3, 6.0))
+        for _ in range(count):
+            process.send_signal(number)
+            time.sleep(0.1)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode in ((130 if number == signal.SIGINT else 75), 0), (number, error)
+        assert "Traceback" not in error
+    done = launch(tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

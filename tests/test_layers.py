@@ -40,6 +40,7 @@ ROOMS = {
     "train": ({"objective", "rollout"}, {"jax", "optax"}),
     "runs": (
         {
+            "environment",
             "files",
             "manifests",
             "objective",

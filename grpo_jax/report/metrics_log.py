@@ -4,6 +4,7 @@ metrics.jsonl is the source of truth. It holds results only, so it is the same b
 resumed. Seconds and rates differ from run to run; they have a file of their own.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,8 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, *, after: int | None):
+        self._path = directory / METRICS
+        self._written = hashlib.sha256()  # of the lines of metrics.jsonl
         self._files: dict[str, Lines] = {}
         self._board: Any = None
         self._mirror: Any = None
@@ -34,9 +37,10 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         for name in (METRICS, PERF):
-            rows = [] if after is None else read_metrics(directory / name)
-            lines = (_line(row) for row in rows if row["iteration"] <= (after or 0))
+            lines = [] if after is None else lines_until(directory / name, after)
             self._files[name] = Lines(directory / name, lines)
+            if name == METRICS:
+                self._written.update("".join(lines).encode())
         self._mirror = Mirror(directory / TENSORBOARD)
         self._board = SummaryWriter(str(self._mirror.here), purge_step=0 if after is None else after + 1)
 
@@ -44,20 +48,34 @@ class MetricsLog:
         """Appends one row; numbers whose names have a slash also go to TensorBoard."""
         if not is_main():
             return
-        self._files[file].append(_line(row))
+        line = _line(row)
+        self._files[file].append(line)
+        if file == METRICS:
+            self._written.update(line.encode())
         for name, value in row.items():
             if "/" in name and isinstance(value, int | float):
                 self._board.add_scalar(name, value, row["iteration"])
 
-    def flush(self) -> None:
-        """Returns when every row is on disk; call it before a checkpoint that claims them."""
-        common(self._flush)
+    def flush(self) -> str:
+        """Returns when every row is on disk, with the digest of those of metrics.jsonl, for a checkpoint that vouches for them.
 
-    def _flush(self) -> None:
+        Raises:
+          ValueError: the file does not have them, because somebody else has changed it.
+        """
+        return common(self._flush)
+
+    def _flush(self) -> str:
         for file in self._files.values():
             file.flush()
         self._board.flush()
         self._mirror.flush()
+        found = hashlib.sha256(self._path.read_bytes() if self._path.exists() else b"")
+        if found.digest() != self._written.digest():
+            raise ValueError(
+                f"{self._path} was changed while the run wrote it; the same command goes on from the newest checkpoint whose "
+                "rows it still has"
+            )
+        return found.hexdigest()
 
     def close(self) -> None:
         """Ends the log: every row is then on disk, and none can follow."""
@@ -67,6 +85,25 @@ class MetricsLog:
             file.close()
         self._board.close()
         self._mirror.close()
+
+
+def lines_until(path: Path, iteration: int) -> list[str]:
+    """The first lines of a metrics file, as far as they are rows of at most this iteration; [] where there is no file."""
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+        try:
+            row = json.loads(line)
+            if not (line.endswith("\n") and isinstance(row["iteration"], int) and row["iteration"] <= iteration):
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+        lines.append(line)
+    return lines
+
+
+def rows_digest(directory: Path, iteration: int) -> str:
+    """SHA-256 of the lines of metrics.jsonl up to an iteration."""
+    return hashlib.sha256("".join(lines_until(directory / METRICS, iteration)).encode()).hexdigest()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -120,6 +120,8 @@ def result_lines(result: dict[str, Any]) -> Lines:
         where = "p̂ is below" if below else "p̂ is above" if above else "p̂ is inside"
         lines.append(("attainable p†", f"{interval_text(least, confidence)}   {where}"))
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
+    if skipped := result.get("skipped_updates"):
+        lines.append(("skipped updates", f"{skipped:,}   their loss or gradient was not finite"))
     lines += ledger_lines(result.get("ledger", {}), confidence)
 
     for made in result.get("forecasts", []):

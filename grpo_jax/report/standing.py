@@ -10,6 +10,10 @@ COLLAPSED, HOPELESS, UNKNOWN = "collapsed", "nothing to learn", "unknown"
 
 CLOSE = 0.1  # a share of the hold, of the KL, or of the way to p*, below which a difference is not worth a word
 UNSURE = 3  # times that share: a wider interval of push − hold does not tell whether they are in balance
+NOTHING, FAR = (
+    0.1,
+    10.0,
+)  # share of the reference's success that is next to none, and of the predicted KL that is far too much
 BLOCKS = 5  # of a quarter of a run, whose means tell how far chance moves the mean of the quarter
 
 
@@ -56,6 +60,38 @@ def standing(result: dict[str, Any], before: dict[str, Any]) -> str:
         return UNFINISHED
     is_known = -UNSURE * close < slope["low"] and slope["high"] < UNSURE * close
     return LIMITED if is_known else UNKNOWN
+
+
+def collapse(rows: list[dict[str, Any]], p_ref: float, kl_predicted: float | None) -> str | None:
+    """What has collapsed at the last two measurements, in words; None where nothing has, or two have not been made.
+
+    Success is below the reference's at both, and one of these is so: success is next to nothing, the KL is many times what is
+    spent at p*, or the policy's entropy is next to nothing. What falls once and recovers is none.
+
+    Args:
+      rows: of metrics.jsonl so far.
+      p_ref: mean success probability of the reference.
+      kl_predicted: nats at p*; None where there is no prediction.
+
+    >>> low = {"phase": "probe", "success/high": 0.01, "success/mean": 0.0, "kl/sequence": 9.0}
+    >>> collapse([low | {"iteration": 0}, low | {"iteration": 5}, low | {"iteration": 10}], 0.4, 0.25)
+    'success has fallen from 0.400 to 0.000, and KL is 9.00 nats, 36 times what p* takes'
+    """
+    probes = [row for row in rows if row["phase"] == "probe" and row["iteration"] > 0][-2:]
+    if len(probes) < 2 or any(probe["success/high"] >= p_ref for probe in probes):
+        return None
+    entropies = [
+        row["policy/entropy"] for row in rows if row["phase"] == "train" and row.get("policy/entropy") is not None
+    ]
+    p, kl = probes[-1]["success/mean"], probes[-1].get("kl/sequence")
+    found = []
+    if all(probe["success/high"] < NOTHING * p_ref for probe in probes) or p == 0:
+        found.append(f"success has fallen from {p_ref:.3f} to {p:.3f}")
+    if kl is not None and kl_predicted and all(probe["kl/sequence"] > FAR * kl_predicted for probe in probes):
+        found.append(f"KL is {kl:.2f} nats, {kl / kl_predicted:.0f} times what p* takes")
+    if entropies and entropies[-1] < NOTHING**2 * entropies[0]:
+        found.append(f"entropy has fallen from {entropies[0]:.3g} to {entropies[-1]:.3g} nats a token")
+    return ", and ".join(found) or None
 
 
 def trend(rewards: np.ndarray, pace: np.ndarray, confidence: float) -> dict[str, float] | None:

@@ -8,7 +8,6 @@ Only gradients and scorings of the policy are needed (train/scores.py): a step c
 training on as many completions. What cannot be measured is left out, with the reason; the run goes on without it.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +16,8 @@ import numpy as np
 
 from grpo_jax.config import ATTAINABLE_LEAST as LEAST
 from grpo_jax.config import ATTAINABLE_PARTS as PARTS
-from grpo_jax.files import read_json
 from grpo_jax.objective import Objective
-from grpo_jax.processes import common, host, put
+from grpo_jax.processes import host, put
 from grpo_jax.report.forecast import group_weights, interval_dict
 from grpo_jax.report.progress import progress
 from grpo_jax.rollout import PromptBatch, Rollout
@@ -84,26 +82,16 @@ def measured_attainable(run: Run, params: Any, before: dict[str, Any]) -> dict[s
     """
     path, c = run.directory / ATTAINABLE, run.config
     asked = {"samples": c.attainable.samples, "steps": c.attainable.steps, "confidence": c.evaluate.confidence}
-    stored = common(lambda: _stored(path))
+    stored = load(path)
     if stored is None or stored["asked"] != asked:
         reason = refusal(c, run.setup.recipe.objective, before)
         try:
             stored = {"reason": reason} if reason else _measure(run, params, before)
         except Undetermined as undetermined:
             stored = {"reason": str(undetermined)}
-        save(path, stored | {"asked": asked})
+        stored = save(path, stored | {"asked": asked})
         check_preempted(run)
-    return load(path)
-
-
-def _stored(path: Path) -> dict[str, Any] | None:
-    """What a run directory holds; None where that is nothing, or nothing that can be used."""
-    wanted = {"r2", "naive", "shares", "prompts", "of", "samples", "steps", "needed", "asked"}
-    try:
-        stored = read_json(path)
-        return stored if wanted <= stored.keys() or {"reason", "asked"} <= stored.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    return stored
 
 
 def refusal(config: Any, objective: Objective, before: dict[str, Any]) -> str | None:

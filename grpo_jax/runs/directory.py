@@ -9,8 +9,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from grpo_jax import processes, storage
-from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.files import read_json, read_sealed, write_json, write_sealed, write_text
 from grpo_jax.runs.errors import DirectoryInUse, DirectoryUnreachable, Preempted, RunDirectoryError, StartedInVain
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
@@ -27,17 +29,9 @@ CHANGEABLE = (
     "verifier.num_workers",
     "train.iterations_per_program",
     "train.profile",
+    "train.stop_at_collapse",
     "attainable.",
 )
-
-# Keys that run directories of older versions lack, with the value that does what those versions did.
-YOUNGER: dict[str, Any] = {
-    "train.average": 0.0,
-    "train.profile": [],
-    "task.arithmetic.left": [],
-    "task.arithmetic.right": [],
-    "task.arithmetic.prompt": None,
-}
 
 
 @contextmanager
@@ -68,9 +62,9 @@ def open_run_directory(
 def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], flag: str) -> None:
     if contents(path) > {CONFIG}:
         check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
-    elif not (path / CONFIG).exists() or read_json(path / CONFIG) != json.loads(json.dumps(config)):
+    elif _load(path / CONFIG) != json.loads(json.dumps(config)):
         (path / STARTS).unlink(missing_ok=True)  # of another config
-        write_json(path / CONFIG, config)
+        write_sealed(path / CONFIG, config)
 
 
 @contextmanager
@@ -141,11 +135,10 @@ def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...
       RunDirectoryError: naming every key that differs.
     """
     try:
-        stored = read_json(path / CONFIG)
+        stored = read_sealed(path / CONFIG)
     except ValueError as error:
-        raise RunDirectoryError(f"{path / CONFIG} is not readable as JSON ({error})") from error
+        raise RunDirectoryError(f"{error}. Put it back as it was, or choose another directory") from None
     config = json.loads(json.dumps(config))  # as it would come back: tuples are lists
-    stored = {key: value for key, value in YOUNGER.items() if key in config} | stored
     keys = sorted(set(stored) | set(config))
     free = tuple(key for key in changeable if key.endswith("."))
     differing = [k for k in keys if k not in changeable and not k.startswith(free) and stored.get(k) != config.get(k)]
@@ -210,11 +203,29 @@ def has(path: Path) -> bool:
     return processes.common(path.exists)
 
 
-def load(path: Path) -> Any:
-    """The value of a JSON file of the directory; errors as of `read_json`."""
-    return processes.common(lambda: read_json(path))
+def load(path: Path) -> dict[str, Any] | None:
+    """What `save` wrote to a file of the directory; None where there is none, or one that was changed and is put aside."""
+    return processes.common(lambda: _load(path))
 
 
-def save(path: Path, value: Any) -> None:
-    """Writes a file of the directory, whole or not at all: text as it is, any other value as JSON."""
-    processes.common(lambda: write_text(path, value) if isinstance(value, str) else write_json(path, value))
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_sealed(path)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        aside = path.with_name(f"{path.name}.corrupt")
+        path.replace(aside)
+        logging.warning("%s; kept as %s, and made anew", error, aside.name)
+        return None
+
+
+def save(path: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Writes a file of the directory, whole or not at all: an object as JSON with its digest. Returns what `load` will."""
+    processes.common(lambda: write_sealed(path, entries))
+    return json.loads(json.dumps(entries))
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes a text file of the directory, whole or not at all."""
+    processes.common(lambda: write_text(path, text))

@@ -38,4 +38,8 @@ class StartedInVain(RunError):
 
 
 class Preempted(RuntimeError):
-    """SIGTERM arrived; what was done is saved, and the same command resumes it."""
+    """SIGTERM or SIGHUP arrived; what was done is saved, and the same command resumes it."""
+
+
+class Interrupted(Preempted):
+    """The same of SIGINT: somebody wants it to stop, and not to be started again."""

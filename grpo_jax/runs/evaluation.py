@@ -6,7 +6,6 @@ and, last of all, result.json. Every random number is addressed by (seed, checkp
 the same however often it was killed.
 """
 
-import json
 import math
 import re
 import time
@@ -22,13 +21,13 @@ import numpy as np
 from rich.console import Console
 
 from grpo_jax.config import flat, task_options, validate
-from grpo_jax.files import read_json, write_json, write_jsonl, write_text
+from grpo_jax.files import read_sealed, write_jsonl, write_sealed, write_text
 from grpo_jax.processes import check_alike, common, host
 from grpo_jax.report import evaluation_numbers, evaluation_page
 from grpo_jax.report.evaluation_numbers import majority_at_k, powers_of_two
 from grpo_jax.report.ledger import Tally, ledger_of_run, log_ratio_sums
 from grpo_jax.report.progress import progress
-from grpo_jax.runs.directory import EVALUATIONS, RESULT, has, load, lock_directory, open_run_directory
+from grpo_jax.runs.directory import EVALUATIONS, RESULT, load, lock_directory, open_run_directory
 from grpo_jax.runs.errors import RunDirectoryError
 from grpo_jax.runs.measured_policy import (
     CHANGEABLE,
@@ -41,7 +40,7 @@ from grpo_jax.runs.measured_policy import (
     stored_config,
 )
 from grpo_jax.runs.measurement import check_verifier, judged_samples
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, sigterm_as_flag, terminal
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, signals_as_flag, terminal
 from grpo_jax.runs.setup import make_setup
 from grpo_jax.storage import place, remove_folder
 from grpo_jax.tasks import Task, Verdict
@@ -126,9 +125,8 @@ def evaluate(
         directory = stack.enter_context(open_run_directory(path, identity, **options))
 
         # Finished before?
-        if has(directory / RESULT):
+        if (result := load(directory / RESULT)) is not None:
             common(lambda: remove_folder(directory / BLOCKS))  # left where the last step was killed
-            result = load(directory / RESULT)
             message = f"{directory} holds a finished evaluation, measured before with these settings; --name=NAME measures again"
             say(console, f"{message}:")
             show(console, evaluation_page.result_lines(result))
@@ -136,7 +134,7 @@ def evaluate(
 
         settings = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
         pool = stack.enter_context(VerifierPool(setup.task.verify, **settings))
-        signals = stack.enter_context(sigterm_as_flag())
+        signals = stack.enter_context(signals_as_flag())
         run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
         before = common(lambda: reference_counts(workdir, setup, identity, stored))
         return measure_and_write(run, policy, before, dropped=len(task.examples) - len(setup.task.examples))
@@ -159,9 +157,21 @@ def measure_and_write(
     begun = time.monotonic()
     header = _header(run, policy, dropped)
     show(run.console, header)
-    rows, samples = _measure(run, policy)
+    _measure(run, policy)
+    result = common(lambda: _write(run, policy, before, header, dropped))
+    show(run.console, evaluation_page.result_lines(result))
+    files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
+    say(run.console, f"{time.monotonic() - begun:.0f} s since this start; {files} are in {run.directory}")
+    return result
 
+
+def _write(
+    run: Run, policy: MeasuredPolicy, before: dict[str, Any] | None, header: list[tuple[str, str]], dropped: int
+) -> dict[str, Any]:
+    """Writes the files of an evaluation from its blocks, which are then removed; the content of result.json."""
     c, directory = run.config, run.directory
+    blocks = [read_sealed(path) for path in _paths(run)]  # what an unbroken and a resumed one both read
+    rows, samples = ([row for block in blocks for row in block[name]] for name in ("prompts", "samples"))
     result = evaluation_numbers.summarise(rows, confidence=c.evaluate.confidence, group_size=c.rollout.group_size) | {
         "checkpoint": policy.name,
         "model": c.model.path or "random decoder",
@@ -184,52 +194,55 @@ def measure_and_write(
         ledger = ledger_of_run(c, run.setup.recipe.objective, before, tally, group_size=before["group_size"])
         result |= {} if ledger is None else {"ledger": ledger.means, "reference": before["source"]}
     shown = [rows[i] for i in np.linspace(0, len(rows) - 1, min(c.evaluate.examples, len(rows))).astype(int)]
-
-    def write() -> None:
-        write_jsonl(directory / "prompts.jsonl", rows)
-        write_jsonl(directory / "samples.jsonl", samples)
-        write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
-        evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
-        write_text(directory / "report.md", evaluation_page.page(result, header, shown, samples))
-        write_json(directory / RESULT, result)
-        remove_folder(directory / BLOCKS)
-
-    common(write)
-    show(run.console, evaluation_page.result_lines(result))
-    files = "report.md, figure.png, samples.txt, samples.jsonl and prompts.jsonl"
-    say(run.console, f"{time.monotonic() - begun:.0f} s since this start; {files} are in {directory}")
+    write_jsonl(directory / "prompts.jsonl", rows)
+    write_jsonl(directory / "samples.jsonl", samples)
+    write_text(directory / "samples.txt", evaluation_page.samples_text(rows, samples))
+    evaluation_page.plot_evaluation(directory / "figure.png", rows, result)
+    write_text(directory / "report.md", evaluation_page.page(result, header, shown, samples))
+    write_sealed(directory / RESULT, result)
+    remove_folder(directory / BLOCKS)
     return result
 
 
-def _measure(run: Run, policy: MeasuredPolicy) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of prompts.jsonl, rows of samples.jsonl): read from the blocks on disk, after measuring those that are missing."""
+def _paths(run: Run) -> list[Path]:
+    """Of the blocks."""
+    number = math.ceil(len(run.setup.probed) / run.config.data.prompts_per_iteration)
+    return [run.directory / BLOCKS / f"{i:06}.json" for i in range(number)]
+
+
+def _measure(run: Run, policy: MeasuredPolicy) -> None:
+    """Measures the blocks that are missing, or were changed since they were measured."""
     probed, batch = run.setup.probed, run.config.data.prompts_per_iteration
-    paths = [run.directory / BLOCKS / f"{number:06}.json" for number in range(math.ceil(len(probed) / batch))]
     counts: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
 
-    def count(block: dict[str, Any]) -> None:
-        for row in block["prompts"]:
-            counts.update({"prompts": 1} | {k: row[k] for k in ("successes", "trials")})
-            verdicts.update(row["verdicts"])
+    def counted(block: dict[str, Any] | None) -> tuple[dict[str, int], dict[str, int]]:
+        """(counts, verdicts) of the rows of a block."""
+        rows = [] if block is None else block["prompts"]
+        sums = {key: sum(row[key] for row in rows) for key in ("successes", "trials")} if rows else {}
+        return sums | ({"prompts": len(rows)} if rows else {}), sum(
+            (Counter(row["verdicts"]) for row in rows), Counter()
+        )
 
-    measured = common(lambda: {path.name: _read_block(path) for path in paths if path.exists()})
-    for block in measured.values():
-        count(block)
+    paths = _paths(run)
+    measured = common(lambda: [counted(load(path)) for path in paths])  # of all, and empty where there is none
+    for sums, of_block in measured:
+        counts.update(sums)
+        verdicts.update(of_block)
     if counts:
         say(run.console, f"resuming after {counts['prompts']:,} of {len(probed):,} prompts")
     with progress(run.console, "prompts", total=len(probed), done=counts["prompts"]) as line:
-        for number, path in enumerate(paths):
-            if path.name in measured:
+        for number, (path, (done, _)) in enumerate(zip(paths, measured, strict=True)):
+            if done:
                 continue
             check_preempted(run)
             block = _measure_block(run, policy, probed[number * batch : (number + 1) * batch])
-            count(block)
+            sums, of_block = counted(block)
+            counts.update(sums)
+            verdicts.update(of_block)
             check_verifier(run, verdicts)
             common(partial(_write_block, path, block))
             line.update(counts["prompts"], f"success {counts['successes'] / counts['trials']:.3f}")
-    blocks = common(lambda: [_read_block(path) for path in paths])  # what an unbroken and a resumed one both read
-    return [row for b in blocks for row in b["prompts"]], [row for b in blocks for row in b["samples"]]
 
 
 def _measure_block(run: Run, policy: MeasuredPolicy, rows: np.ndarray) -> dict[str, Any]:
@@ -321,14 +334,7 @@ def _answer(task: Task, x: Completion) -> str | None:
 
 def _write_block(path: Path, block: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    write_text(path, json.dumps(block))
-
-
-def _read_block(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise RunDirectoryError(f"{path} is damaged ({error}): delete it, and it will be measured again") from None
+    write_sealed(path, block)
 
 
 def _header(run: Run, policy: MeasuredPolicy, dropped: int) -> list[tuple[str, str]]:

@@ -22,12 +22,12 @@ from grpo_jax.report.progress import progress
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
-from grpo_jax.runs.directory import RESULT, count_iteration, counted_start, has, load, open_run_directory, save
+from grpo_jax.runs.directory import RESULT, count_iteration, counted_start, load, open_run_directory, save, save_text
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, sigterm_as_flag, terminal
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
 from grpo_jax.storage import Mirror
 from grpo_jax.tasks.identity import task_identity
@@ -61,18 +61,17 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         identity = flat(config) | task_identity(task)
         check_alike(identity)
         directory = stack.enter_context(open_run_directory(workdir, identity))
-        if has(directory / RESULT):
-            result = load(directory / RESULT)
+        if (result := load(directory / RESULT)) is not None:
             say(console, f"{directory} holds a finished run:")
             show(console, run_page.result_lines(result))
             return result
+        signals = stack.enter_context(signals_as_flag())
         stack.enter_context(counted_start(directory))
         setup = make_setup(config, task, objective)
         dropped = len(task.examples) - len(setup.task.examples)
         options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
         on_device = setup.compiled.verify is not None
         pool = stack.enter_context(nullcontext(None) if on_device else VerifierPool(task.verify, **options))
-        signals = stack.enter_context(sigterm_as_flag())
         run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
         return run_phases(run, dropped)
 
@@ -95,7 +94,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     memory = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
     start = start_lines(run, dropped, memory)
     show(console, start)
-    check_memory(memory)
+    check_memory(config, memory)
 
     # The reference policy: made, measured, and what the theory predicts from its measurement.
     before = measured_reference(run)
@@ -133,7 +132,8 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
     of_ledger = {} if after["ledger"] is None else after["ledger"].row()
     rows.append(forecast.probe_row(config.train.iterations, after, c.confidence) | of_ledger)
-    progressed = {"trend": standing.trend(rewards, pace(config), c.confidence)}
+    progressed: dict[str, Any] = {"trend": standing.trend(rewards, pace(config), c.confidence)}
+    progressed["skipped_updates"] = skipped_updates(config, rows)
     if not isinstance(course, str):
         progressed |= live_forecast.record(course, rows, c.confidence)
     result = run_result.make_result(config, before, after, prediction, average, progressed, attainable)
@@ -147,7 +147,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     common(lambda: run_figure.plot_run(figure, rows=probes, result=result, iterates=recursion))
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
-    save(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
+    save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
     save(run.directory / RESULT, result)  # last: where it is, the run is finished
     show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun
@@ -194,12 +194,12 @@ def run_iterations(
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
     n = 0  # iterations done
     start = setup.compiled.start
-    checkpoint = checkpoints.restore_latest(sharded_shapes(jax.eval_shape(start, setup.shapes), setup.mesh))
+    like = sharded_shapes(jax.eval_shape(start, setup.shapes), setup.mesh)
+    checkpoint = checkpoints.restore_latest(like, rows_of=run.directory)
     if checkpoint is None:
         state = start(reference_params(run) if ref_params is None else ref_params)
     else:
-        _, state, meta = checkpoint
-        n = meta["data_position"]
+        n, state, meta = checkpoint
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
         say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
     table = put_table(setup) if setup.compiled.iterate else None
@@ -247,15 +247,20 @@ def run_iterations(
                             say(run.console, warning)
                     history.append(probe_row)
                     log.write(probe_row)
+                    check_collapse(run, history, before, prediction)
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
-                line.update(n, f"{success}reward {row['reward/mean']:.3f}{kl}")
+                lost = skipped_updates(c, history)
+                line.update(
+                    n, f"{success}reward {row['reward/mean']:.3f}{kl}{f' · {lost:,} updates skipped' if lost else ''}"
+                )
                 # Save, where it is time, and when the run must stop.
                 if n % c.checkpoint.interval == 0 or n == c.train.iterations or must_stop(run):
-                    log.flush()  # a checkpoint vouches for the rows before it
+                    vouched = log.flush()  # a checkpoint vouches for the rows before it
                     key = jax.random.key_data(run.base_key).tolist()
-                    checkpoints.save(n, state, {"data_position": n, "base_key": key})
+                    checkpoints.save(n, state, {"rows": vouched, "base_key": key})
                     if n < c.train.iterations:
                         check_preempted(run)
+        check_skipped(c, history)
         return state.params, averaged_params(state.params, state.opt_state)
     finally:
         trace.close()
@@ -305,6 +310,36 @@ def advance(
     row = {name: float(x) for name, x in metrics.items()}
     row |= {f"verdict/{name}": number for name, number in judged.verdict_counts().items()}
     return state, [row], [int(state.skipped)]
+
+
+def check_collapse(
+    run: Run, rows: list[dict[str, Any]], before: dict[str, Any], prediction: theory.Prediction | None
+) -> None:
+    """Says at a measurement that the policy has collapsed, or raises Diverged where ``train.stop_at_collapse`` is set."""
+    p_ref = sum(before["successes"]) / (before["trials"] * len(before["successes"]))
+    collapsed = standing.collapse(rows, p_ref, None if prediction is None else float(prediction.mean_kl))
+    if collapsed is not None:
+        words = f"collapse at iteration {rows[-1]['iteration']}: {collapsed}. Lower optimizer.learning_rate, in a new --workdir"
+        if run.config.train.stop_at_collapse:
+            raise Diverged(words)
+        say(run.console, words)
+
+
+def check_skipped(config: Any, rows: list[dict[str, Any]]) -> None:
+    """Raises Diverged at the end of a run most of whose updates were skipped."""
+    c = config.train
+    lost, updates = skipped_updates(config, rows), c.iterations * c.inner_epochs * c.minibatches
+    if 2 * lost > updates:
+        raise Diverged(
+            f"{lost:,} of {updates:,} updates were skipped, their loss or gradient not finite. "
+            "Lower optimizer.learning_rate, or look for weights of the model that are too large, in a new --workdir"
+        )
+
+
+def skipped_updates(config: Any, rows: list[dict[str, Any]]) -> int:
+    """How many updates were skipped so far, from the rows of metrics.jsonl."""
+    c = config.train
+    return round(sum(row.get("loss/skipped") or 0.0 for row in rows) * c.inner_epochs * c.minibatches)
 
 
 def patience(durations: list[float]) -> float | None:

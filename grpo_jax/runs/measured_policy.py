@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.config import averaged_iterations, flat, task_options, validate
-from grpo_jax.files import read_json, read_jsonl
+from grpo_jax.files import read_jsonl, read_sealed
 from grpo_jax.processes import common
 from grpo_jax.runs.checkpoints import Checkpoints, checksums
 from grpo_jax.runs.directory import CONFIG, EVALUATIONS, REFERENCE, RESULT, check_same, contents, has, saved_steps
@@ -68,7 +68,7 @@ def stored_config(workdir: Path, config: Any) -> dict[str, Any] | None:
         "keys of train that change only time and memory"
     )
     check_same(workdir, flat(config), changeable=OF_THE_MEASUREMENT, advice=advice)
-    return read_json(workdir / CONFIG)
+    return read_sealed(workdir / CONFIG)
 
 
 def find_policy(config: Any, setup: Setup, workdir: Path, checkpoint: str, *, has_run: bool) -> MeasuredPolicy:
@@ -179,9 +179,9 @@ def reference_counts(
     if stored is None:
         return None
     if same(stored) and (workdir / REFERENCE).exists():
-        counts.append(read_json(workdir / REFERENCE) | {"source": REFERENCE})
+        counts.append(read_sealed(workdir / REFERENCE) | {"source": REFERENCE})
     for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULT}")):
-        other = read_json(path.with_name(CONFIG))
+        other = read_sealed(path.with_name(CONFIG))
         if other["checkpoint.name"] == "reference" and same(other):
             rows = {row["index"]: row for row in read_jsonl(path.with_name("prompts.jsonl"))}
             counted = [rows[index] for index in setup.probed.tolist()]

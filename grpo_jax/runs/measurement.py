@@ -7,6 +7,9 @@ a random key of its own, so it is the same sample however the work is cut into b
 Dimension key: see grpo_jax.
 """
 
+import hashlib
+import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,15 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.processes import everyone, host, of_rows, own_rows, together
+from grpo_jax.processes import common, everyone, host, of_rows, own_rows, together
 from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
+from grpo_jax.runs.checkpoints import checksums
+from grpo_jax.runs.directory import load, save
 from grpo_jax.runs.errors import VerifierFailed
-from grpo_jax.runs.run import Run, check_preempted, say
+from grpo_jax.runs.run import Run, check_preempted, must_stop, say
 from grpo_jax.runs.setup import Setup, put_prompts
 from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
+
+KEPT = "measuring.json"  # what a measurement that was stopped had counted
 
 
 class Judged(NamedTuple):
@@ -102,7 +109,8 @@ def measure(
       batch_samples: per prompt, sampled at a time; those of the config by default.
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
-      may_stop: raise `Preempted` between two batches once SIGTERM has arrived; what was measured is measured again.
+      may_stop: raise `Preempted` between two batches once a signal has arrived; what was counted is kept in the run directory,
+        and the next start goes on from it.
     """
     setup, c = run.setup, run.config.evaluate
     samples, batch_samples = samples or c.samples, batch_samples or c.batch_samples
@@ -113,15 +121,29 @@ def measure(
     powers = np.zeros((num_prompts, 2, POWERS))  # sums of powers of the log-ratios of failures and of successes
     verdicts: Counter[str] = Counter()
     texts: list[dict[str, Any]] = []
-    batch = run.config.data.prompts_per_iteration
-    for places in np.split(np.arange(num_prompts), range(batch, num_prompts, batch)):
-        rows = setup.probed[places]
+    batch, each = run.config.data.prompts_per_iteration, math.ceil(samples / batch_samples)
+    kept = run.directory / KEPT
+
+    # What an earlier start has counted of the same measurement.
+    done, so_far = 0, load(kept) if may_stop else None
+    if so_far is not None and so_far["of"] == _about(params, role, iteration, samples, batch_samples):
+        done, texts = so_far["batches"], so_far["texts"]
+        successes, sums, powers = (np.array(so_far[name]) for name in ("successes", "sums", "powers"))
+        verdicts.update(so_far["verdicts"])
+    for number, places in enumerate(np.split(np.arange(num_prompts), range(batch, num_prompts, batch))):
+        rows, skipped = setup.probed[places], min(max(done - number * each, 0), each)
         batches = judged_samples(
-            run, params, ref_params, key, rows, samples=samples, batch_samples=batch_samples, greedy=greedy
+            run,
+            params,
+            ref_params,
+            key,
+            rows,
+            samples=samples,
+            batch_samples=batch_samples,
+            greedy=greedy,
+            skip=skipped,
         )
-        for number, judged in enumerate(batches):
-            if may_stop:
-                check_preempted(run)
+        for of_these, judged in enumerate(batches, start=skipped):
             rollout, against_itself = judged.rollout, np.zeros_like(judged.rewards)
             log_ratios = against_itself if judged.log_ratios is None else host(judged.log_ratios)
             successes[places] += judged.rewards.sum(-1).astype(np.int64)
@@ -129,8 +151,15 @@ def measure(
             counted = log_ratios, host(rollout.mask.sum(-1)), host(rollout.truncated)
             sums += [x.astype(np.float64).sum() for x in counted]
             verdicts.update(judged.verdict_counts())
-            if number == 0 and examples:
+            if of_these == 0 and examples:
                 texts += _examples(setup, judged, rows, shown)
+            if may_stop and must_stop(run):
+                counts = {"successes": successes.tolist(), "sums": sums.tolist(), "powers": powers.tolist()}
+                counts |= {"verdicts": dict(verdicts), "texts": texts, "batches": number * each + of_these + 1}
+                save(kept, counts | {"of": _about(params, role, iteration, samples, batch_samples)})
+                check_preempted(run)
+    if so_far is not None:
+        common(lambda: kept.unlink(missing_ok=True))
     kl, length, truncated = (sums / (num_prompts * samples)).tolist()
     measured_kl = (None, None) if ref_params is None else (kl, powers)
     return Measurement(
@@ -147,8 +176,14 @@ def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> t
     say(run.console, f"measuring the success probability: {c.final_samples} samples of every prompt")
     sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples, may_stop=True)
     check_verifier(run, sampled.verdicts)
-    greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True, may_stop=True)
+    greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
     return sampled.record(float(greedy.successes.mean())), sampled.tally()
+
+
+def _about(params: Any, role: str, iteration: int, samples: int, batch_samples: int) -> dict[str, Any]:
+    """Which measurement it is."""
+    policy = hashlib.sha256(json.dumps(checksums(params)).encode()).hexdigest()
+    return {"policy": policy, "role": role, "iteration": iteration, "samples": [samples, batch_samples]}
 
 
 def check_verifier(run: Run, verdicts: dict[str, int]) -> None:
@@ -172,6 +207,7 @@ def judged_samples(
     greedy: bool = False,
     num_prompts: int | None = None,
     texts: bool = False,
+    skip: int = 0,
 ) -> Iterator[Judged]:
     """``samples`` completions of each prompt, ``batch_samples`` at a time.
 
@@ -185,12 +221,13 @@ def judged_samples(
       num_prompts: the batch is filled up to so many prompts, so that a smaller last batch is not compiled anew; what was added is
         dropped.
       texts: whether they are kept.
+      skip: batches that are left out at the beginning.
     """
     setup = run.setup
     prompts, answers, answer_mask = put_prompts(setup, rows if num_prompts is None else np.resize(rows, num_prompts))
     group_size = min(samples, batch_samples)
     measures_kl = ref_params is not None and ref_params is not params  # measured against itself, the KL is 0
-    for first in range(0, samples, group_size):
+    for first in range(skip * group_size, samples, group_size):
         options = {"group_size": group_size, "greedy": greedy, "first_sample": jnp.int32(first)}
         rollout = setup.compiled.sample_probe(params, prompts, key, **options)  # [P, G, T]
         log_ratios = setup.compiled.log_ratios(params, ref_params, prompts, rollout) if measures_kl else None

@@ -1,6 +1,7 @@
 """What a run needs of each device's memory, known before anything is allocated: its programs are compiled for shapes alone."""
 
 import math
+import os
 import time
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.optimizer import Average
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, row_shards, sharded_shapes
 from grpo_jax.train.step import init_state
+
+OF_A_TOKEN = 13  # bytes of a completion: its id, its log-prob, its mask and its entropy
 
 
 class Program(NamedTuple):
@@ -180,13 +183,24 @@ def estimate_memory(
     return Memory(lasting, working, built)
 
 
-def check_memory(lasting: dict[str, int]) -> None:
-    """Raises RunError where a device reports less memory than what lasts needs."""
-    limit, needed = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit"), sum(lasting.values())
+def check_memory(config: Any, lasting: dict[str, int]) -> None:
+    """Raises RunError where a device, or this host, has less memory than what lasts or what an iteration samples needs."""
+    devices = jax.local_devices()
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    shared = host // len(devices) if devices[0].platform == "cpu" else None
+    limit, needed = (devices[0].memory_stats() or {}).get("bytes_limit", shared), sum(lasting.values())
     if limit is not None and needed > limit:
         raise RunError(
             f"{', '.join(lasting)} need {format_bytes(needed)} per device, which has {format_bytes(limit)}: "
             "spread them with --config.mesh.fsdp=N over more devices, or take a smaller model"
+        )
+    c = config.rollout
+    completions = config.data.prompts_per_iteration * c.group_size
+    sampled = completions * c.max_completion * OF_A_TOKEN
+    if sampled > host:
+        raise RunError(
+            f"{completions:,} completions of rollout.max_completion={c.max_completion} tokens take {format_bytes(sampled)} "
+            f"of the host, which has {format_bytes(host)}: lower rollout.group_size or data.prompts_per_iteration"
         )
 
 

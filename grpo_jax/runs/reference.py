@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import prompt_order
-from grpo_jax.files import read_json, write_json
+from grpo_jax.files import read_sealed, write_sealed
+from grpo_jax.processes import common
 from grpo_jax.report.metrics_log import MetricsLog
 from grpo_jax.report.progress import progress
 from grpo_jax.runs.checkpoints import Checkpoints
@@ -15,10 +16,10 @@ from grpo_jax.runs.directory import (
     REFERENCE,
     check_same,
     contents,
-    has,
     load,
     open_run_directory,
     save,
+    saved_steps,
 )
 from grpo_jax.runs.errors import RunDirectoryError, WarmStartFailed
 from grpo_jax.runs.measurement import measure, measure_in_full
@@ -32,11 +33,12 @@ def measured_reference(run: Run) -> dict[str, Any]:
 
     The parameters are stored before they are measured, so a run that is killed in between does not train them again.
     """
-    if not has(run.directory / REFERENCE):
+    measured = load(run.directory / REFERENCE)
+    if measured is None:
         params = reference_params(run)
-        save(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
+        measured = save(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
         check_preempted(run)
-    return load(run.directory / REFERENCE)
+    return measured
 
 
 # Keys that decide how a policy is trained, and nothing of its reference; the first of them nothing of its R² either.
@@ -67,8 +69,8 @@ def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[
                 return
             copy_folder(other / "reference", path / "reference")
             if (other / ATTAINABLE).exists() and _is_same(other, identity, *OF_TRAINING):
-                write_json(path / ATTAINABLE, read_json(other / ATTAINABLE))
-            write_json(path / REFERENCE, read_json(other / REFERENCE))  # last: what a later start looks for
+                write_sealed(path / ATTAINABLE, read_sealed(other / ATTAINABLE))
+            write_sealed(path / REFERENCE, read_sealed(other / REFERENCE))  # last: what a later start looks for
         return
 
 
@@ -88,6 +90,11 @@ def reference_params(run: Run) -> Any:
         checkpoint = checkpoints.restore_latest(run.setup.shapes)
         if checkpoint is not None:
             return checkpoint[1]
+        if common(lambda: saved_steps(run.directory / "checkpoints")):
+            raise RunDirectoryError(
+                f"{run.directory / 'reference'} is gone, from which the checkpoints beside it were trained: put it back, or "
+                "start in a new --workdir"
+            )
         # A new reference: metrics of an earlier start are dropped.
         MetricsLog(run.directory, after=None).close()
         fresh = run.config.warm_start.max_steps == 0

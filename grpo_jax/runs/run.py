@@ -1,9 +1,10 @@
 """A run on the host: what its phases share, what it says of the machine, and how it learns that it must stop."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_jax import processes
-from grpo_jax.runs.errors import Preempted
+from grpo_jax.environment import STOPS
+from grpo_jax.runs.errors import Interrupted, Preempted
 from grpo_jax.runs.setup import Setup
 from grpo_jax.tasks.workers import VerifierPool
 
@@ -26,7 +28,7 @@ class Run(NamedTuple):
       console: where it prints.
       pool: worker processes of a verifier on the host, or None.
       base_key: the one key from which every other is derived.
-      signals: SIGTERM numbers received so far.
+      signals: numbers of the signals to stop that were received so far.
     """
 
     config: Any
@@ -69,41 +71,57 @@ def show(console: Console, lines: list[tuple[str, str]]) -> None:
 
 
 def must_stop(run: Run) -> bool:
-    """Whether SIGTERM has arrived, at this process or at another."""
+    """Whether a signal to stop has arrived, at this process or at another."""
     return processes.stop_requested(run.signals)
 
 
 def check_preempted(run: Run) -> None:
-    """Raises Preempted once SIGTERM has arrived; call it where everything worth keeping is on disk."""
+    """Raises Preempted once a signal to stop has arrived; call it where everything worth keeping is on disk."""
     if must_stop(run):
-        raise Preempted(f"stopped by SIGTERM; the same command resumes the run in {run.directory}")
+        raise stopped_by(run.signals, f"the run in {run.directory}")
+
+
+def stopped_by(received: list[int], what: str) -> Preempted:
+    """The exception for signals that have arrived; with several processes, jax has received SIGTERM."""
+    number = signal.Signals(received[0]) if received else signal.SIGTERM
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    return kind(f"stopped by {number.name}; the same command resumes {what}")
 
 
 @contextmanager
-def sigterm_as_flag() -> Iterator[list[int]]:
-    """Collects SIGTERM instead of dying, so that what is under way ends and is saved."""
+def signals_as_flag() -> Iterator[list[int]]:
+    """Collects the signals to stop instead of dying: what is under way ends and is saved. A second SIGINT ends at once."""
     received: list[int] = []
-    with sigterm_handler(lambda number, frame: received.append(number)) as before:
+
+    def collect(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            os.write(2, b"launch.py: ended at once; the same command resumes from what was saved\n")
+            os._exit(128 + number)
+        received.append(number)
+        if number == signal.SIGINT:
+            os.write(2, b"stopping when the work in hand is done and saved; once more ends at once\n")
+
+    with stop_handlers(collect) as before:
         yield received
-    if received and callable(before):  # the run ended all the same; who started it may have more to do
-        before(received[0], None)
+    if received and callable(before.get(received[0])):  # the run ended all the same; who started it may have more to do
+        before[received[0]](received[0], None)
 
 
 @contextmanager
-def sigterm_handler(handler: Callable[[int, Any], None]) -> Iterator[Any]:
-    """Sets a SIGTERM handler, yields the previous one, and restores it.
+def stop_handlers(handler: Callable[[int, Any], None]) -> Iterator[dict[int, Any]]:
+    """Sets a handler of the signals to stop, yields those before, and restores them.
 
-    Outside of the main thread it does nothing and yields None, and so it does among several processes, which have jax's own.
+    Outside of the main thread it does nothing. Among several processes SIGTERM is left to jax, and the others stand for it.
     """
+    numbers = set(STOPS)
     if processes.count() > 1:
-        yield None
-        return
-    try:
-        before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not in the main thread
-        yield None
-        return
+        numbers.remove(signal.SIGTERM)
+        handler = lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # not in the main thread
+        before |= {number: signal.signal(number, handler) for number in numbers}
     try:
         yield before
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

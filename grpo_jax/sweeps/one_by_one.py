@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from grpo_jax.files import read_json, write_json, write_text
+from grpo_jax.files import read_json, read_sealed, write_json, write_text
 from grpo_jax.processes import check_alike, common, stop_requested
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
@@ -27,7 +27,7 @@ from grpo_jax.runs.directory import CHANGEABLE, CONFIG, FAILED, LOCK, RESULT, ch
 from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError, StartedInVain
 from grpo_jax.runs.loop import train
 from grpo_jax.runs.reference import share_reference
-from grpo_jax.runs.run import say, sigterm_handler, terminal
+from grpo_jax.runs.run import say, stop_handlers, stopped_by, terminal
 from grpo_jax.storage import holder, names, place
 from grpo_jax.sweeps.points import Point, folder_name, title
 
@@ -91,7 +91,7 @@ def run_points(
             return False
         say(console, heading)
         if stop_requested([]):
-            raise Preempted(_stopped(workdir))
+            raise stopped_by([], f"the sweep in {workdir}")
         tried.add(i)
         try:
             others = [workdir / folder_name(x.values) for x in points]
@@ -123,14 +123,14 @@ def run_points(
     tried: set[int] = set()
     ends: list[Exception | None] = []  # of the runs here
     first = True
-    with _interrupted_by_sigterm(workdir):
+    with _stopped_by_signals(workdir):
         pending = sorted(range(len(points)), key=lambda i: i in failed)
         while pending := [i for i in pending if attempt(i)]:
             if first:
                 say(console, f"waiting for {len(pending)} points that run elsewhere, or failed there")
             first = False
             if stop_requested([]):
-                raise Preempted(_stopped(workdir))
+                raise stopped_by([], f"the sweep in {workdir}")
             time.sleep(LOOK)
         states = record()
         plotted = common(lambda: _plot(workdir / FIGURE, points, states))
@@ -163,8 +163,7 @@ def read_state(point: Point, workdir: Path) -> State:
         check_same(
             directory, point.identity, changeable=CHANGEABLE, advice="Choose another directory with --workdir=PATH"
         )
-        if RESULT in there:
-            result = read_json(directory / RESULT)
+        if (result := _result(directory / RESULT)) is not None:
             star = f", p* {result['p_star']['mean']:.4f}" if "p_star" in result else ""
             return State("done", f"done, p̂ {result['p_final']['mean']:.4f}{star}", result=result)
     at = f"iteration {max(saved_steps(directory / 'checkpoints'), default=0)} of {point.config.train.iterations}"
@@ -174,6 +173,14 @@ def read_state(point: Point, workdir: Path) -> State:
         return State("failed", "failed", (directory / FAILED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return State("interrupted", f"interrupted at {at}") if has_begun else State("waiting", "waiting")
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    """Of a finished run; None where there is none, or one that a start will make anew."""
+    try:
+        return read_sealed(path)
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _open_directory(workdir: Path) -> None:
@@ -284,22 +291,18 @@ def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
 
 
 @contextmanager
-def _interrupted_by_sigterm(workdir: Path) -> Iterator[None]:
-    """Turns SIGTERM into `Preempted` between runs and while one starts, as it is inside of them."""
+def _stopped_by_signals(workdir: Path) -> Iterator[None]:
+    """Turns signals to stop into `Preempted` between runs and while one starts, as they are inside of them."""
     received: list[int] = []
 
     def interrupt(number: int, frame: Any) -> None:
         received.append(number)
         raise KeyboardInterrupt  # which no one takes for a failure of the run
 
-    with sigterm_handler(interrupt):
+    with stop_handlers(interrupt):
         try:
             yield
         except KeyboardInterrupt:
             if not received:
                 raise
-            raise Preempted(_stopped(workdir)) from None
-
-
-def _stopped(workdir: Path) -> str:
-    return f"stopped by SIGTERM; the same command resumes the sweep in {workdir}"
+            raise stopped_by(received, f"the sweep in {workdir}") from None

@@ -32,12 +32,12 @@ from grpo_jax.report.progress import progress
 from grpo_jax.report.standing import trend
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import pace
-from grpo_jax.runs.directory import RESULT, has, load, open_run_directory, save
+from grpo_jax.runs.directory import RESULT, load, open_run_directory, save
 from grpo_jax.runs.loop import stretch, visits
 from grpo_jax.runs.measurement import Measurement
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
-from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, sigterm_as_flag, terminal
+from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, probed_rows, put_table
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.iteration import role_key
@@ -109,19 +109,18 @@ def sweep(
         identity = flat(config) | task_identity(task) | swept
         check_alike(identity)
         directory = stack.enter_context(open_run_directory(workdir, identity))
-        if has(directory / RESULT):
+        if (stored := load(directory / RESULT)) is not None:
             say(console, f"{directory} holds a finished sweep")
-            return load(directory / RESULT)
+            return stored["points"]
         # The references are made on one device, or on one of each process.
         setup = make_setup(config, task, objective, devices=devices_of_all())
         if setup.compiled.iterate is None:
             raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
-        signals = stack.enter_context(sigterm_as_flag())
+        signals = stack.enter_context(signals_as_flag())
         # The run of all seeds: without worker processes, and with a key that is not used.
         run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
         results = run_phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
-        save(directory / RESULT, results)
-        return results
+        return save(directory / RESULT, {"points": results})["points"]
 
 
 def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
@@ -192,7 +191,7 @@ def _iterate(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, POINTS)),
         jax.eval_shape(functions.start, ref_params, betas),
     )
-    n, worst, checkpoint = 0, np.zeros(shape, int), checkpoints.restore_latest(like)
+    n, worst, checkpoint = 0, np.zeros(shape, int), checkpoints.restore_latest(like, rows_of=run.directory)
     if checkpoint is None:
         states = functions.start(ref_params, betas)
     else:
@@ -221,8 +220,8 @@ def _iterate(
                 line.update(n, f"reward {rewards.min():.3f} to {rewards.max():.3f}")
                 # Save, where it is time, and when the sweep must stop.
                 if n % c.checkpoint.interval == 0 or n == c.train.iterations or must_stop(run):
-                    log.flush()
-                    checkpoints.save(n, states, {"worst": worst.tolist()})
+                    rows = log.flush()  # which the checkpoint vouches for
+                    checkpoints.save(n, states, {"rows": rows, "worst": worst.tolist()})
                     if n < c.train.iterations:
                         check_preempted(run)
         return states, worst
@@ -299,7 +298,7 @@ def _show_header(run: Run, plan: Plan, mesh: Mesh) -> None:
     swept = f"{len(plan.betas)} of (β, learning rate) × {len(plan.seeds)} seeds on {mesh.size} × {jax.devices()[0].device_kind}"
     total = f"{format_bytes(sum(memory.values()))} per device are kept"
     show(run.console, [("points", swept), *lines, ("memory", total)])
-    check_memory(memory)
+    check_memory(config, memory)
 
 
 def _keys(mesh: Mesh, keys: list[jax.Array]) -> jax.Array:

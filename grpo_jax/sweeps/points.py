@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from grpo_jax.config import ConfigError, flat, validate
 from grpo_jax.objective import Objective
 from grpo_jax.tasks.identity import task_identity
 
+MOST = 2_000  # points of a sweep
 LONGEST_NAME = 120  # bytes; file systems allow 255
 
 
@@ -72,6 +74,8 @@ def make_points(
       ConfigError: every conflict of every point, each with the points that have it.
       ValueError: a key that is a group of keys, or a value twice; and whatever ``with_value`` raises.
     """
+    if (number := math.prod(map(len, grid.values()))) > MOST:
+        raise ValueError(f"{number:,} points are more than {MOST:,}: sweep them in parts, each with a --workdir")
     for key, texts in grid.items():
         changed = [flat(with_value(config, key, text)) for text in texts]
         if key not in changed[0]:

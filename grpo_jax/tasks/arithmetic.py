@@ -8,6 +8,7 @@ from grpo_jax.tasks.task import Example, Task, Verdict
 ALPHABET = "0123456789+-*="
 """Every character a prompt or an answer can hold; a character tokenizer needs these and EOS."""
 
+MOST = 1_000_000  # prompts: each is a row in memory
 _COMPUTE = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 
@@ -40,6 +41,8 @@ def arithmetic(
     if operand_max < 0:
         raise ValueError(f"operand_max must be at least 0, got {operand_max}")
     lefts, rights = (_operands(name, chosen, operand_max) for name, chosen in (("left", left), ("right", right)))
+    if (number := len(lefts) * len(rights) * len(operators)) > MOST:
+        raise ValueError(f"{number:,} prompts are more than {MOST:,}: choose fewer operands")
     sums = [(a, operator, b) for operator in operators for a in lefts for b in rights]
     answers = [str(_COMPUTE[operator](a, b)) for a, operator, b in sums]
     if prompt is None:

@@ -31,6 +31,33 @@ def made(*, p_final=0.5, p_star=0.7, slope=0.0, error=0.01, hold=0.3, objective=
     return result | more
 
 
+def probe(iteration, p, kl=0.3):
+    return {"iteration": iteration, "phase": "probe", "success/mean": p, "success/high": p + 0.01, "kl/sequence": kl}
+
+
+@pytest.mark.parametrize(
+    ("probes", "words"),
+    [
+        ([(0.4, 0.0), (0.0, 1.0), (0.0, 1.2)], "success has fallen from 0.400 to 0.000"),
+        ([(0.4, 0.0), (0.2, 4.0), (0.2, 5.0)], "KL is 5.00 nats, 20 times what p* takes"),
+        ([(0.4, 0.0), (0.0, 1.0), (0.3, 1.2)], None),  # it recovers
+        ([(0.4, 0.0), (0.0, 1.0)], None),  # once
+        ([(0.4, 0.0), (0.9, 4.0), (0.9, 5.0)], None),  # dear, and no collapse
+        ([(0.4, 0.0), (0.3, 0.3), (0.3, 0.3)], None),
+    ],
+)
+def test_a_collapse_is_told_from_what_recovers(probes, words):
+    rows = [probe(10 * i, p, kl) for i, (p, kl) in enumerate(probes)]
+    assert standing.collapse(rows, 0.4, 0.25) == words
+
+
+def test_an_entropy_of_nothing_is_a_collapse_where_success_falls():
+    rows = [{"iteration": i, "phase": "train", "policy/entropy": x} for i, x in ((1, 0.9), (20, 0.001))]
+    low, high = ([probe(10, p), probe(20, p)] for p in (0.3, 0.9))
+    assert standing.collapse([*low, *rows], 0.4, 0.25) == "entropy has fallen from 0.9 to 0.001 nats a token"
+    assert standing.collapse([*high, *rows], 0.4, 0.25) is None
+
+
 AVERAGE = {
     "iterations": 600,
     "p_final": interval(0.438),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.runs.checkpoints import Checkpoints, checksums
+from grpo_jax.runs.checkpoints import Checkpoints, checksums, host_sums
 from grpo_jax.runs.errors import CheckpointError
 
 # After a failed restore Orbax leaves coroutines behind that were never awaited; the exception itself has reached us.
@@ -89,6 +89,57 @@ def test_damage_falls_back_to_the_step_before(saved, damage):
     assert (saved / "3.corrupt").is_dir()  # put aside, not deleted
     assert len(messages) == 1
     assert "checkpoint 3 is damaged" in messages[0]
+
+
+def test_every_flipped_bit_of_the_meta_falls_back(saved):
+    (path,) = (p for p in (saved / "3" / "meta").rglob("metadata") if p.is_file())
+    whole = path.read_bytes()
+    places = np.random.default_rng(0).choice(8 * len(whole), 60, replace=False)
+    for place in places.tolist():
+        path.write_bytes(whole[: place // 8] + bytes([whole[place // 8] ^ (1 << place % 8)]) + whole[place // 8 + 1 :])
+        assert latest(saved)[0] == 2, whole[place // 8 - 9 : place // 8 + 9]
+        (saved / "3.corrupt").rename(saved / "3")
+    path.write_bytes(whole)
+    assert latest(saved)[0] == 3
+
+
+def test_a_step_under_the_name_of_another_falls_back(saved):
+    shutil.copytree(saved / "3", saved / "30")
+    assert latest(saved)[0] == 3
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[bold]x", "a*", "what?", "größe ; $x"])
+def test_odd_paths_work_also_beside_one_that_they_would_match(tmp_path, name):
+    for folder in ("run1", "ab", "whatx", name):
+        checkpoints = Checkpoints(tmp_path / folder, keep=2)
+        checkpoints.save(len(folder), state(len(folder)), {})
+        checkpoints.close()
+    step, found, _ = latest(tmp_path / name)
+    assert step == len(name)
+    jax.tree.map(np.testing.assert_array_equal, found, state(step))
+
+
+def test_a_save_that_is_read_back_as_something_else_is_none(saved, monkeypatch):
+    checkpoints = Checkpoints(saved, keep=2)
+    save = checkpoints._manager.save
+
+    def damaged(step, **arguments):
+        done = save(step, **arguments)
+        DAMAGE["a flipped bit"](saved / str(step))
+        return done
+
+    monkeypatch.setattr(checkpoints._manager, "save", damaged)
+    with pytest.raises(CheckpointError, match="checkpoint 4 could not be written"):
+        checkpoints.save(4, state(4), {})
+    checkpoints.close()
+    assert latest(saved)[0] == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32"])
+def test_the_sums_of_the_host_are_those_of_the_devices(dtype):
+    values = jnp.asarray(np.random.default_rng(1).normal(size=(7, 300)), dtype)
+    (described,) = checksums({"x": values}).values()
+    assert described.endswith("".join(f"{n:08x}" for n in host_sums(np.asarray(values)).tolist()))
 
 
 def test_an_empty_directory_of_a_later_step_is_not_the_latest(saved):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.files import write_json
-from grpo_jax.runs.directory import count_iteration, counted_start, open_run_directory
+from grpo_jax.files import read_sealed, write_json
+from grpo_jax.runs.directory import count_iteration, counted_start, load, open_run_directory, save
 from grpo_jax.runs.errors import Preempted, RunDirectoryError, StartedInVain
 
 CONFIG = {"seed": 0, "mesh": (1, 2), "objective.beta": 1.0, "checkpoint.interval": 5}
@@ -23,7 +23,7 @@ def use(path, **changes):
 def test_created_reopened_and_written_as_json(tmp_path):
     path = tmp_path / "a run" / "größe"
     assert use(path) == path.resolve()
-    assert json.loads((path / "config.json").read_text()) == CONFIG | {"mesh": [1, 2]}
+    assert read_sealed(path / "config.json") == CONFIG | {"mesh": [1, 2]}
     use(path)
     use(path, checkpoint__interval=7)  # says how often, not what
 
@@ -38,11 +38,40 @@ def test_another_config_is_refused_with_every_difference(tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_a_run_directory_from_before_a_key_is_that_of_its_old_behaviour(tmp_path):
+@pytest.mark.parametrize(
+    "text", ["[]", "NaN", "{}", "{", '{"seed": 0, "mesh": [1, 2], "checkpoint.interval": 5}', "\xff"]
+)
+def test_a_config_that_is_not_what_was_written_is_refused_in_one_line(tmp_path, text):
+    """Also one of a version that wrote no digest."""
     (use(tmp_path / "run") / "metrics.jsonl").touch()
-    use(tmp_path / "run", train__average=0.0)
-    with pytest.raises(RunDirectoryError, match=r"train\.average: 0\.0 there, 0\.5 now"):
-        use(tmp_path / "run", train__average=0.5)
+    (tmp_path / "run" / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(RunDirectoryError, match=r"config.json: .* choose another directory") as refused:
+        use(tmp_path / "run")
+    assert "\n" not in str(refused.value)
+
+
+def test_what_was_changed_is_put_aside_and_is_not_there(tmp_path):
+    path = use(tmp_path / "run") / "result.json"
+    assert load(path) is None
+    assert save(path, {"p": (0.1, 2), 10: None}) == load(path) == {"p": [0.1, 2], "10": None}
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert load(path) is None, whole[place : place + 1]
+        assert not path.exists() and path.with_name("result.json.corrupt").exists()
+    save(path, {"p": 1})
+    path.replace(path.with_name("reference.json"))  # another's, with its digest
+    assert load(path.with_name("reference.json")) is None
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    use(tmp_path / "run")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / "lock").unlink()
+    (tmp_path / "run" / "lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(RunDirectoryError, match="cannot use"):
+        use(tmp_path / "run")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_start_that_failed_binds_nobody(tmp_path):

@@ -199,15 +199,15 @@ class Killed(BaseException):
 
 def test_sigterm_ends_it_behind_the_block_under_way(run, evaluated, monkeypatch):
     directory, result, _ = evaluated
-    write, signals = mode.write_text, []
+    write, signals = mode.write_sealed, []
 
-    def write_and_signal(path, text):
-        write(path, text)
+    def write_and_signal(path, entries):
+        write(path, entries)
         signals.append(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mode, "sigterm_as_flag", lambda: nullcontext(signals))
-        patch.setattr(mode, "write_text", write_and_signal)
+        patch.setattr(mode, "signals_as_flag", lambda: nullcontext(signals))
+        patch.setattr(mode, "write_sealed", write_and_signal)
         with pytest.raises(Preempted, match="the same command resumes"):
             evaluate(run, name="stopped")
     stopped = run / "evaluations" / "stopped"

@@ -148,6 +148,56 @@ def test_divergence_ends_at_its_iteration_whatever_the_program(tmp_path, monkeyp
     assert [r["loss/skipped"] for r in rows[1:]] == [1.0] * 4
 
 
+def poisoning(monkeypatch, which):
+    """The updates of these iterations have no finite gradient."""
+    from grpo_jax.runs import loop
+
+    advance = loop.advance
+
+    def poisoned(run, state, ref_params, table, done):
+        if done + 1 not in which:
+            return advance(run, state, ref_params, table, done)
+        bad = state._replace(params=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.params))
+        after, rows, skipped = advance(run, jax.tree.map(jnp.copy, bad), ref_params, table, done)
+        return after._replace(params=state.params), rows, skipped
+
+    monkeypatch.setattr(loop, "advance", poisoned)
+    return {"train__iterations_per_program": 1, "train__average": 0.0}
+
+
+@pytest.mark.slow
+def test_a_run_most_of_whose_updates_were_skipped_fails_also_when_it_is_started_again(tmp_path, monkeypatch):
+    changes = QUICK | poisoning(monkeypatch, {1, 2, 4, 5})
+    for _ in range(2):
+        with pytest.raises(Diverged, match="4 of 7 updates were skipped"):
+            train(tiny_config(mesh__data=8, **changes), tmp_path / "run", quiet())
+
+
+@pytest.mark.slow
+def test_skipped_updates_are_counted_and_shown(tmp_path, monkeypatch):
+    changes = QUICK | poisoning(monkeypatch, {2, 5})
+    result = train(tiny_config(mesh__data=8, **changes), tmp_path / "run", quiet())
+    assert result["skipped_updates"] == 2
+    assert "| skipped updates | 2" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_collapse_is_named_while_it_happens_and_stops_the_run_if_a_key_says_so(tmp_path, stops):
+    said = []
+    console = Console(quiet=True)
+    console.print = lambda text, **_: said.append(str(text))
+    config = tiny_config(
+        mesh__data=8, optimizer__learning_rate=300.0, train__stop_at_collapse=stops, evaluate__interval=1, **QUICK
+    )
+    if stops:
+        with pytest.raises(Diverged, match=r"collapse at iteration [2-6]: "):
+            train(config, tmp_path / "run", console)
+    else:
+        train(config, tmp_path / "run", console)
+        assert any("collapse at iteration" in text and "Lower optimizer.learning_rate" in text for text in said)
+
+
 @pytest.mark.slow
 def test_no_reference_is_kept_where_the_objective_has_none(tmp_path, monkeypatch):
     """β = 0: iterations and probes know no reference and report no KL; the last measurement reads it back."""

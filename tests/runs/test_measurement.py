@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from grpo_jax.runs import measurement
 from grpo_jax.runs.errors import Preempted, VerifierFailed
 from grpo_jax.runs.measurement import check_verifier, decode, judged_samples, measure, measure_in_full
 from grpo_jax.runs.run import Run
@@ -125,6 +126,27 @@ def test_a_full_measurement_stops_between_two_batches(tmp_path):
     run = run_of(tmp_path)
     params = run.setup.initial_params(0)
     run.signals.append(15)
-    with pytest.raises(Preempted, match="the same command resumes"):
+    with pytest.raises(Preempted, match="SIGTERM; the same command resumes"):
         measure_in_full(run, params, params, 0)
     measure(run, params, params, 0, samples=4, batch_samples=2)  # one on the way ends: its row belongs to a checkpoint
+
+
+def test_a_measurement_that_is_stopped_between_any_two_batches_goes_on_from_there(tmp_path, monkeypatch):
+    run = run_of(tmp_path, data__prompts_per_iteration=8)  # of 16 prompts
+    params, options = run.setup.initial_params(0), {"samples": 12, "batch_samples": 4, "examples": 3, "may_stop": True}
+    whole = measure(run, moved(params), params, 3, **options)
+    judge, judged = measurement.judge, []
+    monkeypatch.setattr(measurement, "judge", lambda *a, **k: (judged.append(1), judge(*a, **k))[1])
+    for _ in range(6):  # 2 × 3 batches, each of them the last before a signal
+        with pytest.raises(Preempted):
+            measure(run._replace(signals=[15]), moved(params), params, 3, **options)
+    parts = measure(run, moved(params), params, 3, **options)
+    assert len(judged) == 6
+    for name, value in whole._asdict().items():
+        np.testing.assert_array_equal(getattr(parts, name), value, err_msg=name)
+    assert not (tmp_path / "measuring.json").exists()
+    # What was kept of another policy is not taken.
+    with pytest.raises(Preempted):
+        measure(run._replace(signals=[15]), params, params, 3, **options)
+    other = measure(run, moved(params), params, 3, **options)
+    np.testing.assert_array_equal(other.successes, whole.successes)

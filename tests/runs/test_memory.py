@@ -88,12 +88,21 @@ def test_the_qwen_config_compiles_for_its_shapes_alone(regime, mesh, tmp_path):
 
 def test_a_device_that_is_too_small_is_named(monkeypatch):
     class Small:
+        platform = "gpu"
+
         def memory_stats(self):
             return {"bytes_limit": 1 << 20}
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Small()])
-    check_memory({"parameters": 1 << 19, "optimizer": 1 << 19})
+    check_memory(tiny_config(), {"parameters": 1 << 19, "optimizer": 1 << 19})
     with pytest.raises(
         RunError, match=r"parameters, optimizer need 2\.0 MiB per device, which has 1\.0 MiB: .*mesh\.fsdp"
     ):
-        check_memory({"parameters": 1 << 20, "optimizer": 1 << 20})
+        check_memory(tiny_config(), {"parameters": 1 << 20, "optimizer": 1 << 20})
+
+
+def test_a_host_that_is_too_small_is_named_before_anything_is_made():
+    with pytest.raises(RunError, match=r"parameters need 8\.0 TiB per device, which has"):
+        check_memory(tiny_config(), {"parameters": 8 << 40})
+    with pytest.raises(RunError, match=r"80,000,000 completions of .* lower rollout\.group_size"):
+        check_memory(tiny_config(rollout__group_size=10**7, rollout__max_completion=10_000), {"parameters": 1})

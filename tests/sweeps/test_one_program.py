@@ -201,7 +201,7 @@ def test_killed_between_checkpoints_and_resumed_is_the_unbroken_sweep(eight, dir
 
     path, signals, stretch = tmp_path / "killed", [], sweep_module.stretch
     with monkeypatch.context() as patch:
-        patch.setattr(sweep_module, "sigterm_as_flag", lambda: nullcontext(signals))
+        patch.setattr(sweep_module, "signals_as_flag", lambda: nullcontext(signals))
         patch.setattr(sweep_module, "stretch", signalled)
         with pytest.raises(Preempted):
             swept(path)
