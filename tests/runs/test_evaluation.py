@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.config import flat, validate
-from grpo_jax.files import write_json
+from grpo_jax.files import read_sealed, write_json
 from grpo_jax.report.run_result import pass_at_k
 from grpo_jax.runs import evaluation as mode
 from grpo_jax.runs import measurement
@@ -158,7 +158,7 @@ def test_what_it_leaves_and_says(evaluated):
     directory, result, said = evaluated
     names = "config.json prompts.jsonl samples.jsonl samples.txt figure.png report.md result.json"
     assert set(files(directory)) == set(names.split())
-    assert json.loads((directory / "result.json").read_text()) == result
+    assert read_sealed(directory / "result.json") == result
     for words in ("prompts 36/36", "pass@16", "greedy accuracy", "verdicts", "never solved", "dead groups at G = 4"):
         assert words in said, words
     page = (directory / "report.md").read_text()
@@ -220,17 +220,18 @@ def test_sigterm_ends_it_behind_the_block_under_way(run, evaluated, monkeypatch)
 def test_broken_off_anywhere_and_resumed_is_the_unbroken_evaluation(run, evaluated, after, monkeypatch):
     directory, result, _ = evaluated
     name = f"broken-{after}"
-    write, written = mode.write_text, []
+    write, written = mode.write_sealed, []
 
-    def write_and_die(path, text):
+    def write_and_die(path, entries):
         if len(written) == after:
+            text = json.dumps(entries)
             path.with_name(f".{path.name}.tmp").write_text(text[: len(text) // 2])  # as a kill while writing leaves it
             raise Killed
         written.append(path.name)
-        write(path, text)
+        write(path, entries)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mode, "write_text", write_and_die)
+        patch.setattr(mode, "write_sealed", write_and_die)
         with pytest.raises(Killed):
             evaluate(run, name=name)
     broken, said = run / "evaluations" / name, io.StringIO()
@@ -344,7 +345,7 @@ def test_without_a_run_the_initial_model_is_measured_and_a_run_may_follow(tmp_pa
     with pytest.raises(CheckpointError, match="there is no run"):
         evaluate(tmp_path / "new", checkpoint="3", **few)
     with open_run_directory(tmp_path / "new", {"seed": 3}) as workdir:
-        assert json.loads((workdir / "config.json").read_text()) == {"seed": 3}
+        assert read_sealed(workdir / "config.json") == {"seed": 3}
         with pytest.raises(RunDirectoryError, match="in use by process"):
             evaluate(tmp_path / "new", **few)
     (tmp_path / "thesis.txt").write_text("mine")

@@ -187,9 +187,8 @@ def test_a_collapse_is_named_while_it_happens_and_stops_the_run_if_a_key_says_so
     said = []
     console = Console(quiet=True)
     console.print = lambda text, **_: said.append(str(text))
-    config = tiny_config(
-        mesh__data=8, optimizer__learning_rate=300.0, train__stop_at_collapse=stops, evaluate__interval=1, **QUICK
-    )
+    changes = {"optimizer__learning_rate": 30.0, "evaluate__interval": 1, "train__stop_at_collapse": stops}
+    config = tiny_config(mesh__data=8, **changes)
     if stops:
         with pytest.raises(Diverged, match=r"collapse at iteration [2-6]: "):
             train(config, tmp_path / "run", console)
