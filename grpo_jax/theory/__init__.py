@@ -3,6 +3,9 @@
 Probabilities in, probabilities out; with ``logits=True`` log-odds in, log-odds out, because p rounds to 1.
 """
 
+import inspect
+
+from grpo_jax.theory.arguments import in_range
 from grpo_jax.theory.attainable import attainable_point, attainable_points
 from grpo_jax.theory.clipping import clipped_success_map, contrastive_term
 from grpo_jax.theory.convergence import (
@@ -155,3 +158,8 @@ __all__ = [
     "update_staleness",
     "wilson_interval",
 ]
+
+# What is not in range is refused at the door; inside, where jax traces, nothing can be.
+for _name in __all__:
+    if inspect.isroutine(globals()[_name]) or hasattr(globals()[_name], "lower"):
+        globals()[_name] = in_range(globals()[_name])

@@ -160,7 +160,7 @@ def test_ends_and_shapes():
     ("changes", "message"),
     [
         ({"beta": 0.0}, "positive"),
-        ({"p_ref": [0.2, 1.2]}, "one probability per prompt"),
+        ({"p_ref": [0.2, 1.2]}, "a probability"),
         ({"p_ref": 0.2}, "one probability per prompt"),
         ({"coupling": [[0.1]]}, "2 by 2"),
         ({"coupling": [[0.1, 0.05], [0.0, 0.1]]}, "symmetric"),

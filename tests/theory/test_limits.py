@@ -223,7 +223,9 @@ def test_ends_are_returned_and_do_not_poison_gradients(solve):
         assert (float(p[0]), float(p[2])) == (0.0, 1.0)
         for slope in jax.grad(lambda r, b, w=weights: solve(r, beta=b, weights=w).sum(), argnums=(0, 1))(p_ref, 2.0):
             assert bool(jnp.isfinite(slope).all())
-    assert bool(jnp.isnan(solve(1.2, beta=2.0, weights=Whitened())))
+    with pytest.raises(ValueError, match=r"p_ref=1\.2 must be a probability"):
+        solve(1.2, beta=2.0, weights=Whitened())
+    assert bool(jnp.isnan(jax.jit(lambda p: solve(p, beta=2.0, weights=Whitened()))(1.2)))
 
 
 def test_flow_point_under_jit_vmap_and_float32():
