@@ -1,25 +1,20 @@
 """Chat templates: a user's text as the tokens that an instruction-tuned model was trained to answer. Imports no jax.
 
 A template is a jinja2 program that came with the model, so it is not trusted: it is rendered in jinja2's sandbox, in a
-process with limits on time, memory and output (chat_process.py), and only once per run, around a sentinel in the user's
+process with limits on time, memory and output (limited_process.py), and only once per run, around a sentinel in the user's
 place. What stands before and after the sentinel is then plain text, and a prompt is ``before + text + after``.
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_jax.data.limited import limited
 from grpo_jax.data.tokenizers import HFTokenizer, read_settings
 from grpo_jax.files import read_bounded
 
 TEMPLATE_CHARACTERS = 100_000  # the longest known has some 20,000
-WALL_SECONDS = 60.0  # a backstop: the limit that decides is of CPU time, the same on a busy machine
 
 # Quotes, markup, capitals, line ends and two scripts: a template that escapes, cuts or recases the user's text changes it.
 _SENTINEL = "Qz<b>'\"&\\{{7}}é日\n\n\tx  |sentinel| " + "0123456789 " * 400 + "Zq"
@@ -195,34 +190,7 @@ def _read_template(folder: Path) -> tuple[Path, str]:
 def _render(template: str, conversations: Sequence[Any], variables: Mapping[str, Any]) -> list[str]:
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("chat templates need the package jinja2: pip install 'jinja2>=3.1.6'")
-    request = {
-        "path": [os.path.abspath(path) for path in sys.path],
-        "template": template,
-        "conversations": conversations,
-        "variables": dict(variables),
-    }
-    libraries = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-    with tempfile.TemporaryFile() as file:  # a file, not a pipe: the system holds its size to the process's limit
-        try:
-            done = subprocess.run(
-                [sys.executable, "-B", "-P", str(Path(__file__).with_name("chat_process.py"))],
-                input=json.dumps(request).encode(),
-                stdout=file,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env={name: os.environ[name] for name in libraries if name in os.environ} | {"PYTHONHASHSEED": "0"},
-                start_new_session=True,
-                timeout=WALL_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"the chat template was not rendered within {WALL_SECONDS:.0f} s") from None
-        file.seek(0)
-        reply = file.read()
-    if done.returncode != 0:
-        raise ValueError(
-            f"the chat template was not rendered: its process ended with {done.returncode}; it may use 2 s of CPU time"
-        )
-    answer = json.loads(reply)
-    if "error" in answer:
-        raise ValueError(f"the chat template was not rendered: {answer['error']}")
-    return answer["rendered"]
+    try:
+        return limited("render", template=template, conversations=conversations, variables=dict(variables))
+    except ValueError as error:
+        raise ValueError(f"the chat template was not rendered: {error}") from None

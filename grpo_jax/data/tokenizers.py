@@ -5,18 +5,52 @@ The classes share one face: ``encode`` never adds nor forges a control token, ``
 ``adds_bos`` says whether a text that stands alone begins with the BOS.
 """
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from grpo_jax.files import read_bounded, read_bounded_json
+from grpo_jax.data.limited import limited
+from grpo_jax.files import parse_object, read_bounded, read_bounded_json
 
 TOKENIZER_BYTES = 128 << 20  # of a tokenizer.json; the largest known, of 262,000 tokens, has some 33 MB
 JSON_BYTES = 16 << 20  # of the small files beside it
+MOST_ADDED = 100_000  # tokens beside those of the model; folders of today have some thousands at most
+MOST_GROWTH = 1_000  # of a text by all replacements of a normalizer or decoder
 MAX_ID = 1 << 24  # no vocabulary is that large; and ids must fit int32
+
+
+@cache
+def _try_once(path: Path, digest: str) -> None:
+    """Tries a tokenizer.json of this digest in a limited process, before anything of it is used in this one."""
+    try:
+        _check_entries(parse_object(read_bounded(path, TOKENIZER_BYTES), path, unique=False))
+        limited("try_tokenizer", file=str(path.absolute()))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a tokenizer that can be used: {error}") from None
+
+
+def _check_entries(entries: dict[str, Any]) -> None:
+    """Refuses more added tokens than can be looked for in a text, and replacements that make long texts of short ones."""
+    added = entries.get("added_tokens")
+    if isinstance(added, list) and len(added) > MOST_ADDED:
+        raise ValueError(f"{len(added):,} added tokens are more than {MOST_ADDED:,}")
+    for part in ("normalizer", "decoder"):
+        factor, todo = 1, [entries.get(part)]
+        while todo:
+            found = todo.pop()
+            if isinstance(found, list):
+                todo += found
+            elif isinstance(found, dict):
+                factor *= max(1, len(found["content"])) if isinstance(found.get("content"), str) else 1
+                todo += [x for x in found.values() if isinstance(x, dict | list)]
+        if factor > MOST_GROWTH:
+            raise ValueError(f"the replacements of its {part} may make a text {factor:.2g} times as long")
 
 
 class _SmallTokenizer:
@@ -108,10 +142,9 @@ class HFTokenizer:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
         data = read_bounded(path, TOKENIZER_BYTES)
-        try:
+        _try_once(path, hashlib.sha256(data).hexdigest())
+        with self._panics_as_errors():
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
         self._tokenizer.encode_special_tokens = True  # "</s>" in text is four characters, not the end
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -129,21 +162,24 @@ class HFTokenizer:
         self.eos_id: int | None = eos[0] if eos else None
         self.pad_id: int = (pad or eos or [0])[0]
         self.stop_ids: tuple[int, ...] = tuple(eos)
-        self.adds_bos = self._adds_bos(path)
+        with self._panics_as_errors():
+            self.adds_bos = self._adds_bos(path)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, no control token added; ValueError where half of a surrogate pair stands alone."""
         _check_text(text)
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._panics_as_errors():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def parse(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character spans of a text in which the special tokens are meant, as in a chat template; none is added."""
         _check_text(text)
         self._tokenizer.encode_special_tokens = False
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            with self._panics_as_errors():
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
         finally:
             self._tokenizer.encode_special_tokens = True
         return encoding.ids, encoding.offsets
@@ -151,7 +187,21 @@ class HFTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text, U+FFFD for bytes that are not UTF-8; control tokens and ids outside the vocabulary are skipped."""
         known = [i for i in map(int, ids) if 0 <= i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        with self._panics_as_errors():
+            return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    @contextmanager
+    def _panics_as_errors(self) -> Iterator[None]:
+        """The library panics where it meets what it did not expect, with an exception that is no `Exception`."""
+        try:
+            yield
+        except ValueError:
+            raise
+        except BaseException as error:
+            if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+                words = " ".join(str(error).split())[:300]
+                raise ValueError(f"{self.folder / 'tokenizer.json'}: the tokenizer failed: {words}") from None
+            raise
 
     def token(self, kind: str) -> str | None:
         """The text of the "bos", "eos", "pad" or "unk" token as tokenizer_config.json or special_tokens_map.json name it."""
