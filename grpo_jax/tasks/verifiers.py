@@ -32,6 +32,24 @@ _EXTRAS = {
     "math_verify": ("math_verify", "math-verify"),
 }
 
+# Modules whose functions take a text as a program, a command or a path: no verifier is among them.
+_EXECUTING = (
+    "builtins",
+    "code",
+    "codeop",
+    "ctypes",
+    "importlib",
+    "io",
+    "nt",
+    "os",
+    "pickle",
+    "posix",
+    "pty",
+    "runpy",
+    "shutil",
+    "subprocess",
+)
+
 VERIFIERS = {name: f"grpo_jax.tasks.{module}:{verify}" for name, (module, verify, _, _) in _FUNCTIONS.items()}
 """``verify(completion, target, truncated) -> Verdict``."""
 
@@ -71,6 +89,10 @@ constraint, json, regex, math_verify; or module:function, your own
     verify = _imported(VERIFIERS.get(name, name))
     if not callable(verify) or inspect.isclass(verify):
         raise ValueError(f"verifier {name!r} is a {type(verify).__name__}, not a function")
+    if (getattr(verify, "__module__", None) or "").partition(".")[0] in _EXECUTING:
+        raise ValueError(
+            f"verifier {name!r} would execute what the model writes, and judges nothing: name a function of yours"
+        )
     import_path(verify)
     try:
         inspect.signature(verify).bind("completion", "target", False)

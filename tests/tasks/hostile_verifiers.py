@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
 from decimal import Decimal
@@ -50,6 +51,26 @@ def obey(completion: str, target: str, truncated: bool) -> Any:
             return Verdict.correct if os.environ.get("A_SECRET") else Verdict.wrong
         case "TRAINER":
             return Verdict.correct if {"jax", "numpy"} & set(sys.modules) else Verdict.wrong
+        case (
+            "LEAVE"
+        ):  # in sessions of their own, one through a child that ends, with nothing of the worker's environment
+            for _ in range(2):
+                subprocess.Popen(["sleep", completion.split(" ")[1]], start_new_session=True, env={})
+            if os.fork() == 0:
+                os.setsid()
+                os.execve(
+                    "/bin/sh", ["sh", "-c", f"sleep {completion.split(' ')[1]} & sleep {completion.split(' ')[1]}"], {}
+                )
+            return Verdict.correct
+        case "SIGNAL":
+            found = 0
+            for act, number in ((os.kill, int(completion.split(" ")[1])), (os.killpg, os.getpgid(os.getppid()))):
+                try:
+                    act(number, 0)
+                    found += number > 1
+                except OSError:
+                    pass
+            return Verdict.wrong if found == 0 else Verdict.correct
         case "RETURN":
             values = {"None": None, "nan": float("nan"), "True": True, "1.0": 1.0, "str": "correct", "list": []}
             return values[completion.split(" ")[1]]

@@ -279,3 +279,53 @@ def test_throughput() -> None:
     assert verdicts == [CORRECT, WRONG] * (count // 2)
     print(f"2 workers ready in {ready - start:.2f} s; {count / seconds:,.0f} items/s")
     assert count / seconds > 500
+
+
+def own_spaces() -> bool:
+    """Whether this system lets a process make a space of process numbers."""
+    tried = "import ctypes, sys; c = ctypes.CDLL(None); sys.exit(bool(c.unshare(1 << 29) and c.unshare(3 << 28)))"
+    return sys.platform == "linux" and subprocess.run([sys.executable, "-c", tried]).returncode == 0
+
+
+isolated = pytest.mark.skipif(not own_spaces(), reason="the system lets nobody make a space of process numbers")
+
+
+@isolated
+@pytest.mark.parametrize("ending", ["closed", "killed worker"])
+def test_what_a_verifier_leaves_ends_with_its_worker(ending: str) -> None:
+    """In sessions of its own, orphaned, with an empty environment."""
+    mark = f"{1000 + time.time() % 1000:.6f}"
+
+    def left() -> int:
+        lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+        return sum(mark.encode() in line for line in lines)
+
+    pool = VerifierPool(obey, deadline=20.0)
+    assert pool.verify([f"LEAVE {mark}"], ["x"], [False]) == [Verdict.correct]
+    until = time.monotonic() + 10
+    while left() < 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert left() >= 4
+    if ending == "closed":
+        pool.close()
+    else:
+        (worker,) = pool._workers
+        os.kill(worker._process.pid, signal.SIGKILL)
+    until = time.monotonic() + 10
+    while left() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert left() == 0
+    pool.close()
+
+
+@isolated
+def test_a_verifier_can_signal_nobody_outside() -> None:
+    with VerifierPool(obey) as pool:
+        assert pool.verify([f"SIGNAL {os.getpid()}"], ["x"], [False]) == [Verdict.wrong]
+
+
+def test_a_worker_says_how_it_ended_as_if_it_had_no_space_of_its_own() -> None:
+    for completion, words in (("ABORT", "was ended by signal 6"), ("EXIT", "exited with code 0")):
+        with VerifierPool(obey) as pool:
+            pool.verify([completion], ["x"], [False])
+            assert pool.first_crash == f"the worker {words}"
