@@ -5,7 +5,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends git gcc libc6-d
 WORKDIR /grpo_jax
 COPY requirements.txt .
 # jax's own extra brings the compiler of the device, in the version that requirements.txt pins.
-RUN pip install --no-cache-dir -r requirements.txt gcsfs && \
+RUN pip install --no-cache-dir -r requirements.txt && pip install --no-cache-dir gcsfs && \
     version=$(python -c "import jax; print(jax.__version__)") && \
     case $DEVICE in \
       tpu) pip install --no-cache-dir "jax[tpu]==$version" ;; \

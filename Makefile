@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 FAST := tests/objective tests/rollout/test_packing.py tests/rollout/test_token_sampling.py tests/test_layers.py tests/test_identities.py
 
-.PHONY: help install fast test lint format docs serve ci
+.PHONY: help install fast test lint format docs serve ci audit
 help:
 	@grep -E '^[a-z]+:.*#' Makefile | sed 's/:.*#/\t/'
 install: # everything into .venv
@@ -23,3 +23,7 @@ ci: # all that decides whether main is green; makes .venv anew
 	bash .ci/run
 .venv/docs: docs/requirements.txt
 	python3 -m venv .venv/docs && .venv/docs/bin/pip install -q -r docs/requirements.txt && touch .venv/docs
+audit: # known vulnerabilities of what is pinned, and sbom.json: every package with its licence
+	python3 -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit cyclonedx-bom
+	.venv/audit/bin/pip-audit -r requirements.txt --disable-pip --require-hashes
+	.venv/audit/bin/cyclonedx-py environment .venv/bin/python -o sbom.json

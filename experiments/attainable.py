@@ -33,20 +33,23 @@ class Case(NamedTuple):
         return result_of(self.config, workdir, *options) | {"measured": read_json(workdir / "attainable.json")}
 
 
-def of_width(width: int) -> Case:
-    """A decoder of one layer on sums."""
+def of_width(width: int, *, warm_rate: float = 3e-3, rate: float = 1e-3, steps: int = 12) -> Case:
+    """A decoder of one layer on sums, the learning rates of its warm start and of GRPO, and steps of R²."""
     sizes = {"d_model": width, "d_ff": 2 * width, "num_heads": 1, "num_kv_heads": 1, "head_dim": width, "num_layers": 1}
     options: dict[str, Any] = {f"model.{key}": size for key, size in sizes.items()}
-    options |= {"warm_start.target": 0.2, "warm_start.max_steps": 20000, "warm_start.learning_rate": 3e-3}
-    options |= {"optimizer.learning_rate": 1e-3, "evaluate.final_samples": 512}
-    return Case(f"sums, width {width}", SMALL, options | {"attainable.samples": 192, "attainable.steps": 12})
+    options |= {"warm_start.target": 0.2, "warm_start.max_steps": 20000, "warm_start.learning_rate": warm_rate}
+    options |= {"optimizer.learning_rate": rate, "evaluate.final_samples": 512}
+    return Case(f"sums, width {width}", SMALL, options | {"attainable.samples": 192, "attainable.steps": steps})
 
 
-WIDTHS = [of_width(width) for width in (4, 8, 16, 32)]
+WIDTHS = [of_width(width) for width in (4, 8, 16, 32, 64)]
+WIDTHS.append(
+    of_width(256, warm_rate=1e-3, rate=2e-4, steps=48)
+)  # the rates of the others make it learn nothing, or noise
 MORE = {"attainable.samples": 192, "attainable.steps": 24}
 LONG = [
     Case("small", SMALL, MORE),
-    Case("countdown", COUNTDOWN, {"attainable.samples": 96, "attainable.steps": 8}),
+    Case("countdown", COUNTDOWN, MORE),
 ]
 
 

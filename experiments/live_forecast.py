@@ -99,14 +99,14 @@ def run_task(task: str, workdir: Path, first_seed: int) -> list[dict[str, Any]]:
     from grpo_jax.files import read_json
     from grpo_jax.runs.directory import RESULT, open_run_directory
     from grpo_jax.runs.loop import run_phases
-    from grpo_jax.runs.run import Run, sigterm_as_flag
+    from grpo_jax.runs.run import Run, signals_as_flag
     from grpo_jax.runs.setup import make_setup
     from grpo_jax.tasks.identity import task_identity
     from grpo_jax.tasks.workers import VerifierPool
 
     found = []
     with ExitStack() as stack:
-        signals = stack.enter_context(sigterm_as_flag())
+        signals = stack.enter_context(signals_as_flag())
         setup, pool = None, None
         for name, changes in points(task, first_seed).items():
             directory = workdir / task / name

@@ -2,9 +2,9 @@
 
     python -m experiments.benchmarks.processes [--out=runs/processes] [--counts=1,2,4]
 
-Seconds of an iteration, the median of the second half of each run, on the decoder of small.py and a tiny one, whose iterations are all
-overhead. The devices are CPU devices of this machine and share its cores: the ratio says what processes cost, not
-what more hardware brings.
+Seconds of an iteration, the median of the second half of each run, on the decoder of small.py and on a tiny one, whose
+iterations are all overhead. The devices are CPU devices of this machine and share its cores: the ratio says what processes
+cost, not what more hardware brings.
 """
 
 import json

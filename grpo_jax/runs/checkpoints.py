@@ -6,10 +6,11 @@ the leaves lie, so that nothing is gathered, and the same however a leaf is spre
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Checkpoints:
         self._directory = directory
         self._report = report
         self._stack = ExitStack()
+        _drop_late_replies()
         self._plain = self._stack.enter_context(plainly_named(directory))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self._plain, options=options)
@@ -231,6 +233,14 @@ def parts(sizes: list[int], most: int) -> list[set[int]]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+
+
+@cache
+def _drop_late_replies() -> None:
+    """Files that are still being read when a first one has failed reply to nobody, with a stack trace each on stderr."""
+    late, hook, unraisable = "Event loop is closed", sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: None if str(error) == late else hook(kind, error, trace)
+    sys.unraisablehook = lambda about: None if str(about.exc_value) == late else unraisable(about)
 
 
 @contextmanager

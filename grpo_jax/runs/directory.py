@@ -3,8 +3,9 @@
 Of several processes of a run, main reads and writes; what it finds, or fails with, is what all of them find or fail with.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,26 @@ def save(path: Path, entries: dict[str, Any]) -> dict[str, Any]:
     """Writes a file of the directory, whole or not at all: an object as JSON with its digest. Returns what `load` will."""
     processes.common(lambda: write_sealed(path, entries))
     return json.loads(json.dumps(entries))
+
+
+def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: SHA-256} of files of a directory that are there."""
+
+    def found() -> dict[str, str]:
+        there = [name for name in names if (directory / name).exists()]
+        return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in there}
+
+    return processes.common(found)
+
+
+def check_files(directory: Path, expected: dict[str, str]) -> None:
+    """Raises RunDirectoryError where files are not what they were when `digests` saw them."""
+    now = digests(directory, expected)
+    if changed := [name for name in expected if now.get(name) != expected[name]]:
+        raise RunDirectoryError(
+            f"{', '.join(changed)} of the finished run in {directory}: changed since it was written. Put it back, or remove "
+            f"{RESULT}, and the same command makes it anew from what is intact"
+        )
 
 
 def save_text(path: Path, text: str) -> None:

@@ -22,7 +22,19 @@ from grpo_jax.report.progress import progress
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
-from grpo_jax.runs.directory import RESULT, count_iteration, counted_start, load, open_run_directory, save, save_text
+from grpo_jax.runs.directory import (
+    ATTAINABLE,
+    REFERENCE,
+    RESULT,
+    check_files,
+    count_iteration,
+    counted_start,
+    digests,
+    load,
+    open_run_directory,
+    save,
+    save_text,
+)
 from grpo_jax.runs.errors import Diverged
 from grpo_jax.runs.measurement import judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
@@ -62,6 +74,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         check_alike(identity)
         directory = stack.enter_context(open_run_directory(workdir, identity))
         if (result := load(directory / RESULT)) is not None:
+            check_files(directory, result["files"])
             say(console, f"{directory} holds a finished run:")
             show(console, run_page.result_lines(result))
             return result
@@ -148,6 +161,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
     save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
+    result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, "samples.json"))
     save(run.directory / RESULT, result)  # last: where it is, the run is finished
     show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun

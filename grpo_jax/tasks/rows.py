@@ -3,12 +3,13 @@
 import itertools
 import json
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple, TypeVar
 
 from grpo_jax.files import unique_keys
 
 T = TypeVar("T")
+LINE_BYTES = 8 << 20  # of a row; the longest prompt that any model reads has some 4 MB
 
 
 class Number(NamedTuple):
@@ -26,7 +27,8 @@ def read_rows(
 
     path: file. make: function of a row, which raises ValueError for a row that it refuses. start, stop: the lines to read,
     counted from 0. Raises ValueError naming the file and the line (from 1) for what is not UTF-8 or no JSON object, for NaN
-    and Infinity, for a key that occurs twice, and for what ``make`` refuses; OSError if there is no such file.
+    and Infinity, for a key that occurs twice, for a line of more than `LINE_BYTES`, and for what ``make`` refuses; OSError if
+    there is no such file.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
@@ -36,7 +38,7 @@ def read_rows(
     """
     made = []
     with open(path, "rb") as file:  # bytes: a line ends at "\n" only, not at what else Unicode counts as an end
-        for number, line in enumerate(itertools.islice(file, start, stop), start + 1):
+        for number, line in enumerate(itertools.islice(_lines(file, path), start, stop), start + 1):
             try:
                 made.append(make(_parse(line)))
             except (ValueError, RecursionError) as error:
@@ -47,7 +49,18 @@ def read_rows(
 def count_rows(path: str | os.PathLike[str]) -> int:
     """The number of lines of a file, as `read_rows` counts them."""
     with open(path, "rb") as file:
-        return sum(1 for _ in file)
+        return sum(1 for _ in _lines(file, path))
+
+
+def _lines(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The lines of a file; a line that is too long is never whole in memory."""
+    for number in itertools.count(1):
+        line = file.readline(LINE_BYTES + 1)
+        if not line:
+            return
+        if len(line) > LINE_BYTES:
+            raise ValueError(f"{os.fspath(path)}:{number}: a row of more than {LINE_BYTES:,} bytes")
+        yield line
 
 
 def _parse(line: bytes) -> dict[str, Any]:
