@@ -84,6 +84,7 @@ def _check_size(size: int, most: int) -> None:
 
 
 def render(template: str, conversations: Sequence[Any], variables: Mapping[str, Any]) -> list[str]:
+    """The conversations as a chat template writes them, in jinja2's sandbox."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
