@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # What each room may import of the others, and of the world beyond the standard library.
 ROOMS = {
-    "objective": ({"products"}, {"jax"}),
+    "objective": ({"products"}, {"jax", "numpy"}),
     "theory": (set(), {"jax", "numpy"}),  # numpy comes with jax
     "tasks": ({"files"}, {"jsonschema", "math_verify", "re2", "sympy"}),  # inside the functions that need them
     "rollout": ({"objective"}, {"jax"}),

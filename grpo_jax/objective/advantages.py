@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def group_advantages(
@@ -38,7 +39,8 @@ def group_advantages(
       [..., G] float32.
 
     Raises:
-      ValueError: an unknown choice, a group smaller than 2, ``ddof`` other than 0 or 1, or a negative ``epsilon``.
+      ValueError: an unknown choice, rewards that are no array of real numbers, a group smaller than 2, ``ddof`` other than 0
+        or 1, or a negative ``epsilon``.
 
     Source: arXiv 2503.06639, §2 and Algorithm 1; arXiv 2503.20783 for scale="none".
 
@@ -48,10 +50,12 @@ def group_advantages(
     Array([0., 0., 0., 0., 0., 0., 0., 0.], dtype=float32)
     """
     check_normaliser(baseline=baseline, scale=scale, epsilon=epsilon, ddof=ddof, epsilon_in=epsilon_in)
-    rewards = jnp.asarray(rewards, jnp.float32)
+    rewards = as_real(rewards)
     group_size = rewards.shape[-1] if rewards.ndim else 0
     if group_size < 2:
         raise ValueError(f"rewards need a group of at least 2 along the last axis, got shape {rewards.shape}")
+    if rewards.size == 0:
+        return rewards
     # The baseline.
     mean = rewards.mean(-1, keepdims=True)  # [..., 1]
     if baseline == "leave_one_out":
@@ -77,6 +81,19 @@ def group_advantages(
     else:
         divisor = jnp.ones_like(mean)
     return jnp.where(dead, jnp.zeros_like(centred), centred / divisor)
+
+
+def as_real(rewards: Any) -> jax.Array:
+    """Rewards as a float32 array; ValueError for what is no array of real numbers."""
+    try:
+        array = rewards if isinstance(rewards, jax.Array) else np.asarray(rewards)
+    except ValueError:  # rows of different length
+        array = np.asarray(None)
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise ValueError(f"rewards must be an array of numbers, [..., G], got {type(rewards).__name__}")
+    if jnp.iscomplexobj(array):
+        raise ValueError(f"rewards must be real, got {array.dtype}")
+    return jnp.asarray(array, jnp.float32)
 
 
 def check_normaliser(*, baseline: str, scale: str, epsilon: float | jax.Array, ddof: int, epsilon_in: str) -> None:

@@ -8,6 +8,7 @@ Everything is computed from the log-odds L = ln(p / (1 − p)), because p and 1 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -41,6 +42,9 @@ def as_tree(*traced: str) -> Callable[[_Class], _Class]:
         return cls
 
     return register
+
+
+LARGEST_GROUP = 1_000_000  # completions; the sums over a group are exact, and take memory in proportion
 
 
 @as_tree("epsilon")
@@ -163,8 +167,8 @@ class Group:
 
     def __post_init__(self) -> None:
         _check_epsilon(self.epsilon)
-        if not isinstance(self.size, int) or self.size < 2:
-            raise ValueError(f"size={self.size!r}: a group has at least 2 completions")
+        if not isinstance(self.size, int) or not 2 <= self.size <= LARGEST_GROUP:
+            raise ValueError(f"size={self.size!r}: a group has at least 2 completions, and at most {LARGEST_GROUP:,}")
         for name, value, choices in (
             ("ddof", self.ddof, (0, 1)),
             ("epsilon_in", self.epsilon_in, ("variance", "std")),
@@ -404,7 +408,7 @@ def _binomial_mean(values: jax.Array, logit: jax.Array) -> jax.Array:
     """E[values[J]] for J ~ Binomial(len(values) − 1, p), exactly, at log-odds [...]."""
     n = values.shape[0] - 1
     axes = tuple(range(logit.ndim))
-    choose = jnp.asarray([math.log(math.comb(n, j)) for j in range(n + 1)], logit.dtype)
+    choose = jnp.asarray(_log_choose(n), logit.dtype)
     j = jnp.arange(n + 1, dtype=logit.dtype)
     choose, j = (jnp.expand_dims(x, axes) for x in (choose, j))
     logit = jnp.clip(logit, -1e4, 1e4)[..., None]  # 0·∞ at the ends would be nan
@@ -413,6 +417,15 @@ def _binomial_mean(values: jax.Array, logit: jax.Array) -> jax.Array:
     # because the fused float32 reductions of jax 0.11 and 0.12's CPU backend return wrong sums inside larger programs.
     both = jnp.matmul(mass, jnp.stack([values, jnp.ones_like(values)], axis=-1), precision="highest")
     return both[..., 0] / both[..., 1]
+
+
+@cache
+def _log_choose(n: int) -> list[float]:
+    """ln C(n, j) for j = 0 … n: from the whole numbers, and where those have hundreds of digits from ln Γ, within 1e-10."""
+    if n <= 1000:
+        return [math.log(math.comb(n, j)) for j in range(n + 1)]
+    factorials = [math.lgamma(j + 1) for j in range(n + 1)]
+    return [factorials[n] - factorials[j] - factorials[n - j] for j in range(n + 1)]
 
 
 def _angle_integral(logit: jax.Array, a: jax.Array) -> jax.Array:
@@ -448,5 +461,5 @@ def _integral(f: Callable[[jax.Array], jax.Array], end: jax.Array) -> jax.Array:
 
 
 def _check_epsilon(epsilon: ArrayLike) -> None:
-    if isinstance(epsilon, (int, float)) and not epsilon >= 0:
-        raise ValueError(f"epsilon={epsilon!r} must not be negative")
+    if isinstance(epsilon, (int, float)) and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon!r} must not be negative, and finite")

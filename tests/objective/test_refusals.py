@@ -329,3 +329,23 @@ def test_narrow_floats_are_widened_first(kind):
     wanted = grpo_loss(**wide, beta=0.5, group_size=G)
     jax.tree.map(np.testing.assert_array_equal, grpo_loss(**narrow, beta=kind(0.5), group_size=G), wanted)
     assert wanted[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (None, "must be an array of numbers"),
+        ("right", "must be an array of numbers"),
+        ([[1.0, 0.0], [1.0]], "must be an array of numbers"),
+        ([["a", "b"]], "must be an array of numbers"),
+        (jnp.array([[1j, 0j]]), "must be real"),
+    ],
+)
+def test_rewards_that_are_no_real_numbers_are_refused(rewards, message):
+    with pytest.raises(ValueError, match=message):
+        group_advantages(rewards)
+
+
+@pytest.mark.parametrize("scale", ["std", "batch_std", "mean", "none"])
+def test_no_prompts_have_no_advantages(scale):
+    assert group_advantages(jnp.zeros((0, 4)), scale=scale).shape == (0, 4)

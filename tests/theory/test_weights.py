@@ -11,8 +11,18 @@ import mpmath as mp
 import pytest
 
 from grpo_jax import group_advantages
-from grpo_jax.theory import Group, MeanOnly, NoisyVerifier, Whitened, WhitenedStd, omega, omega_minus, omega_plus
+from grpo_jax.theory import (
+    Group,
+    MeanOnly,
+    NoisyVerifier,
+    Whitened,
+    WhitenedStd,
+    omega,
+    omega_minus,
+    omega_plus,
+)
 from grpo_jax.theory.dynamics import log_odds_slope
+from grpo_jax.theory.weights import _log_choose
 from tests.tabular import enumerated_advantages
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -297,3 +307,18 @@ def test_no_two_normalisers_are_the_same_tree():
     same = [(kinds[i], kinds[j]) for i, a in enumerate(trees) for j, b in enumerate(trees) if i < j and a == b]
     assert same == []
     assert jax.tree.structure(Whitened(0.1)) == jax.tree.structure(Whitened(0.2))
+
+
+def test_groups_of_any_size_are_quick_and_go_to_the_population():
+    """Ω_G < Ω, by about as much as 1/G; and the logarithms of binomial coefficients of large groups are those of the numbers."""
+    gaps = [float(omega(0.3, Whitened(0.0)) - omega(0.3, Group(size))) for size in (1000, 2000, 10_000)]
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+    assert gaps[0] / gaps[2] == pytest.approx(10.0, rel=0.02)
+    large = _log_choose(1500)
+    assert max(abs(large[j] - math.log(math.comb(1500, j))) for j in range(0, 1501, 50)) < 1e-10
+    for size in (1_000_001, 2**40):
+        with pytest.raises(ValueError, match="at most 1,000,000"):
+            Group(size)
+    for epsilon in (math.inf, math.nan, -1.0):
+        with pytest.raises(ValueError, match="epsilon"):
+            Group(8, epsilon=epsilon)
