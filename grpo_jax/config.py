@@ -23,7 +23,7 @@ _AT_LEAST = {
         "mesh.fsdp", "mesh.tensor"),
 }  # fmt: skip
 _POSITIVE = ("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm", "warm_start.learning_rate",
-             "verifier.deadline")  # fmt: skip
+             "verifier.deadline", "train.watchdog")  # fmt: skip
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
 MOST = 10**7
 _CHOICES = {
@@ -151,7 +151,7 @@ def _number_conflicts(config: Any) -> Iterator[str]:
             if values[key] is not None and not values[key] >= least:
                 yield f"{key}={values[key]} must be at least {least}"
     for key in _POSITIVE:
-        if not values[key] > 0:
+        if values[key] is not None and not values[key] > 0:
             yield f"{key}={values[key]} must be positive"
 
     # Intervals within [0, 1].

@@ -22,6 +22,7 @@ import numpy as np
 
 T = TypeVar("T")
 
+HUNG = 76  # exit code of a process that its watchdog has ended
 LEAVING = 10  # seconds that a process which fails waits for the others to fail with it
 _alone = False  # main decides for all: what it calls must not wait for the others
 _polls = itertools.count(1)
@@ -323,22 +324,35 @@ def stop_requested(received: list[int]) -> bool:
 
 
 @contextmanager
-def watched(seconds: float | None) -> Iterator[None]:
-    """Ends this process, with all its stacks on stderr, where what is inside takes longer; then the others end, too.
+def watched(seconds: float | None, *, of_several: float | None = None) -> Iterator[None]:
+    """Ends this process with `HUNG`, and all its stacks on stderr, where what is inside takes longer; then others end, too.
 
     A process that waits for another one in vain waits for ever otherwise, and looks alive.
 
     Args:
-      seconds: that it may take; None: as long as it will. One process alone is not watched: it may be a laptop that slept.
+      seconds: that it may take; None: as long as it will.
+      of_several: the same in place of None, where there are several processes. One alone may be a laptop that slept.
     """
-    if seconds is None or count() == 1:
+    if seconds is None and count() > 1:
+        seconds = of_several
+    if seconds is None:
         yield
         return
-    faulthandler.dump_traceback_later(seconds, exit=True)
+    timer = threading.Timer(seconds, _end_hung, (seconds,))
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # where C code holds the interpreter, with 1
     try:
         yield
     finally:
+        timer.cancel()
         faulthandler.cancel_dump_traceback_later()
+
+
+def _end_hung(seconds: float) -> None:
+    print(f"launch.py: nothing has moved for {seconds:g} s; where each thread stands:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(all_threads=True)
+    os._exit(HUNG)
 
 
 def leave(code: int) -> None:

@@ -332,14 +332,14 @@ def test_only_one_module_knows_of_processes():
 WATCHED = """
 import sys, time
 from grpo_jax import processes as p
-p.count = lambda: int(sys.argv[1])
-with p.watched(0.5):
+limit = float(sys.argv[1]) or None
+with p.watched(limit):
     time.sleep(0.1)
 time.sleep(0.6)
 with p.watched(None):
     time.sleep(0.6)
 def hang():
-    with p.watched(0.5):
+    with p.watched(limit):
         time.sleep(3)
 hang()
 print("ended")
@@ -347,7 +347,7 @@ print("ended")
 
 
 def test_a_process_of_several_that_hangs_ends_and_shows_where():
-    (code, out, err), (alone, said, _) = end([start("-c", WATCHED, "2"), start("-c", WATCHED, "1")], 60)
-    assert (code, out) == (1, "")
-    assert "in hang" in err
+    (code, out, err), (alone, said, _) = end([start("-c", WATCHED, "0.5"), start("-c", WATCHED, "0")], 60)
+    assert (code, out) == (76, "")
+    assert "in hang" in err and "nothing has moved for 0.5 s" in err
     assert (alone, said) == (0, "ended\n")

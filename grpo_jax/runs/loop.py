@@ -230,7 +230,7 @@ def run_iterations(
                 # Iterate, and write a row for each iteration.
                 begun = time.monotonic()
                 trace.before(n + 1, n + (1 if table is None else stretch(c, n)))
-                with watched(patience(durations)):
+                with watched(c.train.watchdog, of_several=patience(durations)):
                     state, rows, skipped = advance(run, state, ref_params, table, n)
                 trace.after(n + len(rows))
                 if not durations:
