@@ -278,7 +278,7 @@ def explained(error: Exception) -> str:
 def stop(message: str, code: int) -> NoReturn:
     """Ends with one message on stderr; of several processes, whatever the others do."""
     print(f"launch.py: {message}", file=sys.stderr)
-    if "grpo_jax.processes" in sys.modules and (_PROCESSES.value or _COORDINATOR.value):
+    if "grpo_jax.processes" in sys.modules and flags.FLAGS.is_parsed() and (_PROCESSES.value or _COORDINATOR.value):
         sys.modules["grpo_jax.processes"].leave(code)
     sys.exit(code)
 

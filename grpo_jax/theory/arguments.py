@@ -27,7 +27,7 @@ def in_range(function: F) -> F:
     ValueError: p_ref=1.5 must be a probability, from 0 to 1
     """
     signature = inspect.signature(function)
-    checked = [name for name in signature.parameters if name in (*PROBABILITIES, "beta")]
+    checked = [name for name in signature.parameters if name in (*PROBABILITIES, "beta", "weights")]
     if not checked:
         return function
 
@@ -36,7 +36,10 @@ def in_range(function: F) -> F:
         given = signature.bind(*args, **kwargs).arguments
         for name in checked:
             value = given.get(name)
-            if value is not None and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+            if name == "weights":
+                if name in given and not hasattr(value, "omega"):
+                    raise TypeError(f"weights={value!r} must be a normaliser: Group(8), Whitened(), …")
+            elif value is not None and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
                 _check(name, np.asarray(value, np.float64), logits=bool(given.get("logits", False)))
         return function(*args, **kwargs)
 

@@ -197,6 +197,8 @@ def accumulated_error(errors: ArrayLike, slope: ArrayLike) -> jax.Array:
     [0.1, 0.15, 0.175, 0.188]
     """
     errors = as_float(errors)
+    if errors.ndim == 0:
+        raise ValueError("errors must be an array [N, ...], a row for each iteration")
     slope = jnp.broadcast_to(jnp.asarray(slope, errors.dtype), errors.shape[1:])
 
     def step(total: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:

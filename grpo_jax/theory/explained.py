@@ -64,6 +64,7 @@ def explained_share(pull: np.ndarray, fits: np.ndarray, confidence: float = 0.95
     >>> found.r2, found.shares.tolist(), found.naive
     (1.0, [1.0, 1.0], 0.75)
     """
+    pull, fits = (np.asarray(x, np.float64) for x in (pull, fits))
     K, Q = _checked(pull, fits)
     pairs = [(a, k) for a in range(K) for k in range(K) if a != k]
     triples = [(a, b, k) for a, b in combinations(range(K), 2) for k in range(K) if k not in (a, b)]
