@@ -74,6 +74,7 @@ def run_line(line: list[str], workdir: Path) -> tuple[int, str]:
             signal.alarm(SECONDS)
             os.dup2(write, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
             sys.argv = ["launch.py", *line]
             from absl import app
 
