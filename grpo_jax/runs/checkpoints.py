@@ -59,10 +59,8 @@ class Checkpoints:
             if saved:
                 together(partial(self._check, step, sums))
         except Exception as error:
-            if isinstance(error, ValueError):  # it lies there, and is not what it should be
-                common(partial(self._put_aside, step, _first_line(error)))
-            common(self._remove_unfinished)
             reason = _first_line(error)
+            common(partial(self._remove_unsaved, step, reason))
             raise CheckpointError(f"checkpoint {step} could not be written to {self._directory}: {reason}") from error
         if not saved:
             raise CheckpointError(
@@ -86,7 +84,10 @@ class Checkpoints:
                     if isinstance(array, np.ndarray) and _described(array, host_sums(array)) != expected[name]:
                         raise ValueError(f"{name} is read back as something else")
 
-    def _remove_unfinished(self) -> None:
+    def _remove_unsaved(self, step: int, reason: str) -> None:
+        """Removes what a save has left half done; one that lies there and is not what it should be is put aside."""
+        if (self._directory / str(step)).exists():
+            self._put_aside(step, reason)
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             remove_folder(path)
 
@@ -232,7 +233,7 @@ def parts(sizes: list[int], most: int) -> list[set[int]]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:600] if str(error).strip() else 'no message'}"
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,33 @@ def test_a_save_that_is_read_back_as_something_else_is_none(saved, monkeypatch):
         checkpoints.save(4, state(4), {})
     checkpoints.close()
     assert latest(saved)[0] == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_what_was_saved(small_disk, capfd):
+    checkpoints, weights = (
+        Checkpoints(small_disk / "c", keep=None),
+        jnp.asarray(np.random.default_rng(0).normal(size=(64, 200))),
+    )
+    with pytest.raises(CheckpointError, match=r"could not be written to .*: .*No space left on device") as full:
+        for step in range(1, 20):
+            checkpoints.save(step, {"w": weights}, {})
+    checkpoints.close()
+    gc.collect()
+    assert "\n" not in str(full.value)
+    assert "Traceback" not in capfd.readouterr().err
+    assert sorted(path.name for path in (small_disk / "c").iterdir()) == [str(i) for i in range(1, step)]
+    found = Checkpoints(small_disk / "c", keep=None)
+    assert found.restore_latest({"w": weights})[0] == step - 1
+    found.close()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32"])
