@@ -32,7 +32,6 @@ from tests.tiny_run import tiny_config
 
 FILES = ("config.json", "metrics.jsonl", "reference.json", "samples.json", "result.json")
 CHANGES: dict[str, Any] = {
-    "mesh__data": 1,
     "warm_start__target": 0.01,
     "warm_start__interval": 1,
     "warm_start__samples": 8,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_jax.files import read_sealed, write_sealed
 from grpo_jax.runs.checkpoints import Checkpoints
 from tests.pods import environment
 from tests.tiny_run import flags
@@ -355,8 +356,8 @@ def test_a_run_does_not_go_on_with_other_data_or_another_verifier(unbroken, tmp_
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)
     (workdir / "result.json").unlink()
-    config = json.loads((workdir / "config.json").read_text())
-    (workdir / "config.json").write_text(json.dumps(config | {"task.examples": "0" * 64}))
+    config = read_sealed(workdir / "config.json")
+    write_sealed(workdir / "config.json", config | {"task.examples": "0" * 64})
     failed = launch(workdir)
     assert failed.returncode == 2
     assert "task.examples" in failed.stderr

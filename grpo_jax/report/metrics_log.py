@@ -90,7 +90,8 @@ class MetricsLog:
 def lines_until(path: Path, iteration: int) -> list[str]:
     """The first lines of a metrics file, as far as they are rows of at most this iteration; [] where there is no file."""
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
         try:
             row = json.loads(line)
             if not (line.endswith("\n") and isinstance(row["iteration"], int) and row["iteration"] <= iteration):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from grpo_jax.config import flat, validate
-from grpo_jax.files import write_json
+from grpo_jax.files import read_sealed, write_sealed
 from grpo_jax.runs import attainable, reference
 from grpo_jax.runs.directory import REFERENCE, contents
 from grpo_jax.runs.loop import train
@@ -28,9 +28,9 @@ def test_a_reference_that_was_made_is_not_made_again(tmp_path):
     """Its measurement and its parameters are both on disk, each is read by itself."""
     config = tiny_config(mesh__data=8, **QUICK)
     train(config, tmp_path / "run", quiet())
-    stored = json.loads((tmp_path / "run" / REFERENCE).read_text())
+    stored = read_sealed(tmp_path / "run" / REFERENCE)
     (tmp_path / "run" / "result.json").unlink()
-    write_json(tmp_path / "run" / REFERENCE, stored | {"marked": True})
+    write_sealed(tmp_path / "run" / REFERENCE, stored | {"marked": True})
     train(config, tmp_path / "run", quiet())
     assert json.loads((tmp_path / "run" / REFERENCE).read_text())["marked"]
 

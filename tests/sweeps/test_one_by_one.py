@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.config import ConfigError
-from grpo_jax.files import write_json
+from grpo_jax.files import write_json, write_sealed
 from grpo_jax.objective import GRPO, GRPO_TRL
 from grpo_jax.report import forecast, run_result
 from grpo_jax.report.sweep_figure import p_star_curve
@@ -72,7 +72,7 @@ class Runs:
             result = run_result.make_result(
                 config, {"successes": successes} | rest, {"successes": ended} | rest, prediction
             )
-            write_json(directory / "result.json", result)
+            write_sealed(directory / "result.json", result)
 
 
 def test_semicolons_part_keys_and_commas_values_outside_brackets():

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 from grpo_jax.config import ConfigError, validate
+from grpo_jax.files import read_sealed
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.run_result import PER_PROMPT
 from grpo_jax.runs.errors import Preempted, RunDirectoryError
@@ -113,7 +114,7 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
     setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
     run = Run(config, setup, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
     before = measured_reference(run)
-    assert before == json.loads((directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json").read_text())
+    assert before == read_sealed(directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json")
     params, _ = run_iterations(run, reference_params(run), before, None, "not asked for")
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
