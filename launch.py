@@ -26,7 +26,6 @@ from grpo_jax.environment import end_on_signals, prepare_environment, prepare_st
 from grpo_jax.manifests import STOPS, TARGETS, manifest, parse_cluster
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, STOPS, 75, 130
-end_on_signals()
 MISTAKES = (flags.Error, OSError, AttributeError, TypeError, ValueError, KeyError)  # that parsing a flag raises
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -284,4 +283,5 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    end_on_signals()
     app.run(main, flags_parser=parse)
