@@ -334,6 +334,37 @@ def test_evaluation_of_the_last_checkpoint_is_the_final_measurement(unbroken, tm
     assert planned.returncode == 0, planned.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config=README.md"], "the config file cannot be run: SyntaxError"),
+        (["--mode=evaluate", "--checkpoint=-1"], "--checkpoint='-1' must be"),
+        (["--mode=evaluate", "--checkpoint=../../x"], "must be latest, reference, average"),
+        (["--mode=evaluate", "--name=../x"], "it names one folder"),
+        (["--config.model.path=/etc"], "model.path: /etc/config.json: no such file"),
+        (["--config.model.path="], "model.path='' is not a folder"),
+        (["--sweep=model.path=/etc,/dev"], "no such file"),
+        (["--sweep=seed=" + ",".join(map(str, range(2001)))], "2,001 points are more than 2,000"),
+        (["--config.model.d_model=1000000000"], "which has"),
+        (["--config.model.num_layers=1000000000"], "which has"),
+        (["--config.rollout.group_size=100000000"], "rollout.group_size=100000000 must be at most"),
+        (["--config.evaluate.final_samples=100000000000"], "must be below 2**31"),
+        (["--config.train.iterations=9223372036854775808"], "must be below 2**31"),
+        (["--config.task.arithmetic.operand_max=1000000000"], "prompts are more than 1,000,000"),
+        (["--config.objective.beta=1e39"], "within what float32 holds"),
+        (["--config.objective.beta=1e-320"], "within what float32 holds"),
+        (["--config.rollout.temperature=1e-40"], "within what float32 holds"),
+    ],
+)
+def test_mistakes_and_what_cannot_fit_are_refused_in_words_before_anything_is_made(tmp_path, flags, words):
+    failed = launch(tmp_path / "run", *flags)
+    too_large = "which has" in words  # what fits elsewhere: the machine is wrong, and not the command
+    assert failed.returncode == (1 if too_large else 2), failed.stderr
+    assert words in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert too_large or not (tmp_path / "run").exists()
+
+
 def test_memory_is_estimated_without_a_run(tmp_path):
     done = launch(tmp_path / "run", "--mode=estimate", "--devices=2")
     assert done.returncode == 0, done.stderr
