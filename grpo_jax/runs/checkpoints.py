@@ -49,6 +49,8 @@ class Checkpoints:
           CheckpointError: nothing was saved (disk full, no permission, a step that is not newer than the last, what was read is
             not what was written); earlier steps are untouched.
         """
+        if common((self._directory / str(step)).exists):
+            raise CheckpointError(f"checkpoint {step} was not written to {self._directory}: it is there already")
         sums = checksums(state)
         meta = seal(meta | {"checksums": sums}, name=f"checkpoint {step}")
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))

@@ -120,6 +120,17 @@ def test_odd_paths_work_also_beside_one_that_they_would_match(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, found, state(step))
 
 
+def test_a_step_that_is_there_is_neither_overwritten_nor_put_aside(saved):
+    checkpoints = Checkpoints(saved, keep=2)
+    for step in (2, 3):
+        with pytest.raises(CheckpointError, match="it is there already"):
+            checkpoints.save(step, state(7), {})
+    checkpoints.close()
+    step, found, _ = latest(saved)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, found, state(3))
+
+
 def test_a_save_that_is_read_back_as_something_else_is_none(saved, monkeypatch):
     checkpoints = Checkpoints(saved, keep=2)
     save = checkpoints._manager.save
@@ -210,6 +221,6 @@ def test_what_cannot_be_restored_stays_where_it_is(saved):
 
 def test_saving_an_older_step_is_an_error(saved):
     checkpoints = Checkpoints(saved, keep=2)
-    with pytest.raises(CheckpointError, match="as new is there"):
+    with pytest.raises(CheckpointError, match="is there already"):
         checkpoints.save(2, state(2), {})
     checkpoints.close()
