@@ -57,7 +57,7 @@ def command_lines(number: int, workdir: Path) -> Iterator[list[str]]:
 
     dice, keys = random.Random(0), sorted(flat(default.get_config()))
     for _ in range(number):
-        line = ["--config=configs/default.py", f"--workdir={workdir}", *flags()]
+        line = [f"--config={ROOT / 'configs/default.py'}", f"--workdir={workdir}", *flags()]
         for _ in range(dice.choice((1, 1, 2, 3))):
             key = f"config.{dice.choice(keys)}" if dice.random() < 0.8 else dice.choice(FLAGS)
             line.append(f"--{key}={dice.choice(VALUES)}")
@@ -72,6 +72,7 @@ def run_line(line: list[str], workdir: Path) -> tuple[int, str]:
         code = 1
         try:
             signal.alarm(SECONDS)
+            os.chdir(workdir.parent)  # a relative --workdir that was drawn lies there
             os.dup2(write, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
@@ -200,7 +201,6 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=500)
     parser.add_argument("--calls", type=int, default=500)
     options = parser.parse_args()
-    os.chdir(ROOT)
     lines: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         for number, line in enumerate(command_lines(options.lines, Path(folder, "run"))):
