@@ -10,10 +10,8 @@ COLLAPSED, HOPELESS, UNKNOWN = "collapsed", "nothing to learn", "unknown"
 
 CLOSE = 0.1  # a share of the hold, of the KL, or of the way to p*, below which a difference is not worth a word
 UNSURE = 3  # times that share: a wider interval of push − hold does not tell whether they are in balance
-NOTHING, FAR = (
-    0.1,
-    10.0,
-)  # share of the reference's success that is next to none, and of the predicted KL that is far too much
+NOTHING = 0.1  # a share of the reference's success that is next to none
+FAR = 10.0  # times the predicted KL, which is far too much
 BLOCKS = 5  # of a quarter of a run, whose means tell how far chance moves the mean of the quarter
 
 

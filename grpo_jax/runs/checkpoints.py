@@ -5,6 +5,8 @@ each step carries checksums of its leaves, and a step that does not match is put
 the leaves lie, so that nothing is gathered, and the same however a leaf is spread.
 """
 
+import hashlib
+import json
 import math
 import sys
 import warnings
@@ -174,6 +176,11 @@ def checksums(tree: Any) -> dict[str, str]:
     # One after the other: programs of several CPU devices that wait in line may lock each other out.
     sums = {jax.tree_util.keystr(path, simple=True, separator="/"): host(_sums(leaf)) for path, leaf in leaves}
     return {name: _described(leaf, both) for (name, both), (_, leaf) in zip(sums.items(), leaves, strict=True)}
+
+
+def digest(tree: Any) -> str:
+    """One digest of all `checksums`."""
+    return hashlib.sha256(json.dumps(checksums(tree)).encode()).hexdigest()
 
 
 def _described(leaf: Any, sums: np.ndarray) -> str:

@@ -219,6 +219,7 @@ def run_iterations(
     table = put_table(setup) if setup.compiled.iterate else None
     log, trace = MetricsLog(run.directory, after=n or None), _Trace(run)
     history = common(lambda: read_metrics(run.directory / METRICS))
+    lost = skipped_updates(c, history)
     try:
         if n == 0:
             log.write(forecast.probe_row(0, before, c.evaluate.confidence))
@@ -263,7 +264,7 @@ def run_iterations(
                     log.write(probe_row)
                     check_collapse(run, history, before, prediction)
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
-                lost = skipped_updates(c, history)
+                lost += skipped_updates(c, rows)
                 line.update(
                     n, f"{success}reward {row['reward/mean']:.3f}{kl}{f' · {lost:,} updates skipped' if lost else ''}"
                 )
@@ -274,7 +275,7 @@ def run_iterations(
                     checkpoints.save(n, state, {"rows": vouched, "base_key": key})
                     if n < c.train.iterations:
                         check_preempted(run)
-        check_skipped(c, history)
+        check_skipped(c, lost)
         return state.params, averaged_params(state.params, state.opt_state)
     finally:
         trace.close()
@@ -339,10 +340,10 @@ def check_collapse(
         say(run.console, words)
 
 
-def check_skipped(config: Any, rows: list[dict[str, Any]]) -> None:
+def check_skipped(config: Any, lost: int) -> None:
     """Raises Diverged at the end of a run most of whose updates were skipped."""
     c = config.train
-    lost, updates = skipped_updates(config, rows), c.iterations * c.inner_epochs * c.minibatches
+    updates = c.iterations * c.inner_epochs * c.minibatches
     if 2 * lost > updates:
         raise Diverged(
             f"{lost:,} of {updates:,} updates were skipped, their loss or gradient not finite. "
@@ -351,7 +352,7 @@ def check_skipped(config: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def skipped_updates(config: Any, rows: list[dict[str, Any]]) -> int:
-    """How many updates were skipped so far, from the rows of metrics.jsonl."""
+    """How many updates were skipped, from rows of metrics.jsonl."""
     c = config.train
     return round(sum(row.get("loss/skipped") or 0.0 for row in rows) * c.inner_epochs * c.minibatches)
 

@@ -14,7 +14,7 @@ import jax
 from grpo_jax.config import averaged_iterations, flat, task_options, validate
 from grpo_jax.files import read_jsonl, read_sealed
 from grpo_jax.processes import common
-from grpo_jax.runs.checkpoints import Checkpoints, checksums
+from grpo_jax.runs.checkpoints import Checkpoints, digest
 from grpo_jax.runs.directory import CONFIG, EVALUATIONS, REFERENCE, RESULT, check_same, contents, has, saved_steps
 from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
 from grpo_jax.runs.setup import Setup, make_tokenizer
@@ -148,7 +148,7 @@ def identity_of(config: Any, task: Task, policy: MeasuredPolicy) -> dict[str, An
     return bound | {
         **task_identity(task),
         "checkpoint.name": policy.name,
-        "checkpoint.parameters": hashlib.sha256(json.dumps(checksums(policy.params)).encode()).hexdigest(),
+        "checkpoint.parameters": digest(policy.params),
     }
 
 
@@ -217,8 +217,8 @@ def choose_directory(
             check_same(path, identity, changeable=CHANGEABLE, advice="")
     except RunDirectoryError:
         bound = {key: value for key, value in identity.items() if key not in CHANGEABLE}
-        digest = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-        return path.with_name(f"{path.name}-{digest[:6]}")
+        settings = hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
+        return path.with_name(f"{path.name}-{settings[:6]}")
     return path
 
 

@@ -7,8 +7,6 @@ a random key of its own, so it is the same sample however the work is cut into b
 Dimension key: see grpo_jax.
 """
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ import numpy as np
 from grpo_jax.processes import common, everyone, host, of_rows, own_rows, together
 from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
-from grpo_jax.runs.checkpoints import checksums
+from grpo_jax.runs.checkpoints import digest
 from grpo_jax.runs.directory import load, save
 from grpo_jax.runs.errors import VerifierFailed
 from grpo_jax.runs.run import Run, check_preempted, must_stop, say
@@ -182,8 +180,7 @@ def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> t
 
 def _about(params: Any, role: str, iteration: int, samples: int, batch_samples: int) -> dict[str, Any]:
     """Which measurement it is."""
-    policy = hashlib.sha256(json.dumps(checksums(params)).encode()).hexdigest()
-    return {"policy": policy, "role": role, "iteration": iteration, "samples": [samples, batch_samples]}
+    return {"policy": digest(params), "role": role, "iteration": iteration, "samples": [samples, batch_samples]}
 
 
 def check_verifier(run: Run, verdicts: dict[str, int]) -> None:
