@@ -235,6 +235,7 @@ def test_a_run_in_a_slow_bucket_that_fails_is_that_of_a_folder_also_when_it_is_k
                 time.sleep(0.05)
             run.kill()
             end([run])
+            storage.write_bytes(place(f"{NAME}/run/checkpoints/40/state/manifest.ocdbt"), b"a save that was killed")
             for mode in ("train", "evaluate"):
                 ((code, out, err),) = end([start(*command(f"{NAME}/run"), f"--mode={mode}")])
                 assert code == 0, err

@@ -51,7 +51,7 @@ class Checkpoints:
           CheckpointError: nothing was saved (disk full, no permission, a step that is not newer than the last, what was read is
             not what was written); earlier steps are untouched.
         """
-        if common((self._directory / str(step)).exists):
+        if common(lambda: step in self._manager.all_steps()):  # not what a killed save left in a bucket
             raise CheckpointError(f"checkpoint {step} was not written to {self._directory}: it is there already")
         sums = checksums(state)
         meta = seal(meta | {"checksums": sums}, name=f"checkpoint {step}")
