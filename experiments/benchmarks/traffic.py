@@ -2,8 +2,9 @@
 
 XLA's own cost analysis counts the body of a loop once, whatever its number of passes, and is not to be had for a device that
 is not there. Here a loop of known length counts as often as it runs. Every instruction outside a fusion reads its operands and
-writes its result; a slice of an operand counts as the slice, an update in place as the update. What a cache of the device
-keeps is not known here, so these are bytes asked for.
+writes its result; a slice of an operand counts as the slice, an update in place as the update, and an asynchronous operation
+once, where it is done. What a compiler keeps on the chip, as that of a TPU does, moves nothing, and arrays are as large as their
+tiles make them. What a cache of the device keeps is not known here, so these are bytes asked for.
 """
 
 import math
@@ -13,21 +14,35 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
-WIDTHS = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
+BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "s16": 16,
+    "u16": 16,
+    "f16": 16,
+    "bf16": 16,
+    "s64": 64,
+    "u64": 64,
+    "f64": 64,
+    "c64": 64,
     "token": 0,
 }
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "iota"}
-SLICES = ("dynamic-slice", "slice", "gather")
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "opt-barrier",
+    "iota",
+    "partition-id",
+}
+SLICES = ("dynamic-slice", "slice", "slice-start", "gather")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 
 
 class Loop(NamedTuple):
@@ -45,7 +60,7 @@ class Loop(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A line of HLO: ``%name = type op(operands), attributes``."""
+    """A line of HLO: ``%name = type op(operands), attributes``; the operand of a parameter is its number."""
 
     name: str
     type: str
@@ -74,15 +89,36 @@ def loops(text: str) -> list[Loop]:
 
 
 def size(shape: str) -> int:
-    """Bytes of an array or tuple, as HLO writes types.
+    """Bytes that an array or tuple, as HLO writes types, takes in the device's memory, its tiles full.
 
     >>> size("(f32[2,3]{1,0}, bf16[4], pred[])")
     33
+    >>> size("f32[3,100]{0,1:T(8,128)}"), size("f32[8,128]{1,0:T(8,128)S(1)}")  # [100, 3] in memory; kept on the chip
+    (53248, 0)
     """
-    return sum(
-        WIDTHS.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for kind, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape)
-    )
+    return sum(_array_bytes(*array) for array in _ARRAY.findall(shape) if "S(" not in array[2])
+
+
+def extent(shape: str) -> int:
+    """As `size`, in whichever memory of the device it lies.
+
+    >>> extent("f32[8,128]{1,0:T(8,128)S(1)}")
+    4096
+    """
+    return sum(_array_bytes(*array) for array in _ARRAY.findall(shape))
+
+
+def _array_bytes(kind: str, dimensions: str, layout: str) -> int:
+    order, _, tiles = layout.partition(":")
+    dims = [int(n) for n in dimensions.split(",") if n]
+    if tile := re.match(r"T\(([\d,]+)\)", tiles):
+        by_place = [dims[int(i)] for i in reversed(order.split(","))] if order else []
+        sides = [int(n) for n in tile[1].split(",")][-len(by_place) :] if by_place else []
+        for place, side in enumerate(sides, start=len(by_place) - len(sides)):
+            by_place[place] = -(-by_place[place] // side) * side
+        dims = by_place
+    bits = 8 if kind.startswith("f8") else BITS.get(kind, 32)
+    return bits * math.prod(dims) // 8
 
 
 class _Program:
@@ -114,25 +150,49 @@ class _Program:
                 total += largest
             elif x.op == "call":
                 total += self.movers(_attribute(x, "to_apply"))
-            elif x.op not in FREE and not x.op.endswith("-done"):
+            elif x.op not in FREE and not x.op.endswith("-start"):
                 total[_origin(x)] += self._moved(x, inside)
         return total
 
     def _moved(self, x: Instruction, inside: dict[str, Instruction]) -> int:
         """Bytes that an instruction reads and writes."""
-        if x.op != "fusion":
-            read = sum(_read(x, name, inside[name].type) for name in dict.fromkeys(x.operands) if name in inside)
-            return read + (_update(x, inside) if x.op == "dynamic-update-slice" else size(x.type))
-        body = self.computations[_attribute(x, "calls")]
-        read = 0
-        for p in body.values():
-            if p.op == "parameter":
-                uses = list(_uses(p.name, body))
-                read += min(size(p.type), sum(_read(use, name, p.type) for use, name in uses))
-        return read + sum(
-            _update(y, body) if y.op == "dynamic-update-slice" else size(y.type)
-            for y in _results(next(reversed(body.values())), body)
+        # What an operation that is done has read are the operands of the one that started it.
+        started = inside.get(x.operands[0], x) if x.op.endswith("-done") else x
+        reader = started._replace(type=x.type)
+        read = sum(
+            self._read(reader, name, inside[name].type) for name in dict.fromkeys(started.operands) if name in inside
         )
+        return read + self._written(x, inside)
+
+    def _read(self, use: Instruction, name: str, shape: str) -> int:
+        """Bytes that an instruction reads of an operand of this type."""
+        if size(shape) == 0:
+            return 0
+        if use.op == "fusion":
+            body = self.computations[_attribute(use, "calls")]
+            inputs = {x.operands[0]: x.name for x in body.values() if x.op == "parameter"}
+            numbers = [str(i) for i, operand in enumerate(use.operands) if operand == name]
+            uses = [found for number in numbers for found in _uses(inputs[number], body)]
+            return min(size(shape), sum(self._read(use, name, shape) for use, name in uses))
+        if use.operands[0] == name and use.operands.count(name) == 1:
+            if use.op in SLICES:
+                return min(extent(use.type), size(shape))
+            if use.op == "dynamic-update-slice":
+                return 0
+        return size(shape)
+
+    def _written(self, x: Instruction, body: dict[str, Instruction]) -> int:
+        """Bytes that an instruction writes."""
+        if x.op == "fusion":
+            inner = self.computations[_attribute(x, "calls")]
+            results = list(_results(next(reversed(inner.values())), inner))
+            outputs = _ARRAY.findall(x.type)
+            if len(outputs) == 1 and len(results) == 1 and results[0].op in ("dynamic-update-slice", "fusion"):
+                return self._written(results[0]._replace(type=x.type), inner)
+            return sum(self._written(y, inner) for y in results)
+        if x.op == "dynamic-update-slice":
+            return min(extent(body[x.operands[1]].type), size(x.type))
+        return size(x.type)
 
 
 def _parse(line: str) -> Instruction | None:
@@ -144,7 +204,8 @@ def _parse(line: str) -> Instruction | None:
     shape, rest = rest[:end], rest[end:].strip()
     op, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
-    return Instruction(name, shape, op, re.findall(r"%([\w.\-]+)", rest[: end - 1]), rest[end:])
+    operands = [rest[: end - 1]] if op == "parameter" else re.findall(r"%([\w.\-]+)", rest[: end - 1])
+    return Instruction(name, shape, op, operands, rest[end:])
 
 
 def _closing(text: str) -> int:
@@ -186,26 +247,13 @@ def _origin(x: Instruction) -> str:
 
 def _uses(name: str, body: dict[str, Instruction]) -> Iterator[tuple[Instruction, str]]:
     """The instructions that read a value, looking through those that only rename it, and the name they read it by."""
+    root = next(reversed(body))
     for x in body.values():
         if name in x.operands:
-            if x.op == "bitcast":
+            if x.op == "bitcast" and x.name != root:
                 yield from _uses(x.name, body)
             else:
                 yield x, name
-
-
-def _read(use: Instruction, name: str, shape: str) -> int:
-    """Bytes that an instruction reads of an operand."""
-    if use.operands[0] == name and use.operands.count(name) == 1:
-        if use.op in SLICES:
-            return min(size(use.type), size(shape))
-        if use.op == "dynamic-update-slice":
-            return 0
-    return size(shape)
-
-
-def _update(x: Instruction, body: dict[str, Instruction]) -> int:
-    return size(body[x.operands[1]].type)
 
 
 def _results(root: Instruction, body: dict[str, Instruction]) -> Iterator[Instruction]:

@@ -1,6 +1,6 @@
 """The sums of attention where a call has one token of each row, written out so that CPUs compute them fast.
 
-`query_key_scores` is written out on every platform; the others on CPUs alone, and elsewhere they are plain reductions.
+On other platforms they are plain products and reductions, which their compilers fuse with the slice of the cache that is read.
 
 Both products are multiplications and additions here. Keys and values may then be part of a larger array and are read where
 they lie; a product of matrices would copy them first. XLA's CPU backend adds up a sum one term after the other, each addition
@@ -16,6 +16,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from grpo_jax.products import product
+
 PARTIAL_SUMS = 8
 VECTOR = 16  # how many numbers a processor adds at once
 
@@ -30,9 +32,12 @@ def query_key_scores(query: Array, keys: Array) -> Array:
     def terms(features: slice) -> Array:  # [P, K, R, features, S]
         return query[..., features, None].astype(jnp.float32) * keys[:, :, None, features].astype(jnp.float32)
 
-    head_size = keys.shape[2]
-    parts, rest = _slices(head_size, max(head_size // PARTIAL_SUMS, 1))
-    return functools.reduce(jnp.add, map(terms, parts)).sum(-2) + terms(rest).sum(-2)
+    def by_features() -> Array:
+        head_size = keys.shape[2]
+        parts, rest = _slices(head_size, max(head_size // PARTIAL_SUMS, 1))
+        return functools.reduce(jnp.add, map(terms, parts)).sum(-2) + terms(rest).sum(-2)
+
+    return lax.platform_dependent(cpu=by_features, default=lambda: product(query, keys, axis=-2))
 
 
 def weighted_values(weights: Array, values: Array) -> Array:
@@ -45,7 +50,8 @@ def weighted_values(weights: Array, values: Array) -> Array:
     def terms(slots: slice) -> Array:  # [P, K, R, H, slots]
         return weights[..., None, slots].astype(jnp.float32) * values[:, :, None, :, slots].astype(jnp.float32)
 
-    return _reduce_last(jnp.add, jnp.sum, terms, values.shape[3])
+    by_vectors = functools.partial(_reduce_last, jnp.add, jnp.sum, terms, values.shape[3])
+    return lax.platform_dependent(cpu=by_vectors, default=lambda: product(weights, values))
 
 
 def total(x: Array) -> Array:
@@ -54,7 +60,8 @@ def total(x: Array) -> Array:
     >>> total(jnp.arange(600.0))
     Array(179700., dtype=float32)
     """
-    return _reduce_last(jnp.add, jnp.sum, lambda slots: x[..., slots], x.shape[-1])
+    by_vectors = functools.partial(_reduce_last, jnp.add, jnp.sum, lambda slots: x[..., slots], x.shape[-1])
+    return lax.platform_dependent(cpu=by_vectors, default=lambda: x.sum(-1))
 
 
 def highest(x: Array) -> Array:
@@ -63,29 +70,26 @@ def highest(x: Array) -> Array:
     >>> highest(jnp.arange(600.0))
     Array(599., dtype=float32)
     """
-    return _reduce_last(jnp.maximum, jnp.max, lambda slots: x[..., slots], x.shape[-1])
+    by_vectors = functools.partial(_reduce_last, jnp.maximum, jnp.max, lambda slots: x[..., slots], x.shape[-1])
+    return lax.platform_dependent(cpu=by_vectors, default=lambda: x.max(-1))
 
 
 def _reduce_last(
     pairwise: Callable[..., Array], reduce: Callable[..., Array], terms: Callable[[slice], Array], length: int
 ) -> Array:
     """The sum, or maximum, of terms over all ``length`` slots; ``terms(s)`` gives the terms of slice s, on the last axis."""
-
-    def by_vectors() -> Array:
-        # Parts as wide as can be, so that about PARTIAL_SUMS of them cover the axis; what is left over is reduced as it is.
-        width = VECTOR
-        while 2 * PARTIAL_SUMS * width <= length:
-            width *= 2
-        parts, rest = _slices(length, width)
-        reduced = [reduce(terms(rest), axis=-1)] if rest.start < length else []
-        if parts:
-            vector = functools.reduce(pairwise, map(terms, parts))  # [..., width]
-            while vector.shape[-1] > 1:
-                vector = pairwise(*jnp.split(vector, 2, axis=-1))
-            reduced.append(vector[..., 0])
-        return functools.reduce(pairwise, reduced)
-
-    return lax.platform_dependent(cpu=by_vectors, default=lambda: reduce(terms(slice(None)), axis=-1))
+    # Parts as wide as can be, so that about PARTIAL_SUMS of them cover the axis; what is left over is reduced as it is.
+    width = VECTOR
+    while 2 * PARTIAL_SUMS * width <= length:
+        width *= 2
+    parts, rest = _slices(length, width)
+    reduced = [reduce(terms(rest), axis=-1)] if rest.start < length else []
+    if parts:
+        vector = functools.reduce(pairwise, map(terms, parts))  # [..., width]
+        while vector.shape[-1] > 1:
+            vector = pairwise(*jnp.split(vector, 2, axis=-1))
+        reduced.append(vector[..., 0])
+    return functools.reduce(pairwise, reduced)
 
 
 def _slices(length: int, width: int) -> tuple[list[slice], slice]:

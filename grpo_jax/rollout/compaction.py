@@ -127,7 +127,8 @@ def run_stages(
 
             # A token enters the cache when the next one is sampled, so n filled slots are enough for position n.
             end = min(slots + 1, length)
-            state = lax.while_loop(partial(_goes_on, end=end, next_rows=next_rows), advance, state)
+            with jax.named_scope(f"decode_{stage.rows}_rows_{slots}_slots"):  # for profiles and compiled programs
+                state = lax.while_loop(partial(_goes_on, end=end, next_rows=next_rows), advance, state)
         return state._replace(rows=jax.tree.map(lambda *parts: jnp.concatenate(parts), state.rows, behind))
 
     def compact(state: Decoding, size: int) -> tuple[Decoding, Any]:

@@ -25,9 +25,11 @@ def expected(query, keys, values, visible):
     return out.reshape(ROWS, 1, -1)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("length", [1, 5, 16, 37, 128, 300, 600])
-def test_one_token_of_each_row(length):
+def test_one_token_of_each_row(length, platform, monkeypatch):
     """Fewer keys than a vector, a rest, and more than the partial sums hold; read as a part of longer arrays."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda **forms: forms[platform]())
     query, keys, values = (
         random(*shape, seed=i)
         for i, shape in enumerate([(ROWS, 1, HEADS, WIDTH), *[(ROWS + 1, KV_HEADS, WIDTH, length + 3)] * 2])
