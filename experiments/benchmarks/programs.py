@@ -4,7 +4,6 @@ The models have the shapes of Qwen2.5 and random weights. Completions are of fix
 probability 1 / mean: then the first V / mean tokens of the vocabulary end a completion, which for random weights comes to that.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,19 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from experiments.benchmarks.limits import Work, geometric_lengths
 from grpo_jax.models import DecoderConfig, init_params, make_policy, param_shapes
 from grpo_jax.objective import DAPO
 from grpo_jax.rollout import Layout, PromptBatch, Rollout, sample_groups
 from grpo_jax.rollout.packing import pack
-from grpo_jax.train.iteration import Recipe, iteration, learn
+from grpo_jax.train.compiled import compile_recipe
+from grpo_jax.train.iteration import Recipe
+from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, sharded_shapes
 from grpo_jax.train.step import init_state
 
 SIZES = {  # layers, width, heads, key/value heads, head dim, feed-forward width, vocabulary
     "tiny": (2, 64, 4, 2, 16, 128, 512),
     "0.5B": (24, 896, 14, 2, 64, 4864, 151_936),
     "1.5B": (28, 1536, 12, 2, 128, 8960, 151_936),
+    "7B": (28, 3584, 28, 4, 128, 18_944, 152_064),
 }
 WORKS = ("sampling", "update", "iteration")
 PAD = 0
@@ -80,22 +83,27 @@ def decoder(setting: Setting) -> DecoderConfig:
         dtype="bfloat16",
         remat="full",
         family="qwen2",
+        tied=setting.size != "7B",
     )
 
 
-def build(work: str, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
-    """(jitted function, its arguments as shapes) of one of `WORKS`.
+def build(work: str, setting: Setting, mesh: Mesh | None = None) -> tuple[Any, tuple[Any, ...]]:
+    """(jitted function, its arguments as shapes) of one of `WORKS`, as a run has them.
 
-    sampling: (params, prompts, key) -> rollout; update: (state, prompts, rollout, rewards, key) -> (state, metrics); iteration:
-    (state, prompts, key) -> (state, metrics), with a verifier on the device.
+    sampling: (params, prompts, key) -> rollout; update: (state, None, prompts, rollout, rewards, key, beta, learning rate) ->
+    (state, metrics); iteration: (state, None, table of prompts and answers, rows, count, key, number, beta, learning rate) ->
+    (state, metrics, skipped), with a verifier on the device.
+
+    Args:
+      work, setting: what is done.
+      mesh: the devices to compile for, which need not be there; None: the first of this process.
 
     >>> function, shapes = build("sampling", Setting("tiny", 32, prompt=8, completion=4))
     >>> jax.eval_shape(function, *shapes).completions.shape
     (2, 16, 4)
     """
-    config = decoder(setting)
-    policy, shapes = make_policy(config), param_shapes(config)
-    optimizer = _optimizer()
+    config, mesh = decoder(setting), mesh or make_mesh(devices=jax.devices()[:1])
+    policy, params = make_policy(config), sharded_shapes(param_shapes(config), mesh)
     # Where none may end, the token that ends a completion is one that there is not.
     stops = tuple(range(config.vocab_size // setting.mean)) if setting.ragged else (config.vocab_size,)
     options: dict[str, Any] = {
@@ -108,29 +116,25 @@ def build(work: str, setting: Setting) -> tuple[Any, tuple[Any, ...]]:
         policy,
         DAPO,
         sample=partial(sample_groups, policy, **options),
-        optimizer=lambda _: optimizer,
+        optimizer=lambda _: _optimizer(),
         layout=Layout(setting.microbatch, chunk_size=setting.chunk),
         verify_tokens=lambda completions, *_: completions.sum(-1) % 2 == 1,  # odd sums are right
     )
-    numbers: Any = {"beta": jnp.float32(0.0), "learning_rate": 0.0}  # which neither DAPO nor the optimizer reads
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer), shapes)
-    key, count = jax.eval_shape(lambda: jax.random.key(0)), setting.rows // setting.group
-    prompts = jax.eval_shape(lambda: _prompts(setting, config))
-    rollout, rewards = jax.eval_shape(lambda: _rollout(setting, config))
+    compiled = compile_recipe(recipe, params, mesh, dtype=config.dtype, warm_optimizer=_optimizer())
+    programs = {"sampling": compiled.sample, "update": compiled.learn, "iteration": compiled.iterate}
 
-    def update(state: Any, prompts: PromptBatch, rollout: Rollout, rewards: jax.Array, key: jax.Array) -> Any:
-        return learn(recipe, state, None, prompts, rollout, rewards, key, **numbers)
+    def placed(x: Any, leads_with_rows: bool) -> Any:
+        sharding = row_sharding(mesh, x.shape[0]) if leads_with_rows else replicated(mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    def whole(state: Any, prompts: PromptBatch, key: jax.Array) -> Any:
-        answers = jnp.zeros((count, setting.completion), jnp.int32)
-        return iteration(recipe, state, None, prompts, answers, answers == 0, key, jnp.int32(0), **numbers)
-
-    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "sampling": (jax.jit(recipe.sample), (shapes, prompts, key)),
-        "update": (jax.jit(update, donate_argnums=0), (state, prompts, rollout, rewards, key)),
-        "iteration": (jax.jit(whole, donate_argnums=0), (state, prompts, key)),
-    }
-    return programs[work]
+    first, *others = jax.eval_shape(lambda: arrays(work, setting))
+    first = params if work == "sampling" else sharded_shapes(first, mesh)
+    rows = setting.rows // setting.group
+    by_rows = work != "iteration"  # whose table is whole on every device
+    return programs[work], (
+        first,
+        *jax.tree.map(lambda x: placed(x, by_rows and x.ndim > 0 and x.shape[0] == rows), others),
+    )
 
 
 def arrays(work: str, setting: Setting) -> tuple[Any, ...]:
@@ -139,8 +143,15 @@ def arrays(work: str, setting: Setting) -> tuple[Any, ...]:
     params, prompts, key = init_params(config, jax.random.key(0)), _prompts(setting, config), jax.random.key(1)
     if work == "sampling":
         return params, prompts, key
-    state = init_state(params, _optimizer())
-    return (state, prompts, *_rollout(setting, config), key) if work == "update" else (state, prompts, key)
+    state, zero = (
+        init_state(params, _optimizer()),
+        jnp.float32(0.0),
+    )  # β and rate, which neither DAPO nor _optimizer reads
+    if work == "update":
+        return state, None, prompts, *_rollout(setting, config), key, zero, zero
+    answers = jnp.zeros((len(prompts.index), setting.completion), jnp.int32)
+    table = prompts, answers, answers == 0
+    return state, None, table, prompts.index[None], jnp.int32(1), key, jnp.int32(0), zero, zero
 
 
 def blocks(setting: Setting) -> int:

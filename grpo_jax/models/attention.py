@@ -70,7 +70,7 @@ def _attend_block(query: Array, block: KeyValues, scale: float, softcap: float |
     layout = P, K, B // P, N // K, L
     query = query.reshape(P, B // P, L, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [P, K, G, N/K, L, H]
     query = query.reshape(P, K, -1, H)  # [P, K, G·N/K·L, H]
-    # With one token per row, CPUs have the sums written out (cpu_attention.py), the two products only where each row has own keys.
+    # With one token per row, CPUs have the sums written out (cpu_attention.py), the products only where a row has its own keys.
     one_token, own_keys = L == 1, L == 1 and P == B
 
     scores = cpu_attention.query_key_scores(query, keys) if own_keys else product(query, keys, axis=-2)
