@@ -1,14 +1,13 @@
 """Sampling and update on one accelerator, as shares of what it can do: `python -m experiments.benchmarks.accelerator`.
 
 python -m experiments.benchmarks.accelerator [--size=0.5B,1.5B] [--rows=64,256,512] [--profile] [--quick]
-python -m experiments.benchmarks.accelerator --compile_only [--target=H200]
 
 Models shaped like Qwen2.5 with random weights, float32 as the optimizer holds them and multiplied in bfloat16, groups of 16,
 prompts of 256 and completions of 1,024 tokens. What the device can do is measured first, by a large copy and a large product.
 Sampling is a share of the time that its bytes, or its products, need at that speed; an update's share is its model FLOPs
 utilisation. A case is a process of its own; ``--quick`` takes one model and one number of rows, some minutes. With
 GRPO_JAX_TRANSFORMERS_PYTHON naming an interpreter that has transformers and torch for the card, transformers' generate and its
-continuous batching run too. ``--compile_only`` needs no accelerator: it writes down what to expect of an H200.
+continuous batching run too. What to expect of a device that is not there: `experiments.benchmarks.compiled`.
 """
 
 import os
@@ -22,9 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments.benchmarks import operations
-from experiments.benchmarks.limits import H200, Device, Work, rollout_seconds, update_flops
-from experiments.benchmarks.predictions import describe, predict, target
-from experiments.benchmarks.predictions import table as prediction_table
+from experiments.benchmarks.limits import Device, Work, rollout_seconds, update_flops
 from experiments.benchmarks.programs import SIZES, WORKS, Setting, decoder
 from experiments.benchmarks.race import Form, Worker, write_json
 
@@ -143,21 +140,6 @@ def _peer_model(setting: Setting) -> dict[str, Any]:
     return {"config": numbers, "stops": c.vocab_size // setting.mean if setting.ragged else 0}
 
 
-def _predict(settings: list[Setting], works: list[str], name: str) -> list[dict[str, Any]]:
-    try:
-        device, rows = target(name), []
-    except RuntimeError as error:
-        raise SystemExit(f"--target={name}: {error}") from error
-    print(f"limits: {H200}; compiled for {device.device_kind}", flush=True)
-    for setting in settings:
-        for work in works:
-            row, largest_loops = predict(work, setting, H200, device)
-            rows.append(row)
-            print(f"\n{work}, {setting}", *describe(largest_loops, H200), sep="\n", flush=True)
-    print(f"\n{prediction_table(rows)}")
-    return rows
-
-
 def _settings() -> list[Setting]:
     """What the flags ask for; UsageError where that cannot be."""
     options = flags.FLAGS
@@ -174,15 +156,10 @@ def _settings() -> list[Setting]:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints a table and writes accelerator.json, after every case; or predictions and accelerator_predictions.json."""
+    """Prints a table and writes accelerator.json, after every case."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     options, settings = flags.FLAGS, _settings()
-    if options.compile_only:
-        write_json(
-            options.out, "accelerator_predictions", _predict(settings, options.works, options.target), "accelerator"
-        )
-        return
     repeats, rows = 2 if options.quick else options.repeats, []
     device, name = measure_device(repeats)
     print(f"{name}: {device.flops / 1e12:.4g} TFLOP/s in bfloat16, {device.bandwidth / 1e12:.4g} TB/s\n", flush=True)
@@ -211,8 +188,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("chunk", 128, "Positions of each row whose logits exist at once in the update.")
     flags.DEFINE_integer("repeats", 5, "Repetitions that count.")
     flags.DEFINE_bool("profile", False, "Trace one repetition of each case, and print where its time goes.")
-    flags.DEFINE_bool("compile_only", False, "Compile for shapes alone and write down what to expect.")
-    flags.DEFINE_enum("target", "here", ["here", "H200"], "What --compile_only compiles for.")
     flags.DEFINE_string("out", "runs/benchmarks", "Where the JSON and the profiles go.")
     flags.DEFINE_bool("quick", False, "The smaller model, 64 rows, 2 repetitions: a first look.")
     app.run(main)

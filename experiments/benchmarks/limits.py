@@ -124,12 +124,24 @@ def held_bytes(config: DecoderConfig) -> int:
     return 4 * 4 * (layer_parameters(config) + head_parameters(config) + untied)
 
 
-def rollout_bytes(config: DecoderConfig, work: Work) -> int:
-    """float32 parameters, their bfloat16 copy, and all keys and values, those of prompts once for their group."""
-    parameters = layer_parameters(config) + head_parameters(config)
+def kept_bytes(config: DecoderConfig, tokens: int) -> int:
+    """What a gradient of so many tokens has in memory beside `held_bytes`, where layers are computed again: their inputs.
+
+    >>> kept_bytes(DecoderConfig(32, 2, 8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=16, max_length=64), 10)
+    320
+    """
+    return NUMBER * config.num_layers * config.d_model * tokens
+
+
+def rollout_bytes(config: DecoderConfig, work: Work, spread: int = 1) -> int:
+    """float32 parameters, a part of ``spread`` of them, their bfloat16 copy, and all keys and values, those of prompts once for
+    their group.
+    """
+    untied = 0 if config.tied else head_parameters(config)
+    parameters = layer_parameters(config) + head_parameters(config) + untied
     prompts, group = work.lengths.shape
     slots = prompts * (group * int(work.lengths.max()) + work.prompt)
-    return (4 + NUMBER) * parameters + cache_bytes(config) * slots
+    return 4 * parameters // spread + NUMBER * parameters + cache_bytes(config) * slots
 
 
 def geometric_lengths(prompts: int, group: int, mean: float, longest: int, seed: int = 0) -> np.ndarray:

@@ -4,6 +4,7 @@ The models have the shapes of Qwen2.5 and random weights. Completions are of fix
 probability 1 / mean: then the first V / mean tokens of the vocabulary end a completion, which for random weights comes to that.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from experiments.benchmarks.limits import Work, geometric_lengths
-from grpo_jax.models import DecoderConfig, init_params, make_policy, param_shapes
+from grpo_jax.models import DecoderConfig, choose_query_block, init_params, make_policy, param_shapes
 from grpo_jax.objective import DAPO
 from grpo_jax.rollout import Layout, PromptBatch, Rollout, sample_groups
 from grpo_jax.rollout.packing import pack
@@ -103,6 +104,9 @@ def build(work: str, setting: Setting, mesh: Mesh | None = None) -> tuple[Any, t
     (2, 16, 4)
     """
     config, mesh = decoder(setting), mesh or make_mesh(devices=jax.devices()[:1])
+    heads = max(1, config.num_heads // mesh.shape["tensor"])
+    block = choose_query_block(mesh.devices.flat[0].platform, heads, setting.microbatch)
+    config = replace(config, query_block=block)
     policy, params = make_policy(config), sharded_shapes(param_shapes(config), mesh)
     # Where none may end, the token that ends a completion is one that there is not.
     stops = tuple(range(config.vocab_size // setting.mean)) if setting.ragged else (config.vocab_size,)

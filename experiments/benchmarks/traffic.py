@@ -52,15 +52,17 @@ class Loop(NamedTuple):
       name: of the instruction, "program" for what is outside of these loops.
       moved: bytes of one pass; loops of known length inside count as often as they run, others not at all.
       movers: (what the instruction came from, bytes of one pass), the largest first.
+      paths: where in the jax program the instructions of a pass come from, those of loops inside left out.
     """
 
     name: str
     moved: int
     movers: list[tuple[str, int]]
+    paths: list[str]
 
 
 class Instruction(NamedTuple):
-    """A line of HLO: ``%name = type op(operands), attributes``; the operand of a parameter is its number."""
+    """A line of HLO: ``%name = type op(operands), attributes``; that of a parameter is its number, of a constant its value."""
 
     name: str
     type: str
@@ -82,10 +84,51 @@ def loops(text: str) -> list[Loop]:
     bodies = [("program", program.entry)]
     for computation in program.computations.values():
         for x in computation.values():
-            if x.op == "while" and _passes(x) is None:
+            if x.op == "while" and program.passes(x, computation) is None:
                 bodies.append((x.name, _attribute(x, "body")))
-    measured = [(name, program.movers(body)) for name, body in bodies]
-    return [Loop(name, sum(movers.values()), movers.most_common()) for name, movers in measured if movers]
+    measured = [(name, body, program.movers(body)) for name, body in bodies]
+    return [
+        Loop(name, movers.total(), movers.most_common(), list(program.paths(body)))
+        for name, body, movers in measured
+        if movers
+    ]
+
+
+def arrays(text: str) -> list[tuple[str, list[int], int]]:
+    """(type, dimensions, bytes) of the arrays that a program writes to memory, the largest first, those alike once.
+
+    >>> import jax, jax.numpy as jnp
+    >>> arrays(jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text())[0]
+    ('f32[8,8]', [8, 8], 256)
+    """
+    program = _Program(text)
+    fused = {_attribute(x, "calls") for xs in program.computations.values() for x in xs.values() if x.op == "fusion"}
+    written = {
+        (f"{kind}[{dims}]", tuple(int(n) for n in dims.split(",") if n), _array_bytes(kind, dims, layout))
+        for name, computation in program.computations.items()
+        for x in computation.values()
+        if name not in fused and x.op != "while"
+        for kind, dims, layout in _ARRAY.findall(x.type)
+        if "S(" not in layout
+    }
+    return [(name, list(dims), size) for name, dims, size in sorted(written, key=lambda array: -array[2])]
+
+
+def products(text: str) -> Counter[str]:
+    """How many products of matrices there are, by the types of their factors; those of a loop once.
+
+    >>> import jax, jax.numpy as jnp
+    >>> products(jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text())
+    Counter({'f32 · f32': 1})
+    """
+    found: Counter[str] = Counter()
+    for computation in _Program(text).computations.values():
+        for x in computation.values():
+            library = x.op == "custom-call" and re.search(r'custom_call_target="[^"]*(gemm|matmul)', x.attributes)
+            if x.op in ("dot", "convolution") or library:
+                kinds = [_ARRAY.findall(computation[name].type)[0][0] for name in x.operands[:2] if name in computation]
+                found[" · ".join(kinds)] += 1
+    return found
 
 
 def size(shape: str) -> int:
@@ -137,13 +180,20 @@ class _Program:
                 current[instruction.name] = instruction
         self.movers: Callable[[str], Counter[str]] = cache(self._movers)
 
+    def paths(self, computation: str) -> Iterator[str]:
+        """The ``op_name`` of the instructions of a computation."""
+        for x in self.computations[computation].values():
+            if match := re.search(r'op_name="([^"]*)"', x.attributes):
+                yield match[1]
+
     def _movers(self, computation: str) -> Counter[str]:
         total: Counter[str] = Counter()
         inside = self.computations[computation]
         for x in inside.values():
             if x.op == "while":
-                for name, moved in self.movers(_attribute(x, "body")).items() if _passes(x) is not None else ():
-                    total[name] += moved * (_passes(x) or 0)
+                if passes := self.passes(x, inside):
+                    for name, moved in self.movers(_attribute(x, "body")).items():
+                        total[name] += moved * passes
             elif x.op == "conditional":
                 branches = [self.movers(name) for name in _branches(x)]
                 largest = max(branches, key=Counter.total)
@@ -153,6 +203,29 @@ class _Program:
             elif x.op not in FREE and not x.op.endswith("-start"):
                 total[_origin(x)] += self._moved(x, inside)
         return total
+
+    def passes(self, x: Instruction, inside: dict[str, Instruction]) -> int | None:
+        """Of a loop, where that is known: the compiler says so, or a counter runs from one constant to another."""
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', x.attributes):
+            return int(match[1])
+        condition = self.computations[_attribute(x, "condition")]
+        last = next(reversed(condition.values()))
+        if last.op != "compare" or "direction=LT" not in last.attributes:
+            return None
+        counter, end = (condition[name] for name in last.operands)
+        start, carried = inside.get(x.operands[0]), re.search(r"index=(\d+)", counter.attributes)
+        if (
+            end.op != "constant"
+            or counter.op != "get-tuple-element"
+            or start is None
+            or start.op != "tuple"
+            or not carried
+        ):
+            return None
+        first = inside[start.operands[int(carried[1])]]
+        while first.op in ("copy", "bitcast"):
+            first = inside[first.operands[0]]
+        return int(end.operands[0]) - int(first.operands[0]) if first.op == "constant" else None
 
     def _moved(self, x: Instruction, inside: dict[str, Instruction]) -> int:
         """Bytes that an instruction reads and writes."""
@@ -204,7 +277,7 @@ def _parse(line: str) -> Instruction | None:
     shape, rest = rest[:end], rest[end:].strip()
     op, _, rest = rest.partition("(")
     end = _closing("(" + rest) - 1
-    operands = [rest[: end - 1]] if op == "parameter" else re.findall(r"%([\w.\-]+)", rest[: end - 1])
+    operands = [rest[: end - 1]] if op in ("parameter", "constant") else re.findall(r"%([\w.\-]+)", rest[: end - 1])
     return Instruction(name, shape, op, operands, rest[end:])
 
 
@@ -231,11 +304,6 @@ def _branches(x: Instruction) -> list[str]:
         if match
         else [_attribute(x, f"{b}_computation") for b in ("true", "false")]
     )
-
-
-def _passes(x: Instruction) -> int | None:
-    match = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.attributes)
-    return int(match[1]) if match else None
 
 
 def _origin(x: Instruction) -> str:

@@ -1,5 +1,6 @@
 """Decoder-only language models as pure functions, and Hugging Face checkpoints in and out."""
 
+from grpo_jax.models.attention import choose_query_block
 from grpo_jax.models.decoder import DecoderConfig, init_params, make_policy, param_shapes
 from grpo_jax.models.families import read_config
 from grpo_jax.models.pretrained import check_pretrained, load_pretrained, save_pretrained
@@ -7,6 +8,7 @@ from grpo_jax.models.pretrained import check_pretrained, load_pretrained, save_p
 __all__ = [
     "DecoderConfig",
     "check_pretrained",
+    "choose_query_block",
     "init_params",
     "load_pretrained",
     "make_policy",

@@ -8,11 +8,14 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from grpo_jax.models import cpu_attention
-from grpo_jax.products import product
+from grpo_jax.products import product, sum_dtype
+
+SCORES_ON_CHIP = 64 * 2**20  # bytes of scores that the compiler of a TPU keeps on the chip, which has twice as many
 
 
 class KeyValues(NamedTuple):
@@ -28,7 +31,34 @@ class KeyValues(NamedTuple):
     visible: Array
 
 
-def attend(query: Array, blocks: list[KeyValues], *, width: int | None = None, softcap: float | None = None) -> Array:
+def choose_query_block(platform: str, num_heads: int, tokens: int) -> int | None:
+    """Of how many queries per row `attend` should have the scores at once, for calls of so many tokens; None: of all.
+
+    Scores that fit on the chip of a TPU never reach its memory. GPUs would need a kernel of their own for that, and CPUs gain
+    nothing.
+
+    Args:
+      platform: of the devices, as jax calls it.
+      num_heads: N on each device.
+      tokens: B·L on each device.
+
+    >>> choose_query_block("tpu", 14, 32_768), choose_query_block("cpu", 14, 32_768)
+    (32, None)
+    """
+    if platform != "tpu":
+        return None
+    most = SCORES_ON_CHIP // (4 * num_heads * tokens)  # as many keys as queries
+    return max(16, 2 ** (most.bit_length() - 1)) if most else 16
+
+
+def attend(
+    query: Array,
+    blocks: list[KeyValues],
+    *,
+    width: int | None = None,
+    softcap: float | None = None,
+    query_block: int | None = None,
+) -> Array:
     """softmax(q·k / √width) v over the visible keys of all blocks together.
 
     Row b sees row b // G of a block, and query head n the key head n // (N / K): neither keys nor values are repeated in
@@ -39,6 +69,7 @@ def attend(query: Array, blocks: list[KeyValues], *, width: int | None = None, s
       blocks: the keys and values; P may differ between them, and divides B.
       width: H if None.
       softcap: scores x become softcap · tanh(x / softcap).
+      query_block: of how many queries per row the scores exist at once; the backward pass then computes them again. None: of all.
 
     Returns:
       [B, L, N·H] float32.
@@ -51,6 +82,43 @@ def attend(query: Array, blocks: list[KeyValues], *, width: int | None = None, s
     Array([2., 2.], dtype=float32)
     """
     scale = (query.shape[-1] if width is None else width) ** -0.5
+    if query_block is None or query.shape[1] <= query_block:
+        return _attend(query, blocks, scale, softcap)
+    return _attend_by_query_blocks(query, blocks, scale, softcap, query_block)
+
+
+def _attend_by_query_blocks(
+    query: Array, blocks: list[KeyValues], scale: float, softcap: float | None, size: int
+) -> Array:
+    """`_attend`, ``size`` queries of each row after the other."""
+    B, L, _, _ = query.shape
+    count = -(-L // size)
+
+    def split(x: Array, axis: int) -> Array:  # [..., L, ...] -> [count, ..., size, ...]
+        x = jnp.pad(x, [(0, count * size - L if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def attend_part(keys_values: list[tuple[Array, Array]], query: Array, visible: list[Array]) -> Array:
+        pairs = [(keys.astype(query.dtype), values.astype(query.dtype)) for keys, values in keys_values]
+        parts = [KeyValues(*pair, seen) for pair, seen in zip(pairs, visible, strict=True)]
+        return _attend(query, parts, scale, softcap)  # [B, size, N·H]
+
+    # In the type of sums, since the gradients of the blocks are added up in it.
+    sums = sum_dtype(query.dtype)
+    keys_values = [(x.keys.astype(sums), x.values.astype(sums)) for x in blocks]
+
+    def attend_next(part: tuple[Array, list[Array | None]]) -> Array:
+        query, own_visible = part
+        visible = [x.visible if own is None else own for x, own in zip(blocks, own_visible, strict=True)]
+        return attend_part(keys_values, query, visible)
+
+    own_visible = [split(x.visible, 2) if x.visible.shape[2] > 1 else None for x in blocks]
+    attended = lax.map(attend_next, (split(query, 1), own_visible))  # [count, B, size, N·H]
+    return jnp.moveaxis(attended, 0, 1).reshape(B, count * size, -1)[:, :L]  # [B, L, N·H]
+
+
+def _attend(query: Array, blocks: list[KeyValues], scale: float, softcap: float | None) -> Array:
     parts = [_attend_block(query, block, scale, softcap) for block in blocks]
     # Each block's softmax is relative to its own highest score; a factor makes them relative to the highest of all.
     top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])  # [B, L, N]

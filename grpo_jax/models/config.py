@@ -48,6 +48,7 @@ class DecoderConfig:
       scale_embedding: embeddings are multiplied by √d_model.
       score_width: attention scores are q·k / √score_width; None for head_dim.
       attention_softcap, logit_softcap: scores, and logits, x become cap · tanh(x / cap).
+      query_block: of how many queries of a row the attention scores exist at once, None for all; see `choose_query_block`.
       family: as which a folder is saved, the model_type of its config.json.
 
     Raises:
@@ -86,6 +87,7 @@ class DecoderConfig:
     score_width: int | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    query_block: int | None = None
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class DecoderConfig:
             faults.append(f"head_dim={self.head_dim} is odd; the rotation needs pairs")
         if not faults:
             check(("local_layers", "unrotated_layers"), "a tuple of layers, ascending", self._are_layers)
-        check_optional(("window", "score_width"), "a positive integer", _is_size)
+        check_optional(("window", "score_width", "query_block"), "a positive integer", _is_size)
         check(("rope_theta", "norm_epsilon"), "a positive number", _is_positive)
         check_optional(("local_rope_theta", "attention_softcap", "logit_softcap"), "a positive number", _is_positive)
         check_optional(("rope_scaling",), "a RopeScaling that can be,", _is_scaling)

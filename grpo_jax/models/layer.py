@@ -102,7 +102,9 @@ class Layer(nn.Module):
         if shared.positions is not None:
             near = [within_window(shared.positions, x, own["window"]) for x in shared.key_positions]  # [P, G, L, S]
             blocks = [x._replace(visible=x.visible & is_near) for x, is_near in zip(blocks, near, strict=True)]
-        attended = attend(query, blocks, width=c.score_width, softcap=c.attention_softcap)  # [B, L, N·H]
+        attended = attend(
+            query, blocks, width=c.score_width, softcap=c.attention_softcap, query_block=c.query_block
+        )  # [B, L, N·H]
         hidden = add_to_residual("attention_post_norm", project("output", attended, c.d_model))  # [B, L, D]
 
         # The gated feed-forward block.

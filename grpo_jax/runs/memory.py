@@ -117,7 +117,7 @@ def estimate_memory(
     """
     # The model and its programs, without tokenizer or weights.
     mesh, c = make_mesh(**config.mesh, devices=devices), config.evaluate
-    decoder = make_decoder(config, task)
+    decoder = make_decoder(config, task, mesh)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
     recipe = make_recipe(config, objective, make_policy(decoder), stop_ids=(0,), pad_id=0)
     compiled = make_compiled(config, recipe, shapes, mesh)

@@ -26,6 +26,7 @@ from grpo_jax.data import (
 from grpo_jax.models import (
     DecoderConfig,
     check_pretrained,
+    choose_query_block,
     init_params,
     load_pretrained,
     make_policy,
@@ -93,7 +94,7 @@ def make_setup(
     if config.model.path is not None:
         check_pretrained(fetched(config.model.path))
     tokenizer = make_tokenizer(config, task)
-    decoder = make_decoder(config, task, tokenizer)
+    decoder = make_decoder(config, task, mesh, tokenizer)
     stop_ids = _stop_ids(config, tokenizer)
     # A verifier of tokens is used only where every answer has a single spelling in tokens: characters or bytes, and one way to
     # end. Elsewhere the text is judged, on the host.
@@ -213,16 +214,19 @@ def prompt_text(setup: Setup, row: int) -> str:
     return text if setup.chat is None else setup.chat.frame.before + text + setup.chat.frame.after
 
 
-def make_decoder(config: Any, task: Task, tokenizer: Tokenizer | None = None) -> DecoderConfig:
+def make_decoder(config: Any, task: Task, mesh: Mesh, tokenizer: Tokenizer | None = None) -> DecoderConfig:
     """The decoder of a config: that of the model folder, or one of the sizes in the config, with the tokenizer's vocabulary."""
     if config.model.path is not None:
-        return replace(read_config(fetched(config.model.path)), dtype=config.model.dtype, remat=config.model.remat)
-    max_length = config.data.max_prompt + config.rollout.max_completion
-    return DecoderConfig(
-        vocab_size=(tokenizer or make_tokenizer(config, task)).vocab_size,
-        max_length=max_length,
-        **decoder_options(config),
-    )
+        decoder = replace(read_config(fetched(config.model.path)), dtype=config.model.dtype, remat=config.model.remat)
+    else:
+        decoder = DecoderConfig(
+            vocab_size=(tokenizer or make_tokenizer(config, task)).vocab_size,
+            max_length=config.data.max_prompt + config.rollout.max_completion,
+            **decoder_options(config),
+        )
+    heads = max(1, decoder.num_heads // mesh.shape["tensor"])
+    query_block = choose_query_block(mesh.devices.flat[0].platform, heads, config.train.microbatch_tokens)
+    return replace(decoder, query_block=query_block)
 
 
 def make_tokenizer(config: Any, task: Task) -> Tokenizer:

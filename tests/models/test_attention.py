@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.models.attention import attend
+from grpo_jax.models.attention import KeyValues, attend
 
 ROWS, HEADS, KV_HEADS, WIDTH = 3, 4, 2, 8
 
@@ -43,6 +43,52 @@ def test_one_token_of_each_row(length, platform, monkeypatch):
     attended = jax.jit(of_part)(query, keys, values)
     wanted = expected(query, keys[:, :, :, :length], values[:, :, :, :length], visible)
     np.testing.assert_allclose(attended, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_blocks_of_queries_give_what_all_queries_give(size):
+    """With a prefix that two rows share, a mask of each query, a cap, and a last block that is not full; gradients too."""
+    rows, length, prompt = 4, 7, 5
+    query, keys, values, prefix_keys, prefix_values = (
+        random(*shape, seed=i)
+        for i, shape in enumerate(
+            [
+                (rows, length, HEADS, WIDTH),
+                *[(rows, KV_HEADS, WIDTH, length)] * 2,
+                *[(rows // 2, KV_HEADS, WIDTH, prompt)] * 2,
+            ]
+        )
+    )
+    seen = np.random.default_rng(9).random((rows, 1, length, length)) < 0.7
+    prefix_seen = np.random.default_rng(8).random((rows // 2, 1, 1, prompt)) < 0.7
+    near = np.random.default_rng(7).random((rows // 2, 2, length, prompt)) < 0.8
+
+    def total(arrays, query_block, prefix_seen):
+        query, *keys_values, prefix_keys, prefix_values = arrays
+        blocks = [KeyValues(*keys_values, seen), KeyValues(prefix_keys, prefix_values, prefix_seen)]
+        attended = attend(query, blocks, softcap=3.0, query_block=query_block)
+        return (attended**2).sum(), attended
+
+    arrays = query, keys, values, prefix_keys, prefix_values
+    for visible in (prefix_seen, near):
+        wanted, by_blocks = (
+            jax.jit(jax.grad(total, has_aux=True), static_argnums=1)(arrays, block, visible) for block in (None, size)
+        )
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), by_blocks, wanted)
+
+
+def test_blocks_of_queries_sum_gradients_in_float32():
+    """Of keys in bfloat16: 64 blocks of one query each add to them, and lose nothing."""
+    query, keys, values = (
+        jnp.asarray(random(1, *shape, seed=i), jnp.bfloat16)
+        for i, shape in enumerate([(64, HEADS, WIDTH), *[(KV_HEADS, WIDTH, 64)] * 2])
+    )
+
+    def total(keys, query_block):
+        return attend(query, [KeyValues(keys, values, jnp.ones((1, 1, 64, 64), bool))], query_block=query_block).sum()
+
+    whole, by_blocks = (jax.grad(total)(keys, block).astype(jnp.float32) for block in (None, 1))
+    np.testing.assert_allclose(by_blocks, whole, atol=0.004 * np.abs(whole).max())
 
 
 def test_one_token_is_differentiable():
