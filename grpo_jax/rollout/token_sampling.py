@@ -139,4 +139,11 @@ def first_above(cumulative: jax.Array, masses: jax.Array, threshold: jax.Array) 
 
 def take_at(x: jax.Array, index: jax.Array) -> jax.Array:
     """x[index[b], ..., b] for each row b."""
-    return jnp.take_along_axis(x, index.reshape(*[1] * (x.ndim - 1), -1), axis=0)[0]
+    index = index.reshape(*[1] * (x.ndim - 1), -1)  # [1, ..., B]
+
+    def searched() -> jax.Array:
+        numbers = jnp.arange(len(x), dtype=index.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(numbers == index, x, -jnp.inf).max(0)
+
+    # Accelerators would write x down once more to gather from it; a search only reads it. A CPU gathers where it lies.
+    return lax.platform_dependent(cpu=lambda: jnp.take_along_axis(x, index, axis=0)[0], default=searched)
