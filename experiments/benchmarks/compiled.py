@@ -277,7 +277,8 @@ def _large(text: str, setting: Setting, vocabulary: int) -> dict[str, str | None
     found: dict[str, str | None] = {"square": None, "logits": None}
     for shape, dims, size in arrays(text):
         positions = math.prod(dims) // vocabulary
-        if sum(length - 1 <= n <= length + setting.prompt for n in dims) >= 2:
+        is_square = sum(length - 1 <= n <= length + setting.prompt for n in dims) >= 2
+        if is_square and math.prod(dims) > (length + setting.prompt) ** 2:
             kind = "square"
         elif vocabulary in dims and positions > rows and positions != width:
             kind = "logits"

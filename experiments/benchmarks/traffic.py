@@ -259,8 +259,7 @@ class _Program:
         if x.op == "fusion":
             inner = self.computations[_attribute(x, "calls")]
             results = list(_results(next(reversed(inner.values())), inner))
-            outputs = _ARRAY.findall(x.type)
-            if len(outputs) == 1 and len(results) == 1 and results[0].op in ("dynamic-update-slice", "fusion"):
+            if len(results) == 1 == len(_ARRAY.findall(x.type)):
                 return self._written(results[0]._replace(type=x.type), inner)
             return sum(self._written(y, inner) for y in results)
         if x.op == "dynamic-update-slice":
