@@ -130,7 +130,7 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
         needed = decode_steps(config, own)[0] / mesh.shape["tensor"]
         full = Work(np.full_like(own.lengths, setting.completion), own.prompt)
         row |= {
-            "step": max(size for stage, size in by_stage.items() if stage),
+            "step": by_stage[max(filter(None, by_stage))],  # most rows, most slots
             "step_needed": float(decode_steps(config, full)[0][-1]) / mesh.shape["tensor"],
             "moved": program.moved + moved,
         }
