@@ -23,6 +23,9 @@ from grpo_jax.train.sharding import (
 from grpo_jax.train.step import TrainState, gradient_step, init_state
 from grpo_jax.train.supervised import demonstration_terms
 
+# By platform, of programs that decode. A TPU's compiler would bring whole caches to the chip, and back, to use a part of them.
+DECODING_OPTIONS = {"tpu": {"xla_tpu_msa_inefficient_use_to_copy_ratio": "1.0"}}
+
 
 class ScorePrograms(NamedTuple):
     """The functions of `grpo_jax.train.scores`, of which the network's R² is made; see there.
@@ -89,6 +92,7 @@ def compile_recipe(
       precise: the policy with float32 products, for differences of log-probabilities; None: the recipe's has them.
     """
     rows, whole = row_sharding(mesh), replicated(mesh)
+    decoding = partial(jax.jit, compiler_options=DECODING_OPTIONS.get(mesh.devices.flat[0].platform))
     recipe = recipe._replace(
         sample=spread_sampling(recipe.sample, mesh, shapes, dtype),
         layout=recipe.layout._replace(shards=row_shards(mesh)),
@@ -113,7 +117,7 @@ def compile_recipe(
     if (verify_tokens := recipe.verify_tokens) is not None:
         verify = jax.jit(lambda rollout, *answers: verify_tokens(rollout.completions, rollout.mask, *answers))
         spread = partial(jax.lax.with_sharding_constraint, shardings=rows)
-        iterate = jax.jit(
+        iterate = decoding(
             partial(iterations, recipe, spread=spread), donate_argnums=0, out_shardings=(state_shardings, whole, whole)
         )
 
@@ -148,9 +152,9 @@ def compile_recipe(
     return Compiled(
         start=start,
         iterate=iterate,
-        sample=jax.jit(recipe.sample, static_argnames="stages", out_shardings=rollout_shardings(rows, whole)),
+        sample=decoding(recipe.sample, static_argnames="stages", out_shardings=rollout_shardings(rows, whole)),
         learn=jax.jit(partial(learn, recipe), donate_argnums=0, out_shardings=(state_shardings, whole)),
-        sample_probe=jax.jit(recipe.sample, static_argnames=("group_size", "greedy", "stages")),
+        sample_probe=decoding(recipe.sample, static_argnames=("group_size", "greedy", "stages")),
         verify=verify,
         log_ratios=measured_log_ratios,
         scores=ScorePrograms(
