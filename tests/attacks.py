@@ -184,7 +184,7 @@ def attacked(
         found = outcome(attack, states, at)
         counts[found.partition(":")[0]] += 1
         if found != "same":
-            show(f"{attack.state}, {attack.name}: {found}", flush=True)
+            show(f"{counts.total()}: {attack.state}, {attack.name}: {found}", flush=True)
     return counts
 
 
