@@ -32,8 +32,8 @@ from experiments.benchmarks.limits import (
     decode_steps,
     held_bytes,
     kept_bytes,
-    prefill_flops,
     rollout_bytes,
+    rollout_seconds,
     update_flops,
 )
 from experiments.benchmarks.programs import SIZES, WORKS, Setting
@@ -250,9 +250,7 @@ def _limit_seconds(work: str, setting: Setting, own: Work, mesh: jax.sharding.Me
     config = programs.decoder(setting)
     total = 0.0
     if work != "update":
-        moved, computed = (x / mesh.shape["tensor"] for x in decode_steps(config, own))
-        total += np.maximum(moved / device.bandwidth, computed / device.flops).sum()
-        total += prefill_flops(config, own) / mesh.shape["tensor"] / device.flops
+        total += rollout_seconds(config, own, device) / mesh.shape["tensor"]
     if work != "sampling":
         total += update_flops(config, setting.work) / mesh.size / device.flops
     return float(total)

@@ -4,7 +4,6 @@ The models have the shapes of Qwen2.5 and random weights. Completions are of fix
 probability 1 / mean: then the first V / mean tokens of the vocabulary end a completion, which for random weights comes to that.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 from experiments.benchmarks.limits import Work, geometric_lengths
-from grpo_jax.models import DecoderConfig, choose_query_block, init_params, make_policy, param_shapes
+from grpo_jax.models import DecoderConfig, init_params, make_policy, param_shapes
 from grpo_jax.objective import DAPO
 from grpo_jax.rollout import Layout, PromptBatch, Rollout, sample_groups
 from grpo_jax.rollout.packing import pack
+from grpo_jax.runs.setup import with_query_block
 from grpo_jax.train.compiled import compile_recipe
 from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, sharded_shapes
@@ -104,9 +104,7 @@ def build(work: str, setting: Setting, mesh: Mesh | None = None) -> tuple[Any, t
     (2, 16, 4)
     """
     config, mesh = decoder(setting), mesh or make_mesh(devices=jax.devices()[:1])
-    heads = max(1, config.num_heads // mesh.shape["tensor"])
-    block = choose_query_block(mesh.devices.flat[0].platform, heads, setting.microbatch)
-    config = replace(config, query_block=block)
+    config = with_query_block(config, mesh, setting.microbatch)
     policy, params = make_policy(config), sharded_shapes(param_shapes(config), mesh)
     # Where none may end, the token that ends a completion is one that there is not.
     stops = tuple(range(config.vocab_size // setting.mean)) if setting.ragged else (config.vocab_size,)
@@ -147,10 +145,8 @@ def arrays(work: str, setting: Setting) -> tuple[Any, ...]:
     params, prompts, key = init_params(config, jax.random.key(0)), _prompts(setting, config), jax.random.key(1)
     if work == "sampling":
         return params, prompts, key
-    state, zero = (
-        init_state(params, _optimizer()),
-        jnp.float32(0.0),
-    )  # β and rate, which neither DAPO nor _optimizer reads
+    state = init_state(params, _optimizer())
+    zero = jnp.float32(0.0)  # β and rate, which neither DAPO nor _optimizer reads
     if work == "update":
         return state, None, prompts, *_rollout(setting, config), key, zero, zero
     answers = jnp.zeros((len(prompts.index), setting.completion), jnp.int32)

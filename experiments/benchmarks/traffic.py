@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 BITS = {
@@ -80,7 +80,7 @@ def loops(text: str) -> list[Loop]:
     >>> 5 * 2 * 4096 <= loops(compiled.as_text())[0].moved <= 8 * 2 * 4096
     True
     """
-    program = _Program(text)
+    program = _parsed(text)
     bodies = [("program", program.entry)]
     for computation in program.computations.values():
         for x in computation.values():
@@ -101,7 +101,7 @@ def arrays(text: str) -> list[tuple[str, list[int], int]]:
     >>> arrays(jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text())[0]
     ('f32[8,8]', [8, 8], 256)
     """
-    program = _Program(text)
+    program = _parsed(text)
     fused = {_attribute(x, "calls") for xs in program.computations.values() for x in xs.values() if x.op == "fusion"}
     written = {
         (f"{kind}[{dims}]", tuple(int(n) for n in dims.split(",") if n), _array_bytes(kind, dims, layout))
@@ -122,7 +122,7 @@ def products(text: str) -> Counter[str]:
     Counter({'f32 · f32': 1})
     """
     found: Counter[str] = Counter()
-    for computation in _Program(text).computations.values():
+    for computation in _parsed(text).computations.values():
         for x in computation.values():
             library = x.op == "custom-call" and re.search(r'custom_call_target="[^"]*(gemm|matmul)', x.attributes)
             if x.op in ("dot", "convolution") or library:
@@ -265,6 +265,11 @@ class _Program:
         if x.op == "dynamic-update-slice":
             return min(extent(body[x.operands[1]].type), size(x.type))
         return size(x.type)
+
+
+@lru_cache(maxsize=1)  # the text is large, and read for its loops, arrays and products in turn
+def _parsed(text: str) -> _Program:
+    return _Program(text)
 
 
 def _parse(line: str) -> Instruction | None:
