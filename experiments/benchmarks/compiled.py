@@ -29,6 +29,7 @@ from experiments.benchmarks.limits import (
     H200,
     Device,
     Work,
+    cache_bytes,
     decode_steps,
     held_bytes,
     kept_bytes,
@@ -39,6 +40,7 @@ from experiments.benchmarks.limits import (
 from experiments.benchmarks.programs import SIZES, WORKS, Setting
 from experiments.benchmarks.race import among, write_json
 from experiments.benchmarks.traffic import Loop, arrays, loops, products
+from grpo_jax.models.tpu_attention import slots_read
 from grpo_jax.rollout.compaction import Stage, choose_stages
 from grpo_jax.runs.memory import format_bytes
 from grpo_jax.runs.topologies import CAPACITY, collectives, out_of_memory, topology_devices
@@ -86,7 +88,8 @@ def mesh_of(target: str, size: str) -> jax.sharding.Mesh:
 
 def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list[Loop]]:
     """The row of a program compiled for a target, and what it does once and in each of its loops, the largest first."""
-    mesh, config = mesh_of(target, setting.size), programs.decoder(setting)
+    mesh = mesh_of(target, setting.size)
+    config = programs.decoder(setting, mesh)
     load, shards = setting.work, row_shards(mesh, setting.rows // setting.group)
     own = Work(load.lengths[: len(load.lengths) // shards], load.prompt)  # of the first device
     device = TARGETS[target].device if target in TARGETS else H200
@@ -124,9 +127,14 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
     inside.sort(key=lambda loop: -loop.moved)
     row["ratios"] = {"memory": row["memory"] / row["needed_memory"]}
     if work == "sampling":
-        passes = decoding_passes(own.lengths, choose_stages(own.lengths.size, setting.completion))
         by_stage = {decoding_stage(loop): loop.moved for loop in inside}
-        moved = sum(steps * by_stage.get(stage, math.nan) for stage, steps in passes.items())
+        stages = choose_stages(own.lengths.size, setting.completion, by_slots=not config.decode_kernel)
+        moved = 0.0
+        for (rows, slots), positions in decoding_passes(own.lengths, stages).items():
+            moved += len(positions) * by_stage.get((rows, slots), math.nan)
+            if config.decode_kernel:  # whose loops are counted with full slots
+                empty = sum(slots - slots_read(position, slots) for position in positions)
+                moved -= cache_bytes(config) * rows * empty
         needed = decode_steps(config, own)[0] / mesh.shape["tensor"]
         full = Work(np.full_like(own.lengths, setting.completion), own.prompt)
         row |= {
@@ -141,18 +149,18 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
     return row, [program, *inside]
 
 
-def decoding_passes(lengths: np.ndarray, stages: tuple[Stage, ...]) -> dict[tuple[int, int], int]:
-    """How many steps are made in the loop of each (rows, slots), for completions of these lengths: see compaction.py.
+def decoding_passes(lengths: np.ndarray, stages: tuple[Stage, ...]) -> dict[tuple[int, int], list[int]]:
+    """The positions that the loop of each (rows, slots) samples, for completions of these lengths: see compaction.py.
 
     >>> decoding_passes(np.array([[4, 2, 3], [5, 1, 2]]), (Stage(6, (5,)), Stage(3, (5,)), Stage(1, (5,))))
-    {(6, 5): 1, (3, 5): 2, (1, 5): 1}
+    {(6, 5): [1], (3, 5): [2, 3], (1, 5): [4]}
     """
-    passes: dict[tuple[int, int], int] = {}
+    passes: dict[tuple[int, int], list[int]] = {}
     position, longest = 1, lengths.max()
     for stage, fewer in zip(stages, [*(stage.rows for stage in stages[1:]), 0], strict=True):
         for slots in stage.slots:
             while position < min(slots + 1, longest) and (lengths > position).sum() > fewer:
-                passes[stage.rows, slots] = passes.get((stage.rows, slots), 0) + 1
+                passes.setdefault((stage.rows, slots), []).append(position)
                 position += 1
     return passes
 

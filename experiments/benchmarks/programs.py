@@ -18,7 +18,7 @@ from grpo_jax.models import DecoderConfig, init_params, make_policy, param_shape
 from grpo_jax.objective import DAPO
 from grpo_jax.rollout import Layout, PromptBatch, Rollout, sample_groups
 from grpo_jax.rollout.packing import pack
-from grpo_jax.runs.setup import with_query_block
+from grpo_jax.runs.setup import for_devices
 from grpo_jax.train.compiled import compile_recipe
 from grpo_jax.train.iteration import Recipe
 from grpo_jax.train.sharding import make_mesh, replicated, row_sharding, sharded_shapes
@@ -66,10 +66,10 @@ class Setting(NamedTuple):
         return Work(drawn if self.ragged else fixed, self.prompt)
 
 
-def decoder(setting: Setting) -> DecoderConfig:
-    """The model: bfloat16 products, layers computed again in the backward pass."""
+def decoder(setting: Setting, mesh: Mesh | None = None) -> DecoderConfig:
+    """The model, in the form for these devices: bfloat16 products, layers computed again in the backward pass."""
     layers, width, heads, kv_heads, head_dim, d_ff, vocabulary = SIZES[setting.size]
-    return DecoderConfig(
+    config = DecoderConfig(
         vocabulary,
         layers,
         width,
@@ -86,6 +86,7 @@ def decoder(setting: Setting) -> DecoderConfig:
         family="qwen2",
         tied=setting.size != "7B",
     )
+    return config if mesh is None else for_devices(config, mesh, setting.microbatch)
 
 
 def build(work: str, setting: Setting, mesh: Mesh | None = None) -> tuple[Any, tuple[Any, ...]]:
@@ -103,8 +104,8 @@ def build(work: str, setting: Setting, mesh: Mesh | None = None) -> tuple[Any, t
     >>> jax.eval_shape(function, *shapes).completions.shape
     (2, 16, 4)
     """
-    config, mesh = decoder(setting), mesh or make_mesh(devices=jax.devices()[:1])
-    config = with_query_block(config, mesh, setting.microbatch)
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    config = decoder(setting, mesh)
     policy, params = make_policy(config), sharded_shapes(param_shapes(config), mesh)
     # Where none may end, the token that ends a completion is one that there is not.
     stops = tuple(range(config.vocab_size // setting.mean)) if setting.ragged else (config.vocab_size,)

@@ -228,7 +228,9 @@ class _Program:
         return int(end.operands[0]) - int(first.operands[0]) if first.op == "constant" else None
 
     def _moved(self, x: Instruction, inside: dict[str, Instruction]) -> int:
-        """Bytes that an instruction reads and writes."""
+        """Bytes that an instruction reads and writes; of a kernel, what it says itself."""
+        if x.op == "custom-call" and (said := re.search(r"kernel_of_(\d+)_bytes", x.attributes)):
+            return int(said[1])
         # What an operation that is done has read are the operands of the one that started it.
         started = inside.get(x.operands[0], x) if x.op.endswith("-done") else x
         reader = started._replace(type=x.type)

@@ -6,13 +6,15 @@ where every row has its own keys), S are its slots, and N / K query heads share 
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from grpo_jax.models import cpu_attention
+from grpo_jax.models.tpu_attention import CachedLayer, attend_to_cache
 from grpo_jax.products import product, sum_dtype
 
 SCORES_ON_CHIP = 64 * 2**20  # bytes of scores that the compiler of a TPU keeps on the chip, which has twice as many
@@ -53,7 +55,7 @@ def choose_query_block(platform: str, num_heads: int, tokens: int) -> int | None
 
 def attend(
     query: Array,
-    blocks: list[KeyValues],
+    blocks: Sequence[KeyValues | CachedLayer],
     *,
     width: int | None = None,
     softcap: float | None = None,
@@ -84,7 +86,8 @@ def attend(
     scale = (query.shape[-1] if width is None else width) ** -0.5
     if query_block is None or query.shape[1] <= query_block:
         return _attend(query, blocks, scale, softcap)
-    return _attend_by_query_blocks(query, blocks, scale, softcap, query_block)
+    # With several queries per row, all keys are arrays of their own.
+    return _attend_by_query_blocks(query, blocks, scale, softcap, query_block)  # type: ignore[arg-type]
 
 
 def _attend_by_query_blocks(
@@ -118,8 +121,11 @@ def _attend_by_query_blocks(
     return jnp.moveaxis(attended, 0, 1).reshape(B, count * size, -1)[:, :L]  # [B, L, N·H]
 
 
-def _attend(query: Array, blocks: list[KeyValues], scale: float, softcap: float | None) -> Array:
-    parts = [_attend_block(query, block, scale, softcap) for block in blocks]
+def _attend(query: Array, blocks: Sequence[KeyValues | CachedLayer], scale: float, softcap: float | None) -> Array:
+    parts = []
+    for block in blocks:
+        attend_one = _attend_cached if isinstance(block, CachedLayer) else _attend_block
+        parts.append(attend_one(query, block, scale, softcap))  # type: ignore[arg-type]
     # Each block's softmax is relative to its own highest score; a factor makes them relative to the highest of all.
     top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])  # [B, L, N]
     total, attended = jnp.zeros_like(top), jnp.zeros(query.shape, jnp.float32)  # [B, L, N], [B, L, N, H]
@@ -129,6 +135,29 @@ def _attend(query: Array, blocks: list[KeyValues], scale: float, softcap: float 
         attended = attended + factor[..., None] * block_attended
     attended = attended / jnp.maximum(total, 1e-30)[..., None]  # [B, L, N, H]
     return attended.reshape(*attended.shape[:2], -1)  # [B, L, N·H]
+
+
+def _attend_cached(
+    query: Array, cached: CachedLayer, scale: float, softcap: float | None
+) -> tuple[Array, Array, Array]:
+    """`_attend_block`, by the kernel where there is one, and not under `jax.vmap`."""
+
+    def plain(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
+        return _attend_block(
+            query, KeyValues(*cached.slice(cached.keys.shape[2] // query.shape[-1]), cached.visible), scale, softcap
+        )
+
+    @jax.custom_batching.custom_vmap
+    def kernel(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
+        top, total, attended = attend_to_cache(query[:, 0], cached, scale, softcap)
+        return top[:, None], total[:, None], attended[:, None]
+
+    @kernel.def_vmap
+    def _(size: int, batched: Any, query: Array, cached: CachedLayer) -> tuple[tuple[Array, Array, Array], Any]:
+        axes = jax.tree.map(lambda x: 0 if x else None, tuple(batched))
+        return jax.vmap(plain, in_axes=axes, axis_size=size)(query, cached), (True, True, True)
+
+    return lax.platform_dependent(query, cached, tpu=kernel, default=plain)
 
 
 def _attend_block(query: Array, block: KeyValues, scale: float, softcap: float | None) -> tuple[Array, Array, Array]:

@@ -11,7 +11,7 @@ import jax
 from grpo_jax.models.attention import RopeScaling
 
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
-SWITCHES = ("tied", "attention_bias", "qk_norm", "offset_norm", "post_norms", "scale_embedding")
+SWITCHES = ("tied", "attention_bias", "qk_norm", "offset_norm", "post_norms", "scale_embedding", "decode_kernel")
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -49,6 +49,8 @@ class DecoderConfig:
       score_width: attention scores are q·k / √score_width; None for head_dim.
       attention_softcap, logit_softcap: scores, and logits, x become cap · tanh(x / cap).
       query_block: of how many queries of a row the attention scores exist at once, None for all; see `choose_query_block`.
+      decode_kernel: a token of each row is decoded by a loop over layers, with a kernel that reads the filled slots of a cache of
+        all layers (tpu_attention.py). Where there is no such kernel, its sums are the plain ones.
       family: as which a folder is saved, the model_type of its config.json.
 
     Raises:
@@ -88,6 +90,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     query_block: int | None = None
+    decode_kernel: bool = False
     family: str = "llama"
 
     def __post_init__(self) -> None:

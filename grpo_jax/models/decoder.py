@@ -58,7 +58,11 @@ def make_policy(config: DecoderConfig) -> Policy:
     ((1, 3, 8), (1, 3, 32))
     """
     return Policy(
-        partial(_forward, config), partial(_unembed, config), partial(_init_cache, config), partial(_prepare, config)
+        partial(_forward, config),
+        partial(_unembed, config),
+        partial(_init_cache, config),
+        partial(_prepare, config),
+        skips_empty=config.decode_kernel,
     )
 
 
@@ -175,7 +179,7 @@ def _forward(
 
     if cache is None:
         if prefix is not None:
-            own["prefix"] = jnp.stack(prefix["k"]), jnp.stack(prefix["v"])  # [layers, P, K, H, slots] each
+            own["prefix"] = _by_layer(c, prefix["k"]), _by_layer(c, prefix["v"])  # [layers, P, K, H, slots] each
         remat_layer = REMATS[c.remat](apply_layer)
         hidden, new_keys = lax.scan(
             lambda hidden, layer: remat_layer(layer[0], hidden, layer[1]),
@@ -185,7 +189,17 @@ def _forward(
         )
         if fills_cache:
             keys, values = new_keys  # [layers, B, K, H, S] each
-            cache = {"k": tuple(jnp.unstack(keys)), "v": tuple(jnp.unstack(values)), **token_data}
+            cache = {"k": _cached(c, keys), "v": _cached(c, values), **token_data}
+    elif c.decode_kernel:
+        own["layer"] = jnp.arange(c.num_layers, dtype=jnp.int32)
+        of_all = {} if prefix is None else {"prefix": (prefix["k"], prefix["v"])}
+
+        def next_layer(carry: tuple[Array, tuple[Array, Array]], layer: tuple[Params, dict[str, Any]]) -> Any:
+            (hidden, keys_values), (weights, own) = carry, layer
+            return apply_layer(weights, hidden, own | of_all | {"cache": keys_values}), None
+
+        (hidden, (keys, values)), _ = lax.scan(next_layer, (hidden, (cache["k"], cache["v"])), (params["layers"], own))
+        cache |= {"k": keys, "v": values}
     else:
         # A scan would copy the weights and the cache of each layer, for every token.
         keys, values = [], []
@@ -249,7 +263,11 @@ def _init_cache(config: DecoderConfig, batch: int, length: int) -> Cache:
     if length > c.max_length:
         raise ValueError(f"a cache of {length} slots is longer than the model's max_length={c.max_length}")
     shape = batch, c.num_kv_heads, c.head_dim, length
-    cache: Cache = {name: tuple(jnp.zeros(shape, c.dtype) for _ in range(c.num_layers)) for name in ("k", "v")}
+    if c.decode_kernel:
+        shape = batch, c.num_layers, c.num_kv_heads * c.head_dim, length
+        cache: Cache = {name: jnp.zeros(shape, c.dtype) for name in ("k", "v")}
+    else:
+        cache = {name: tuple(jnp.zeros(shape, c.dtype) for _ in range(c.num_layers)) for name in ("k", "v")}
     cache["mask"] = jnp.zeros((batch, length), bool)
     return cache if c.window is None else cache | {"positions": jnp.zeros((batch, length), jnp.int32)}
 
@@ -266,8 +284,23 @@ def _prepare(config: DecoderConfig, params: Params, length: int) -> Params:
     # Without this table, XLA would compute a sine for every layer and head of every token.
     cos, sin = _rotations(config, jnp.arange(length, dtype=jnp.int32)[None])  # [1, length, 1, H / 2], or several kinds
     prepared["rotations"] = lax.optimization_barrier((cos[..., 0, :, :, :], sin[..., 0, :, :, :]))  # without rows
-    prepared["each_layer"] = _unstack(prepared["layers"], config.num_layers)
+    if not config.decode_kernel:
+        prepared["each_layer"] = _unstack(prepared["layers"], config.num_layers)
     return prepared
+
+
+def _cached(config: DecoderConfig, x: Array) -> Array | tuple[Array, ...]:
+    """Keys or values [layers, B, K, H, S] as a cache has them."""
+    layers, B, K, H, S = x.shape
+    return jnp.moveaxis(x.reshape(layers, B, K * H, S), 0, 1) if config.decode_kernel else tuple(jnp.unstack(x))
+
+
+def _by_layer(config: DecoderConfig, cached: Array | tuple[Array, ...]) -> Array:
+    """What `_cached` returned, as it was."""
+    if isinstance(cached, tuple):
+        return jnp.stack(cached)
+    B, layers, _, S = cached.shape
+    return jnp.moveaxis(cached, 1, 0).reshape(layers, B, config.num_kv_heads, config.head_dim, S)
 
 
 def _rows(table: tuple[Array, ...], positions: Array) -> tuple[Array, ...]:

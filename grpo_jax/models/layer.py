@@ -12,10 +12,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grpo_jax.models.attention import KeyValues, attend, rotate, within_window
 from grpo_jax.models.config import ACTIVATIONS, PROJECTED, DecoderConfig
+from grpo_jax.models.tpu_attention import CachedLayer
 from grpo_jax.products import matmul
 
 # {"k" and "v": of each layer [B, K, H, S], "mask": [B, S] bool}, with windows "positions": [B, S].
 # Each layer has its own buffer, with the slots last: decoding reads the first slots where they lie, whole vectors at once.
+# With `DecoderConfig.decode_kernel`, "k" and "v" are each one array [B, layers, K·H, S].
 Cache = dict[str, Any]
 
 
@@ -80,6 +82,12 @@ class Layer(nn.Module):
         def add_to_residual(name: str, x: Array) -> Array:
             return hidden + (norm(name, x) if c.post_norms else x).astype(hidden.dtype)
 
+        def of_all_layers(keys: Array, values: Array, filled: int | Array, visible: Array) -> KeyValues | CachedLayer:
+            """The block of this layer [B, 1, L, S]; the kernel is for one query of each row."""
+            cached = CachedLayer(keys, values, own["layer"], jnp.int32(filled), visible)
+            one_query = visible.shape[0] == hidden.shape[0] and hidden.shape[1] == 1
+            return cached if one_query else KeyValues(*cached.slice(c.num_kv_heads), visible)
+
         # Queries, keys and values of the tokens.
         x = norm("attention_norm", hidden)  # [B, L, D]
         query = rotated_heads("query", x, c.num_heads)  # [B, L, N, H]
@@ -87,18 +95,27 @@ class Layer(nn.Module):
         value = heads("value", x, c.num_kv_heads).astype(hidden.dtype).transpose(0, 2, 3, 1)  # [B, K, H, L]
 
         # With a cache, write them to it, and see the keys and values in its first slots instead.
-        new_keys = (key, value) if self.returns_keys else None
+        new_keys, visible = (key, value) if self.returns_keys else None, shared.visible[:, None]
+        own_keys: KeyValues | CachedLayer = KeyValues(key, value, visible)
         if "cache" in own:
-            at, (B, _, S) = (0, 0, 0, shared.start), shared.visible.shape
+            at, (B, L, S) = (0, 0, 0, shared.start), shared.visible.shape
+            if c.decode_kernel:  # a cache of all layers, [rows, layers, K·H, slots]
+                at, (key, value) = (0, own["layer"], 0, shared.start), (x.reshape(B, 1, -1, L) for x in (key, value))
             keys, values = (lax.dynamic_update_slice(x, y, at) for x, y in zip(own["cache"], (key, value), strict=True))
             new_keys = keys, values  # of all rows and slots of the cache
-            key, value = keys[:B, :, :, :S], values[:B, :, :, :S]  # [B, K, H, S]
+            if c.decode_kernel:
+                own_keys = of_all_layers(keys, values, shared.start + L, visible)
+            else:
+                own_keys = KeyValues(keys[:B, :, :, :S], values[:B, :, :, :S], visible)
 
         # Attention to these keys and those of the prefix; in a layer with a window, only to the near ones.
-        blocks = [KeyValues(key, value, shared.visible[:, None])]
+        blocks = [own_keys]
         if shared.prefix_visible is not None:
-            prefix_keys, prefix_values = own["prefix"]
-            blocks.append(KeyValues(prefix_keys, prefix_values, shared.prefix_visible[:, None, None, :]))
+            (keys, values), visible = own["prefix"], shared.prefix_visible[:, None, None, :]  # [P, 1, 1, S']
+            in_loop = "layer" in own
+            blocks.append(
+                of_all_layers(keys, values, keys.shape[-1], visible) if in_loop else KeyValues(keys, values, visible)
+            )
         if shared.positions is not None:
             near = [within_window(shared.positions, x, own["window"]) for x in shared.key_positions]  # [P, G, L, S]
             blocks = [x._replace(visible=x.visible & is_near) for x, is_near in zip(blocks, near, strict=True)]

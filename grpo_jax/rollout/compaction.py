@@ -66,12 +66,12 @@ Step = Callable[[jax.Array, Any, Any, Any, int], tuple[Any, Any]]
 """(position, rows [n, ...], cache [B, ...], prefix, slots) -> (rows, cache)."""
 
 
-def choose_stages(rows: int, length: int) -> tuple[Stage, ...]:
+def choose_stages(rows: int, length: int, *, by_slots: bool = True) -> tuple[Stage, ...]:
     """The stages for B rows and T tokens. More stages save steps and slots, but each loop compiles for about a second.
 
     The rows fall by a quarter and by a third in turn, at most six times and until 8 or fewer are left: a step of fewer rows costs
-    no less, since it must read the weights. The slots come in at most four parts, and in fewer for later stages, where few slots
-    are still empty. Short completions are not worth the compilation.
+    no less, since it must read the weights. With ``by_slots`` the slots come in at most four parts, and in fewer for later
+    stages, where few slots are still empty. Short completions are not worth the compilation.
 
     >>> [(stage.rows, stage.slots) for stage in choose_stages(64, 128)]
     [(64, (64, 128)), (48, (128,)), (32, (128,)), (24, (128,)), (16, (128,)), (12, (128,)), (8, (128,))]
@@ -82,7 +82,7 @@ def choose_stages(rows: int, length: int) -> tuple[Stage, ...]:
     while sizes[-1] > 8 and len(sizes) < min(7, 1 + length // 16):
         sizes.append(-(-3 * sizes[-1] // 4) if len(sizes) % 2 else -(-2 * sizes[-1] // 3))
     # Each stage has half as many parts as the one before it.
-    parts = [max(1, min(4, length // 64) >> number) for number in range(len(sizes))]
+    parts = [max(1, min(4 if by_slots else 1, length // 64) >> number) for number in range(len(sizes))]
     slots = [tuple(-(-length * (part + 1) // count) for part in range(count)) for count in parts]
     return tuple(map(Stage, sizes, slots))
 

@@ -150,7 +150,8 @@ def sample_groups(
     """
     num_prompts = prompts.tokens.shape[0]
     num_rows = num_prompts * group_size
-    stages = choose_stages(num_rows, max_completion) if stages is None else stages
+    if stages is None:
+        stages = choose_stages(num_rows, max_completion, by_slots=not policy.skips_empty)
     _check_stages(stages, num_rows, max_completion)
     params = policy.prepare(params, prompts.num_shared + prompts.tokens.shape[1] + max_completion)
     stops = jnp.array(stop_ids, jnp.int32)

@@ -224,13 +224,17 @@ def make_decoder(config: Any, task: Task, mesh: Mesh, tokenizer: Tokenizer | Non
             max_length=config.data.max_prompt + config.rollout.max_completion,
             **decoder_options(config),
         )
-    return with_query_block(decoder, mesh, config.train.microbatch_tokens)
+    return for_devices(decoder, mesh, config.train.microbatch_tokens)
 
 
-def with_query_block(decoder: DecoderConfig, mesh: Mesh, tokens: int) -> DecoderConfig:
-    """The decoder with `choose_query_block` for the devices of a mesh, and calls of so many tokens on each."""
-    heads = max(1, decoder.num_heads // mesh.shape["tensor"])
-    return replace(decoder, query_block=choose_query_block(mesh.devices.flat[0].platform, heads, tokens))
+def for_devices(decoder: DecoderConfig, mesh: Mesh, tokens: int) -> DecoderConfig:
+    """The decoder in the form that suits the devices of a mesh, for calls of so many tokens on each.
+
+    The kernel of decoding is for TPUs, each of which has whole layers.
+    """
+    platform, parts = mesh.devices.flat[0].platform, mesh.shape["tensor"]
+    query_block = choose_query_block(platform, max(1, decoder.num_heads // parts), tokens)
+    return replace(decoder, query_block=query_block, decode_kernel=platform == "tpu" and parts == 1)
 
 
 def make_tokenizer(config: Any, task: Task) -> Tokenizer:

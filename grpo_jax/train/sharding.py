@@ -98,7 +98,7 @@ def rollout_shardings(rows: Any, whole: Any) -> Any:
 
 
 def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str) -> Callable[..., Rollout]:
-    """``sample`` with the prompts' rows spread over data and fsdp, where their number allows it.
+    """``sample`` with the prompts' rows spread over data and fsdp, where their number allows it; else each has all of them.
 
     Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. Its transfers may wait
     for all devices, so that with it all make their steps together, until the last row has ended. What fsdp spreads is gathered
@@ -110,29 +110,33 @@ def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dty
       shapes: of the parameters, with shardings.
       dtype: of matrix products.
     """
-    together = {"vmap_axis": ROWS[0]} if mesh.shape["tensor"] > 1 else {}
+    together, axes = ({"vmap_axis": ROWS[0]}, ROWS[0]) if mesh.shape["tensor"] > 1 else ({}, mesh.axis_names)
 
     def cast(leaf: jax.Array, shape: Any) -> jax.Array:
         return leaf.astype(dtype) if "fsdp" in shape.sharding.spec else leaf
 
     def spread(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: Any = 0, **options: Any) -> Rollout:
-        if row_shards(mesh, prompts.tokens.shape[0]) == 1:
+        shards = row_shards(mesh, prompts.tokens.shape[0])
+        if shards == 1 and (together or mesh.size == 1):
             return sample(params, prompts, key, first_sample=first_sample, **options)
 
         def of_device(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: jax.Array) -> Rollout:
             rollout = sample(params, prompts, key, first_sample=first_sample, **together, **options)
+            if shards == 1:
+                return rollout
             # The share of useful work of all devices: tokens over row-steps, each summed.
             tokens = rollout.mask.sum(dtype=jnp.float32)
             tokens, work = jax.lax.psum((tokens, tokens / rollout.useful), ROWS[0])
             return rollout._replace(useful=tokens / work)
 
         whole = PartitionSpec()
+        rows = whole if shards == 1 else ROWS
         return jax.shard_map(
             of_device,
             mesh=mesh,
-            in_specs=(whole, ROWS, whole, whole),
-            out_specs=rollout_shardings(ROWS, whole),
-            axis_names=set(ROWS[0]),
+            in_specs=(whole, rows, whole, whole),
+            out_specs=rollout_shardings(rows, whole),
+            axis_names=set(axes),
             check_vma=False,
         )(jax.tree.map(cast, params, shapes), prompts, key, jnp.asarray(first_sample, jnp.int32))
 

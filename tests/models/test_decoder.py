@@ -40,7 +40,7 @@ VARIANTS = {
     "linear scaling": replace(CONFIG, rope_scaling=RopeScaling(4.0), unrotated_layers=(0,)),
     "window": replace(CONFIG, window=4, local_layers=(0, 1, 2)),
 }
-MODELS = {"plain": CONFIG, "everything": EVERYTHING}
+MODELS = {"plain": CONFIG, "everything": EVERYTHING, "one cache": replace(EVERYTHING, decode_kernel=True)}
 both = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
@@ -450,7 +450,7 @@ def test_fewer_rows_and_slots_of_a_cache_are_those_of_a_smaller_one(config):
     # Slots beyond those read do not exist for the call, whatever stands there.
     loud = cache | {
         "mask": cache["mask"].at[:, 8:].set(True),
-        "v": tuple(x.at[..., 8:].set(jnp.nan) for x in cache["v"]),
+        "v": jax.tree.map(lambda x: x.at[..., 8:].set(jnp.nan), cache["v"]),
     }
     last = (slice(3), slice(6, 7))
     hidden, _ = forward(params, *(x[last] for x in (tokens, positions, mask)), loud, jnp.int32(6), slots=8)
