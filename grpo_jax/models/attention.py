@@ -26,11 +26,14 @@ class KeyValues(NamedTuple):
     Attributes:
       keys, values: [P, K, H, S], in the type of the queries.
       visible: [P, G or 1, L or 1, S] bool, which slots the queries may see.
+      order: ([B] int32, rows): row b of the queries is row order[b] of so many, of which rows / P see each row of keys; no two
+        are the same. None: row b of B.
     """
 
     keys: Array
     values: Array
     visible: Array
+    order: tuple[Array, int] | None = None
 
 
 def choose_query_block(platform: str, num_heads: int, tokens: int) -> int | None:
@@ -124,8 +127,12 @@ def _attend_by_query_blocks(
 def _attend(query: Array, blocks: Sequence[KeyValues | CachedLayer], scale: float, softcap: float | None) -> Array:
     parts = []
     for block in blocks:
-        attend_one = _attend_cached if isinstance(block, CachedLayer) else _attend_block
-        parts.append(attend_one(query, block, scale, softcap))  # type: ignore[arg-type]
+        if isinstance(block, CachedLayer):
+            parts.append(_attend_cached(query, block, scale, softcap))
+        elif block.order is None:
+            parts.append(_attend_block(query, block, scale, softcap))
+        else:
+            parts.append(_attend_in_order(query, block, scale, softcap))
     # Each block's softmax is relative to its own highest score; a factor makes them relative to the highest of all.
     top = functools.reduce(jnp.maximum, [block_top for block_top, _, _ in parts])  # [B, L, N]
     total, attended = jnp.zeros_like(top), jnp.zeros(query.shape, jnp.float32)  # [B, L, N], [B, L, N, H]
@@ -135,6 +142,22 @@ def _attend(query: Array, blocks: Sequence[KeyValues | CachedLayer], scale: floa
         attended = attended + factor[..., None] * block_attended
     attended = attended / jnp.maximum(total, 1e-30)[..., None]  # [B, L, N, H]
     return attended.reshape(*attended.shape[:2], -1)  # [B, L, N·H]
+
+
+def _attend_in_order(query: Array, block: KeyValues, scale: float, softcap: float | None) -> tuple[Array, Array, Array]:
+    """`_attend_block` of rows that are brought into the order of the keys, and back.
+
+    By products with ones and zeros, which are exact: accelerators move rows one by one.
+    """
+    assert block.order is not None
+    (order, rows), (B, L, N, H) = block.order, query.shape
+    chosen = jax.nn.one_hot(order, rows, dtype=query.dtype)  # [B, rows]
+    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    ordered = exact(chosen.T, query.reshape(B, -1)).reshape(rows, L, N, H)
+    parts = _attend_block(ordered, block, scale, softcap)
+    chosen = chosen.astype(parts[0].dtype)
+    top, total, attended = (exact(chosen, x.reshape(rows, -1)).reshape(B, *x.shape[1:]) for x in parts)
+    return top, total, attended
 
 
 def _attend_cached(
@@ -162,7 +185,7 @@ def _attend_cached(
 
 def _attend_block(query: Array, block: KeyValues, scale: float, softcap: float | None) -> tuple[Array, Array, Array]:
     """The highest score, the sum of exp(score - highest), both [B, L, N], and the values so weighted [B, L, N, H]."""
-    keys, values, visible = block
+    keys, values, visible, _ = block
     (B, L, N, H), (P, K, _, S) = query.shape, keys.shape
     layout = P, K, B // P, N // K, L
     query = query.reshape(P, B // P, L, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)  # [P, K, G, N/K, L, H]

@@ -20,6 +20,7 @@ from grpo_jax import products
 from grpo_jax.models.attention import rotations, soft_capped
 from grpo_jax.models.config import REMATS, DecoderConfig
 from grpo_jax.models.layer import Cache, Layer, Shared, rms_norm
+from grpo_jax.models.tpu_attention import CachedLayer
 from grpo_jax.rollout.policy import Policy
 
 Params = dict[str, Any]
@@ -32,7 +33,7 @@ UNROLLED = 4
 def make_policy(config: DecoderConfig) -> Policy:
     """The decoder as pure functions of its parameters.
 
-    ``forward(params, tokens, positions, mask, cache=None, start=0, prefix=None, slots=None, segments=None)`` ->
+    ``forward(params, tokens, positions, mask, cache=None, start=0, prefix=None, slots=None, segments=None, order=None)`` ->
     (hidden, cache), with tokens and positions [B, L] int32, mask [B, L] bool and hidden [B, L, D] after the last norm.
     Token i sees itself and earlier tokens whose mask is True. With a cache the tokens are written to slots
     [start, start + L) of its first B rows, and token i sees the True slots up to start + i; only the first ``slots``
@@ -62,7 +63,7 @@ def make_policy(config: DecoderConfig) -> Policy:
         partial(_unembed, config),
         partial(_init_cache, config),
         partial(_prepare, config),
-        skips_empty=config.decode_kernel,
+        in_place=config.decode_kernel,
     )
 
 
@@ -109,8 +110,8 @@ def param_shapes(config: DecoderConfig) -> Params:
 
     def init(key: Array) -> Params:
         own = jax.tree.map(lambda x: x[0], _layer_data(c))
-        positions, key_positions = (None, ()) if c.window is None else (token, (token,))
-        shared = Shared(_rotations(c, token), token[None] >= 0, None, positions, key_positions, 0)
+        positions = () if c.window is None else (token,)
+        shared = Shared(_rotations(c, token), token[None] >= 0, None, positions, positions, 0, None)
         layer = Layer(c).init(key, jnp.zeros((1, 1, c.d_model), c.dtype), own, shared)["params"]
         params = {"embedding": jnp.zeros((c.vocab_size, c.d_model)), "final_norm": jnp.zeros(c.d_model)}
         params |= {} if c.tied else {"unembedding": jnp.zeros((c.d_model, c.vocab_size))}
@@ -130,11 +131,12 @@ def _forward(
     prefix: Cache | None = None,
     slots: int | None = None,
     segments: Array | None = None,
+    order: Array | None = None,
 ) -> tuple[Array, Cache | None]:
     c = config
     B, L = tokens.shape
 
-    _check_call(c, tokens, positions, mask, cache, start, prefix, slots, segments)
+    _check_call(c, tokens, positions, mask, cache, start, prefix, slots, segments, order)
 
     # Embed the tokens. Ids at masked places may be anything; "clip" keeps their embeddings finite, not NaN as by default.
     hidden = jnp.take(params["embedding"], tokens, axis=0, mode="clip").astype(c.dtype)  # [B, L, D]
@@ -163,14 +165,20 @@ def _forward(
         visible &= segments[:, :, None] == segments[:, None, :]  # [B, L, L]
 
     own = _layer_data(c)  # what differs between the layers, [layers] each
-    blocks = [key_data] if prefix is None else [key_data, prefix]
+    blocks, query_positions, prefix_order = [key_data], [positions], None
+    if prefix is not None:
+        blocks, query_positions = [key_data, prefix], [positions, positions]
+    if order is not None and cache is not None:
+        prefix_order = order, cache["mask"].shape[0]
+        query_positions[1] = jnp.zeros((prefix_order[1], L), jnp.int32).at[order].set(positions)
     shared = Shared(
         cos_sin=_rows(params["rotations"], positions) if "rotations" in params else _rotations(c, positions),
         visible=visible,
         prefix_visible=None if prefix is None else prefix["mask"],
-        positions=None if c.window is None else positions,
+        positions=() if c.window is None else tuple(query_positions),
         key_positions=() if c.window is None else tuple(block["positions"] for block in blocks),
         start=start,
+        prefix_order=prefix_order,
     )
     layer = Layer(c, returns_keys=fills_cache)
 
@@ -192,11 +200,13 @@ def _forward(
             cache = {"k": _cached(c, keys), "v": _cached(c, values), **token_data}
     elif c.decode_kernel:
         own["layer"] = jnp.arange(c.num_layers, dtype=jnp.int32)
-        of_all = {} if prefix is None else {"prefix": (prefix["k"], prefix["v"])}
 
         def next_layer(carry: tuple[Array, tuple[Array, Array]], layer: tuple[Params, dict[str, Any]]) -> Any:
             (hidden, keys_values), (weights, own) = carry, layer
-            return apply_layer(weights, hidden, own | of_all | {"cache": keys_values}), None
+            if prefix is not None:
+                cached = CachedLayer(prefix["k"], prefix["v"], own["layer"], jnp.int32(0), prefix["mask"])
+                own = own | {"prefix": cached.slice(c.num_kv_heads)}
+            return apply_layer(weights, hidden, own | {"cache": keys_values}), None
 
         (hidden, (keys, values)), _ = lax.scan(next_layer, (hidden, (cache["k"], cache["v"])), (params["layers"], own))
         cache |= {"k": keys, "v": values}
@@ -225,6 +235,7 @@ def _check_call(
     prefix: Cache | None,
     slots: int | None,
     segments: Array | None,
+    order: Array | None,
 ) -> None:
     """Refuses arguments of a call that do not fit together."""
     B, L = tokens.shape
@@ -243,7 +254,9 @@ def _check_call(
         raise ValueError(f"slots={slots} are those of a cache, and there is none")
     if segments is not None and (cache is not None or segments.shape != tokens.shape):
         raise ValueError(f"segments {segments.shape} must be those of tokens {tokens.shape}, without a cache")
-    if prefix is not None and B % prefix["mask"].shape[0]:
+    if order is not None and (prefix is None or cache is None or L > 1 or not c.decode_kernel):
+        raise ValueError("order is for one token per row, with a cache and a prefix, and with decode_kernel")
+    if order is None and prefix is not None and B % prefix["mask"].shape[0]:
         raise ValueError(f"{B} rows are not a multiple of the {prefix['mask'].shape[0]} rows of the prefix")
 
 

@@ -28,17 +28,19 @@ class Shared(NamedTuple):
       cos_sin: [B, L, 1, H / 2] each; or several kinds of them, [kinds, B, L, 1, H / 2], of which a layer has one.
       visible: [B, L, S] bool, which slots a token may see.
       prefix_visible: [P, S'] bool, which slots of a prefix all tokens may see.
-      positions: [B, L] of the tokens; None where no layer has a window.
-      key_positions: positions of the keys [B, S], and, with a prefix, of its keys [P, S']; () where no layer has a window.
+      positions, key_positions: of the tokens [B, L] and of the keys [B, S]; with a prefix again of the tokens, in the order of
+        its rows, and of its keys [P, S']; () where no layer has a window.
       start: the slot of the cache where the tokens begin.
+      prefix_order: see `KeyValues.order`.
     """
 
     cos_sin: tuple[Array, ...]
     visible: Array
     prefix_visible: Array | None
-    positions: Array | None
+    positions: tuple[Array, ...]
     key_positions: tuple[Array, ...]
     start: int | Array
+    prefix_order: tuple[Array, int] | None
 
 
 class Layer(nn.Module):
@@ -82,12 +84,6 @@ class Layer(nn.Module):
         def add_to_residual(name: str, x: Array) -> Array:
             return hidden + (norm(name, x) if c.post_norms else x).astype(hidden.dtype)
 
-        def of_all_layers(keys: Array, values: Array, filled: int | Array, visible: Array) -> KeyValues | CachedLayer:
-            """The block of this layer [B, 1, L, S]; the kernel is for one query of each row."""
-            cached = CachedLayer(keys, values, own["layer"], jnp.int32(filled), visible)
-            one_query = visible.shape[0] == hidden.shape[0] and hidden.shape[1] == 1
-            return cached if one_query else KeyValues(*cached.slice(c.num_kv_heads), visible)
-
         # Queries, keys and values of the tokens.
         x = norm("attention_norm", hidden)  # [B, L, D]
         query = rotated_heads("query", x, c.num_heads)  # [B, L, N, H]
@@ -104,20 +100,20 @@ class Layer(nn.Module):
             keys, values = (lax.dynamic_update_slice(x, y, at) for x, y in zip(own["cache"], (key, value), strict=True))
             new_keys = keys, values  # of all rows and slots of the cache
             if c.decode_kernel:
-                own_keys = of_all_layers(keys, values, shared.start + L, visible)
+                cached = CachedLayer(keys, values, own["layer"], jnp.int32(shared.start + L), visible)
+                own_keys = cached if L == 1 else KeyValues(*cached.slice(c.num_kv_heads), visible)
             else:
                 own_keys = KeyValues(keys[:B, :, :, :S], values[:B, :, :, :S], visible)
 
         # Attention to these keys and those of the prefix; in a layer with a window, only to the near ones.
         blocks = [own_keys]
         if shared.prefix_visible is not None:
-            (keys, values), visible = own["prefix"], shared.prefix_visible[:, None, None, :]  # [P, 1, 1, S']
-            in_loop = "layer" in own
-            blocks.append(
-                of_all_layers(keys, values, keys.shape[-1], visible) if in_loop else KeyValues(keys, values, visible)
-            )
-        if shared.positions is not None:
-            near = [within_window(shared.positions, x, own["window"]) for x in shared.key_positions]  # [P, G, L, S]
+            prefix_keys, prefix_values = own["prefix"]
+            visible = shared.prefix_visible[:, None, None, :]  # [P, 1, 1, S']
+            blocks.append(KeyValues(prefix_keys, prefix_values, visible, shared.prefix_order))
+        if shared.key_positions:
+            pairs = zip(shared.positions, shared.key_positions, strict=True)
+            near = [within_window(x, y, own["window"]) for x, y in pairs]  # [P, G, L, S]
             blocks = [x._replace(visible=x.visible & is_near) for x, is_near in zip(blocks, near, strict=True)]
         attended = attend(
             query, blocks, width=c.score_width, softcap=c.attention_softcap, query_block=c.query_block

@@ -94,7 +94,7 @@ def run_stages(
     prefix: Any,
     *,
     length: int,
-    group_size: int,
+    group_size: int | None,
     max_over_members: Callable[[jax.Array], jax.Array],
 ) -> Decoding:
     """Decodes until every row has ended or holds ``length`` tokens.
@@ -106,7 +106,7 @@ def run_stages(
       step: samples one token of each row.
       prefix: the prompts' cache; row ``r`` of B sees that of prompt r // group_size.
       length: T.
-      group_size: G.
+      group_size: G; None where ``step`` finds the prefix of a row by its origin. Else each row is given its own.
       max_over_members: number -> the largest among the members of a `jax.vmap` that make their steps together.
 
     Returns:
@@ -143,8 +143,11 @@ def run_stages(
         rows = jax.tree.map(lambda x: x[order], state.rows)  # [B, ...]
         # In the cache, only live rows move, one by one: a gather of all rows takes ten times as long on a CPU.
         cache = lax.fori_loop(0, max_over_members(count), partial(_move_in_cache, holes, movers), state.cache)
+        state = state._replace(rows=rows, cache=cache)
+        if group_size is None:
+            return state, prefix
         prompts = rows.origin[:size] // group_size  # [n]
-        return state._replace(rows=rows, cache=cache), lax.map(lambda p: jax.tree.map(lambda x: x[p], prefix), prompts)
+        return state, lax.map(lambda p: jax.tree.map(lambda x: x[p], prefix), prompts)
 
     # Each stage ends when its live rows fit into the next one; the last, when none is live.
     next_rows = [stage.rows for stage in stages[1:]] + [0]

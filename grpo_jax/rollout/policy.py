@@ -33,11 +33,13 @@ class Policy(NamedTuple):
       prepare: ``prepare(params, length) -> params`` with which the other functions give the same results in less time, at
         positions below ``length``. Sampling calls it once and decodes with its result. A model whose products are bfloat16 casts
         its matrices here; otherwise they would be cast again for every token.
-      skips_empty: with one token per row, empty slots of a cache are not read, whatever ``slots`` says.
+      in_place: with one token per row, keys and values are read where they lie: of a cache the filled slots alone, whatever
+        ``slots`` says; and ``forward`` takes ``order`` [B] int32, with which row ``b`` sees prefix row ``order[b] // G``, G being
+        the cache's rows over P. No two of ``order`` are equal.
     """
 
     forward: Callable[..., tuple[Any, Any]]
     unembed: Callable[..., Any]
     init_cache: Callable[[int, int], Any]
     prepare: Callable[[Any, int], Any] = unchanged
-    skips_empty: bool = False
+    in_place: bool = False

@@ -151,7 +151,7 @@ def sample_groups(
     num_prompts = prompts.tokens.shape[0]
     num_rows = num_prompts * group_size
     if stages is None:
-        stages = choose_stages(num_rows, max_completion, by_slots=not policy.skips_empty)
+        stages = choose_stages(num_rows, max_completion, by_slots=not policy.in_place)
     _check_stages(stages, num_rows, max_completion)
     params = policy.prepare(params, prompts.num_shared + prompts.tokens.shape[1] + max_completion)
     stops = jnp.array(stop_ids, jnp.int32)
@@ -185,8 +185,10 @@ def sample_groups(
         tokens = rows.token[:, None]  # [n, 1]
         positions = (rows.prompt_length + slot)[:, None]  # [n, 1]
         mask = rows.live[:, None]  # [n, 1]
+        # After a compaction, rows are no longer in the order of the prompts.
+        order = {"order": rows.origin} if policy.in_place and len(rows.origin) < num_rows else {}
         hidden, cache = policy.forward(
-            params, tokens, positions, mask, cache=cache, start=slot, prefix=prefix, slots=slots
+            params, tokens, positions, mask, cache=cache, start=slot, prefix=prefix, slots=slots, **order
         )  # [n, 1, D]
         return append_token(rows, hidden[:, 0], position), cache
 
@@ -219,7 +221,7 @@ def sample_groups(
         decode_step,
         prefix,
         length=max_completion,
-        group_size=group_size,
+        group_size=None if policy.in_place else group_size,
         max_over_members=max_over_members,
     )
 

@@ -38,7 +38,8 @@ def test_one_token_of_each_row(length, platform, monkeypatch):
     visible[:, 0] = True
 
     def of_part(query, keys, values):
-        return attend(query, [(keys[:ROWS, :, :, :length], values[:ROWS, :, :, :length], visible[:, None, None])])
+        parts = (x[:ROWS, :, :, :length] for x in (keys, values))
+        return attend(query, [KeyValues(*parts, visible[:, None, None])])
 
     attended = jax.jit(of_part)(query, keys, values)
     wanted = expected(query, keys[:, :, :, :length], values[:, :, :, :length], visible)
@@ -91,13 +92,29 @@ def test_blocks_of_queries_sum_gradients_in_float32():
     np.testing.assert_allclose(by_blocks, whole, atol=0.004 * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_in_any_order_see_the_keys_of_their_place(dtype):
+    """Five of the six rows of two prompts, shuffled: each as where all six are in order."""
+    prompts, group, slots = 2, 3, 7
+    query = jnp.asarray(random(prompts * group, 1, HEADS, WIDTH, seed=0), dtype)
+    keys, values = (jnp.asarray(random(prompts, KV_HEADS, WIDTH, slots, seed=i), dtype) for i in (1, 2))
+    visible = np.random.default_rng(3).random((prompts, group, 1, slots)) < 0.7
+    visible[..., 0] = True
+    block = KeyValues(keys, values, jnp.asarray(visible))
+    order = jnp.array([4, 0, 5, 2, 1])
+    in_order = attend(query, [block])
+    found = attend(query[order], [block._replace(order=(order, prompts * group))])
+    np.testing.assert_allclose(found, in_order[order], atol=1e-6)
+
+
 def test_one_token_is_differentiable():
     """As two tokens are, whose products are matrices: the first sees what it sees alone."""
     query, key, value = (random(ROWS, n, m, WIDTH, seed=n) for n, m in ((2, HEADS), (21, KV_HEADS), (22, KV_HEADS)))
     keys, values = (jnp.asarray(x[:, :21].transpose(0, 2, 3, 1)) for x in (key, value))
 
     def total(keys, values, count):
-        return (attend(query[:, :count], [(keys, values, jnp.ones((ROWS, 1, 1, 21), bool))])[:, 0] ** 2).sum()
+        block = KeyValues(keys, values, jnp.ones((ROWS, 1, 1, 21), bool))
+        return (attend(query[:, :count], [block])[:, 0] ** 2).sum()
 
     for one, two in zip(*(jax.grad(total, (0, 1))(keys, values, count) for count in (1, 2)), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-6)
