@@ -104,21 +104,18 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
         "limit_seconds": _limit_seconds(work, setting, own, mesh, device),
     }
     function, shapes = programs.build(work, setting, mesh)
-    start = _cpu_seconds()
+    start = cpu_seconds()
     try:
         compiled = function.lower(*shapes).compile()
     except jax.errors.JaxRuntimeError as error:
         if (needed := out_of_memory(error)) is None:
             raise
-        return row | {"fits": False, "memory": needed, "compile_seconds": _cpu_seconds() - start}, []
-    text, sizes = compiled.as_text(), compiled.memory_analysis()
+        return row | {"fits": False, "memory": needed, "compile_seconds": cpu_seconds() - start}, []
+    text = compiled.as_text()
     row |= {
         "fits": True,
-        "compile_seconds": _cpu_seconds() - start,
-        "memory": sizes.argument_size_in_bytes
-        + sizes.temp_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes,
+        "compile_seconds": cpu_seconds() - start,
+        "memory": memory_of(compiled),
         "transfers": collectives(text),
         "products": dict(products(text)),
         **_large(text, setting, config.vocab_size // mesh.shape["tensor"]),
@@ -147,6 +144,19 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
         row["moved"] = program.moved + programs.blocks(setting) * (inside[0].moved if inside else 0)
     row["moved_seconds"] = row["moved"] / device.bandwidth if "moved" in row else None
     return row, [program, *inside]
+
+
+def memory_of(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program takes on each device."""
+    sizes = compiled.memory_analysis()
+    assert sizes is not None
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return held + sizes.temp_size_in_bytes
+
+
+def cpu_seconds() -> float:
+    """Of this process so far."""
+    return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 
 
 def decoding_passes(lengths: np.ndarray, stages: tuple[Stage, ...]) -> dict[tuple[int, int], list[int]]:
@@ -292,10 +302,6 @@ def _large(text: str, setting: Setting, vocabulary: int) -> dict[str, str | None
             continue
         found[kind] = found[kind] or f"{shape} {format_bytes(size)}"
     return found
-
-
-def _cpu_seconds() -> float:
-    return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 
 
 def main(arguments: list[str]) -> None:

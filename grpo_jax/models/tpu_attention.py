@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from grpo_jax.products import sum_dtype
 
 LANES = 128  # numbers of a vector
-SLOTS = 128  # that are brought to the chip together
+SLOTS = 64  # that are brought to the chip together: fewer would be computed more slowly than brought
 ON_CHIP = 8 * 2**20  # bytes of keys and values on the chip at once: half of what a kernel has there by default
 
 
@@ -62,7 +62,7 @@ def slots_read(filled: int, slots: int) -> int:
     """How many slots are read where so many are filled.
 
     >>> slots_read(1, 1024), slots_read(129, 1024), slots_read(90, 100)
-    (128, 256, 100)
+    (64, 192, 100)
     """
     return min(-(-filled // SLOTS) * SLOTS, slots)
 
@@ -112,7 +112,9 @@ def attend_to_cache(
         return pl.BlockSpec((rows, *dims), lambda i, j, scalars: (i, *[0] * len(dims)))
 
     of_cache = pl.BlockSpec((rows, 1, slots, features), lambda i, j, scalars: (i, scalars[0], part(j, scalars), 0))
-    of_visible = pl.BlockSpec((rows, 1, slots), lambda i, j, scalars: (i, 0, part(j, scalars)))
+    of_visible = pl.BlockSpec((1, rows, 1, slots), lambda i, j, scalars: (part(j, scalars), i, 0, 0))
+    visible = jnp.pad(cached.visible[:, 0].astype(jnp.int32), ((0, 0), (0, 0), (0, -S % slots)))
+    visible = jnp.moveaxis(visible.reshape(B, 1, -1, slots), 2, 0)  # [S/slots, B, 1, slots]
     sums_of = lambda *dims: jax.ShapeDtypeStruct((B, *dims), sum_dtype(query.dtype))  # noqa: E731
     with jax.named_scope(f"kernel_of_{_bytes_read(cached)}_bytes"):
         top, total, attended = pl.pallas_call(
@@ -133,7 +135,7 @@ def attend_to_cache(
             query,
             keys,
             values,
-            cached.visible[:, 0].astype(jnp.int32),
+            visible,
         )
     attended = (attended.reshape(B, M, g, R, g, H) * own.astype(attended.dtype)).sum(
         4
@@ -180,7 +182,7 @@ def _kernel(
         def is_filled(shape: tuple[int, ...], axis: int) -> Array:
             return number * slots + lax.broadcasted_iota(jnp.int32, shape, axis) < filled
 
-        seen = (visible[...] > 0) & is_filled(visible.shape, 2)  # [rows, 1, slots]
+        seen = (visible[0] > 0) & is_filled(visible.shape[1:], 2)  # [rows, 1, slots]
         _, M, _, width = query.shape
         for m in range(M):
             features = slice(m * width, (m + 1) * width)

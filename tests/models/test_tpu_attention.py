@@ -66,7 +66,7 @@ def expected(query, cached, scale, softcap):
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize(
     ("slots", "filled", "softcap"),
-    [(5, 1, None), (128, 128, None), (200, 140, 1.5), (384, 128, None), (384, 129, 3.0), (300, 300, None)],
+    [(5, 1, None), (64, 64, None), (200, 140, 1.5), (192, 64, None), (192, 65, 3.0), (300, 300, None)],
 )
 def test_the_kernel_gives_the_sums_over_filled_slots(heads, slots, filled, softcap):
     """Of one layer and of rows in front; a block that is not full, and one that nothing fills."""
@@ -79,7 +79,7 @@ def test_the_kernel_gives_the_sums_over_filled_slots(heads, slots, filled, softc
 @pytest.mark.parametrize("rows", [1, 7, 9])
 def test_rows_come_in_blocks_of_which_the_last_may_not_be_full(rows, monkeypatch):
     heads = HEADS["two heads in a vector"]
-    monkeypatch.setattr("grpo_jax.models.tpu_attention.ON_CHIP", 4 * 4 * 128 * 128 * 4)  # four rows
+    monkeypatch.setattr("grpo_jax.models.tpu_attention.ON_CHIP", 4 * 4 * 128 * 64 * 4)  # four rows
     query, cached = random_layer(heads, rows, 256, 150)
     found = attend_to_cache(query, cached, 0.125, None, interpret=True)
     for x, y in zip(found, expected(query, cached, 0.125, None), strict=True):
@@ -139,5 +139,5 @@ def test_samples_do_not_depend_on_the_kernel(kernel, options):
 
 
 def test_what_the_kernel_reads():
-    assert [slots_read(n, 300) for n in (1, 128, 129, 257, 300)] == [128, 128, 256, 300, 300]
+    assert [slots_read(n, 300) for n in (1, 64, 65, 257, 300)] == [64, 64, 128, 300, 300]
     assert [heads_of_vectors(K, H) for _, K, H in HEADS.values()] == [2, 1, 4, 3, 1]
