@@ -16,6 +16,7 @@ import math
 import re
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,12 +107,11 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
     function, shapes = programs.build(work, setting, mesh)
     start = cpu_seconds()
     try:
-        compiled = function.lower(*shapes).compile()
+        compiled, text = compile_with_text(function.lower(*shapes))
     except jax.errors.JaxRuntimeError as error:
         if (needed := out_of_memory(error)) is None:
             raise
         return row | {"fits": False, "memory": needed, "compile_seconds": cpu_seconds() - start}, []
-    text = compiled.as_text()
     row |= {
         "fits": True,
         "compile_seconds": cpu_seconds() - start,
@@ -144,6 +144,16 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
         row["moved"] = program.moved + programs.blocks(setting) * (inside[0].moved if inside else 0)
     row["moved_seconds"] = row["moved"] / device.bandwidth if "moved" in row else None
     return row, [program, *inside]
+
+
+def compile_with_text(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The program and its optimised HLO, which the compiler writes into a file: of a v6e, jax cannot read it back."""
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        written = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        text = written[-1].read_text(encoding="utf-8") if written else compiled.as_text()
+    assert text is not None
+    return compiled, text
 
 
 def memory_of(compiled: jax.stages.Compiled) -> int:

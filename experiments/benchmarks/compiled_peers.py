@@ -78,12 +78,12 @@ def compile_plain(work: str, setting: Setting, target: str) -> Program:
         lowered = plain.learn.lower((params, params, params, number()), batch, head_dim=head_dim)
     start = compiled.cpu_seconds()
     try:
-        program = lowered.compile()
+        program, text = compiled.compile_with_text(lowered)
     except jax.errors.JaxRuntimeError as error:
         if (needed := out_of_memory(error)) is None:
             raise
         return Program(None, needed, compiled.cpu_seconds() - start)
-    return Program(program.as_text(), compiled.memory_of(program), compiled.cpu_seconds() - start)
+    return Program(text, compiled.memory_of(program), compiled.cpu_seconds() - start)
 
 
 def compile_tunix(work: str, setting: Setting, target: str) -> Program:
@@ -95,8 +95,7 @@ def compile_tunix(work: str, setting: Setting, target: str) -> Program:
         options = {"topology": "1x1x1", "target_config": H200_DESCRIPTION}
         topology = {"topology": ("", "cuda"), "topology_options": options}
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder) / "program.hlo"
-        request = {"work": work, "sizes": SIZES[setting.size], "text": str(text), **topology}
+        request = {"work": work, "sizes": SIZES[setting.size], "folder": folder, **topology}
         request |= {name: getattr(setting, name) for name in ("rows", "group", "prompt", "completion")}
         done = subprocess.run(
             [os.environ["GRPO_JAX_TUNIX_PYTHON"], HERE / "tunix_programs.py"],
@@ -111,7 +110,8 @@ def compile_tunix(work: str, setting: Setting, target: str) -> Program:
             if (needed := out_of_memory(RuntimeError(answer["error"]))) is None:
                 raise ValueError(f"Tunix: {answer['error']}")
             return Program(None, needed, 0.0)
-        return Program(text.read_text(encoding="utf-8"), answer["memory"], answer["compile_seconds"])
+        text = (Path(folder) / "program.txt").read_text(encoding="utf-8")
+        return Program(text, answer["memory"], answer["compile_seconds"])
 
 
 def read(name: str, work: str, setting: Setting, target: str) -> dict[str, Any]:

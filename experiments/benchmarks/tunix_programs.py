@@ -117,7 +117,9 @@ def main() -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=here), shapes)
     before = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     try:
-        compiled = function.trace(*shapes).lower(lowering_platforms=(request["topology"][1],)).compile()
+        options = {"xla_dump_to": request["folder"], "xla_dump_hlo_as_text": True}
+        lowered = function.trace(*shapes).lower(lowering_platforms=(request["topology"][1],))
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         print(json.dumps({"error": str(error)}))
         return
@@ -129,7 +131,10 @@ def main() -> None:
         - sizes.alias_size_in_bytes,
         "compile_seconds": sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - before,
     }
-    Path(request["text"]).write_text(compiled.as_text(), encoding="utf-8")
+    # What the compiler writes; of a v6e, jax cannot read it back.
+    written = sorted(Path(request["folder"]).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+    text = written[-1].read_text(encoding="utf-8") if written else compiled.as_text()
+    Path(request["folder"], "program.txt").write_text(text, encoding="utf-8")
     print(json.dumps(answer))
 
 
