@@ -69,7 +69,7 @@ class Target(NamedTuple):
 TARGETS = {
     "v5e": Target("v5e:2x2", "v5e:4x4", {"fsdp": 4, "tensor": 4}, Device(197e12, 0.819e12, None)),
     "v6e": Target("v6e:2x2", "v6e:4x4", {"fsdp": 4, "tensor": 4}, Device(918e12, 1.64e12, None)),
-    "v5p": Target("v5p:2x2x1", "v5p:2x2x1", {"fsdp": 4}, Device(459e12, 2.765e12, None)),
+    "v5p": Target("v5p:2x2x1", "v5p:2x2x1", {"fsdp": 2, "tensor": 2}, Device(459e12, 2.765e12, None)),
     "H200": Target("h200:1", "h200:8", {"fsdp": 8}, H200),
 }
 

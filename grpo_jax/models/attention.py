@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from grpo_jax.models import cpu_attention
 from grpo_jax.models.tpu_attention import CachedLayer, attend_to_cache
@@ -163,7 +164,26 @@ def _attend_in_order(query: Array, block: KeyValues, scale: float, softcap: floa
 def _attend_cached(
     query: Array, cached: CachedLayer, scale: float, softcap: float | None
 ) -> tuple[Array, Array, Array]:
-    """`_attend_block`, by the kernel where there is one, and not under `jax.vmap`."""
+    """`_attend_block`, by the kernel where there is one, and not under `jax.vmap`.
+
+    Inside `jax.shard_map`, heads are spread over the axes that are left to the compiler, which cannot divide a kernel itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
+    heads, by_head = PartitionSpec(None, axes), PartitionSpec(None, None, axes)
+    of_cache: Any = CachedLayer(by_head, by_head, *[PartitionSpec()] * 3)  # type: ignore[arg-type]
+
+    def of_heads(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
+        return attend_to_cache(query, cached, scale, softcap)
+
+    if axes:
+        of_heads = jax.shard_map(
+            of_heads,
+            in_specs=(heads, of_cache),
+            out_specs=heads,
+            axis_names=set(axes),
+            check_vma=False,
+        )
 
     def plain(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
         return _attend_block(
@@ -172,7 +192,7 @@ def _attend_cached(
 
     @jax.custom_batching.custom_vmap
     def kernel(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
-        top, total, attended = attend_to_cache(query[:, 0], cached, scale, softcap)
+        top, total, attended = of_heads(query[:, 0], cached)
         return top[:, None], total[:, None], attended[:, None]
 
     @kernel.def_vmap

@@ -230,11 +230,13 @@ def make_decoder(config: Any, task: Task, mesh: Mesh, tokenizer: Tokenizer | Non
 def for_devices(decoder: DecoderConfig, mesh: Mesh, tokens: int) -> DecoderConfig:
     """The decoder in the form that suits the devices of a mesh, for calls of so many tokens on each.
 
-    The kernel of decoding is for TPUs, each of which has whole layers.
+    The kernel of decoding is for TPUs, on which heads of keys are not divided.
     """
     platform, parts = mesh.devices.flat[0].platform, mesh.shape["tensor"]
     query_block = choose_query_block(platform, max(1, decoder.num_heads // parts), tokens)
-    return replace(decoder, query_block=query_block, decode_kernel=platform == "tpu" and parts == 1)
+    return replace(
+        decoder, query_block=query_block, decode_kernel=platform == "tpu" and decoder.num_kv_heads % parts == 0
+    )
 
 
 def make_tokenizer(config: Any, task: Task) -> Tokenizer:

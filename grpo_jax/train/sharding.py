@@ -117,7 +117,7 @@ def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dty
 
     def spread(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: Any = 0, **options: Any) -> Rollout:
         shards = row_shards(mesh, prompts.tokens.shape[0])
-        if shards == 1 and (together or mesh.size == 1):
+        if mesh.size == 1:
             return sample(params, prompts, key, first_sample=first_sample, **options)
 
         def of_device(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: jax.Array) -> Rollout:
