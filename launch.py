@@ -1,8 +1,9 @@
 """Runs a config: python launch.py --config=configs/small.py [--workdir=runs/small] [--config.objective.beta=0.5 …]
 
 A run started again with the same config and run directory resumes, or shows its result if it is finished.
---mode=evaluate measures a checkpoint of the run directory; --mode=estimate says what memory each device needs, also of a TPU
-pod that is not there (--topology=v5e:4x4); --mode=manifest --target=jobset prints what starts the command on such a pod.
+--mode=evaluate measures a checkpoint of the run directory; --mode=export --output=FOLDER writes one as a Hugging Face folder
+with tokenizer, chat template and a card; --mode=estimate says what memory each device needs, also of a TPU pod that is not
+there (--topology=v5e:4x4); --mode=manifest --target=jobset prints what starts the command on such a pod.
 --sweep="objective.beta=0.1,0.3,1; seed=0,1" runs every combination one after the other, each in its own directory inside
 runs/NAME_sweep; the same command goes on where it was stopped, and with --list only says how far each point is.
 On several hosts, the same command on each, with --processes=auto where the machine knows of the others (Cloud TPU, GKE, Slurm,
@@ -37,11 +38,19 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "estimate", "manifest"],
-    "train or resume; measure a checkpoint; bytes per device; or print what starts this command on a cluster.",
+    ["train", "evaluate", "export", "estimate", "manifest"],
+    "train or resume; measure a checkpoint; write it for other programs; bytes per device; or print what starts this command on "
+    "a cluster.",
 )
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "With --mode=evaluate: latest (default), reference, average, or an iteration."
+    "checkpoint", None, "With --mode=evaluate or export: latest (default), reference, average, or an iteration."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "With --mode=export: the folder to write, which is not there yet.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16", "float16"],
+    "With --mode=export: of the weights; float32 by default, as they are.",
 )
 _NAME = flags.DEFINE_string(
     "name", None, "With --mode=evaluate: folder in the run directory's evaluations/; with --mode=manifest: of the job."
@@ -88,7 +97,9 @@ def main(arguments: list[str]) -> None:
     except ValueError as error:
         stop(f"--workdir={error}", EXIT_USAGE)
     for flag, modes in (
-        (_CHECKPOINT, ("evaluate",)),
+        (_CHECKPOINT, ("evaluate", "export")),
+        (_OUTPUT, ("export",)),
+        (_DTYPE, ("export",)),
         (_NAME, ("evaluate", "manifest")),
         (_DEVICES, ("estimate",)),
         (_TOPOLOGY, ("estimate", "manifest")),
@@ -101,6 +112,8 @@ def main(arguments: list[str]) -> None:
             f"--checkpoint={_CHECKPOINT.value!r} must be latest, reference, average, or the number of an iteration",
             EXIT_USAGE,
         )
+    if _MODE.value == "export" and _OUTPUT.value is None:
+        stop("--mode=export wants --output=FOLDER", EXIT_USAGE)
     if _SWEEP.value is not None and _MODE.value not in ("train", "manifest"):
         stop("--sweep is for --mode=train", EXIT_USAGE)
     if _LIST.value and _SWEEP.value is None:
@@ -127,6 +140,7 @@ def main(arguments: list[str]) -> None:
         StartedInVain,
     )
     from grpo_jax.runs.evaluation import evaluate
+    from grpo_jax.runs.export import export
     from grpo_jax.runs.loop import train
     from grpo_jax.runs.memory import estimate
 
@@ -146,6 +160,9 @@ def main(arguments: list[str]) -> None:
                 train(_CONFIG.value, workdir)
             case "evaluate":
                 evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value or "latest", name=_NAME.value)
+            case "export":
+                checkpoint, dtype = _CHECKPOINT.value or "latest", _DTYPE.value or "float32"
+                export(_CONFIG.value, workdir, _OUTPUT.value or "", checkpoint=checkpoint, dtype=dtype)
             case "estimate":
                 estimate(_CONFIG.value, topology=_TOPOLOGY.value)
     except ConfigError as error:

@@ -131,7 +131,7 @@ def read(work: str, setting: Setting, target: str) -> tuple[dict[str, Any], list
             moved += len(positions) * by_stage.get((rows, slots), math.nan)
             if config.decode_kernel:  # whose loops are counted with full slots
                 empty = sum(slots - slots_read(position, slots) for position in positions)
-                moved -= cache_bytes(config) * rows * empty
+                moved -= cache_bytes(config) / mesh.shape["tensor"] * rows * empty
         needed = decode_steps(config, own)[0] / mesh.shape["tensor"]
         full = Work(np.full_like(own.lengths, setting.completion), own.prompt)
         row |= {

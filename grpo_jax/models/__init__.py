@@ -4,6 +4,7 @@ from grpo_jax.models.attention import choose_query_block
 from grpo_jax.models.decoder import DecoderConfig, init_params, make_policy, param_shapes
 from grpo_jax.models.families import read_config
 from grpo_jax.models.pretrained import check_pretrained, load_pretrained, save_pretrained
+from grpo_jax.models.safetensors import plain_file
 
 __all__ = [
     "DecoderConfig",
@@ -13,6 +14,7 @@ __all__ = [
     "load_pretrained",
     "make_policy",
     "param_shapes",
+    "plain_file",
     "read_config",
     "save_pretrained",
 ]

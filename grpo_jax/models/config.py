@@ -1,7 +1,7 @@
 """What tells one decoder from another: its sizes, and the switches by which the families of models differ."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from operator import contains
 from typing import Any
@@ -13,6 +13,7 @@ from grpo_jax.models.attention import RopeScaling
 SIZES = ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_length")
 SWITCHES = ("tied", "attention_bias", "qk_norm", "offset_norm", "post_norms", "scale_embedding", "decode_kernel")
 DTYPES = ("float32", "bfloat16")
+COMPUTED = ("dtype", "remat", "query_block", "decode_kernel")  # fields of how sums are computed, not of which
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
@@ -130,6 +131,17 @@ class DecoderConfig:
     def _are_layers(self, x: Any) -> bool:
         whole = type(x) is tuple and all(type(i) is int and 0 <= i < self.num_layers for i in x)
         return whole and list(x) == sorted(set(x))
+
+
+def of_model(config: DecoderConfig) -> DecoderConfig:
+    """What a folder says of it: the same model, however its sums are computed.
+
+    >>> config = DecoderConfig(32, 1, 8, num_heads=2, num_kv_heads=1, head_dim=4, d_ff=16, max_length=64)
+    >>> of_model(replace(config, dtype="bfloat16", decode_kernel=True)) == config
+    True
+    """
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name in COMPUTED}
+    return replace(config, **defaults)
 
 
 def _is_size(x: Any) -> bool:

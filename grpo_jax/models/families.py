@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_jax.files import read_bounded_json
 from grpo_jax.models.attention import RopeScaling
-from grpo_jax.models.config import DecoderConfig
+from grpo_jax.models.config import DecoderConfig, of_model
 from grpo_jax.models.safetensors import JSON_LIMIT, plain_file
 
 Entries = dict[str, Any]
@@ -191,7 +191,7 @@ def config_entries(config: DecoderConfig) -> Entries:
         entries["no_rope_layers"] = [int(i not in c.unrotated_layers) for i in range(c.num_layers)]
 
     # A family may have no entry for a field of the config; then another config would be read back.
-    read_back = replace(_decoder_config(entries), dtype=c.dtype, remat=c.remat)
+    c, read_back = of_model(c), _decoder_config(entries)
     lost = [f"{f.name}={getattr(c, f.name)!r}" for f in fields(c) if getattr(c, f.name) != getattr(read_back, f.name)]
     if lost:
         raise ValueError(f"a folder of family {c.family!r} cannot have {', '.join(lost)}")

@@ -20,10 +20,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
 from grpo_jax.files import write_text
+from grpo_jax.models.config import of_model
 from grpo_jax.models.decoder import DecoderConfig, Params, make_policy, param_shapes
 from grpo_jax.models.families import config_entries, read_config
 from grpo_jax.models.safetensors import CHUNK, INDEX, SINGLE, StoredTensor, open_tensors, printable
@@ -33,6 +35,11 @@ from grpo_jax.rollout.policy import Policy
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # saved by older transformers; never read
 SHARD = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
 Tensors = list[tuple[ExpectedTensor, StoredTensor]]  # of one parameter
+STORED = {  # how weights may be written: safetensors' name, and the type
+    "float32": ("F32", np.dtype("<f4")),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float16": ("F16", np.dtype("<f2")),
+}
 STAGING = ".saving-"  # how the name of a folder begins in which a save prepares its files
 
 
@@ -98,34 +105,43 @@ def check_pretrained(folder: str | os.PathLike[str]) -> None:
 
 
 def save_pretrained(
-    folder: str | os.PathLike[str], config: DecoderConfig, params: Params, *, max_shard_bytes: int = 5 << 30
+    folder: str | os.PathLike[str],
+    config: DecoderConfig,
+    params: Params,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Writes config.json and float32 weights so that ``load_pretrained`` reads back exactly these parameters.
+    """Writes config.json and weights so that ``load_pretrained`` reads back exactly these parameters, or rounded to ``dtype``.
 
-    Weights of more than ``max_shard_bytes`` become several files with an index. The host holds one tensor at a time.
-    Whoever reads meanwhile, or after a crash at any point, finds the old model or the new one; only where the old model is
-    of another config, the folder has no config.json for a moment. Files of the model that was there before are removed.
+    ``dtype`` is float32, bfloat16 or float16. Weights of more than ``max_shard_bytes`` become several files with an index. The
+    host holds one tensor at a time. Whoever reads meanwhile, or after a crash at any point, finds the old model or the new one;
+    only where the old model is of another config, the folder has no config.json for a moment. Files of the model that was there
+    before are removed.
 
-    Raises ValueError where the parameters do not fit the config or are not finite: the folder is then as it was. Tokenizer
-    files are the caller's to copy. Example: see ``load_pretrained``.
+    Raises ValueError where the parameters do not fit the config, or are not finite in ``dtype``: the folder is then as it was.
+    Tokenizer files are the caller's to copy. Example: see ``load_pretrained``.
     """
     wanted, shapes = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (param_shapes(config), params))
     if shapes != wanted:
         raise ValueError(f"parameters of shapes {shapes} do not fit the config, which implies {wanted}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is not positive")
-    entries = config_entries(config)
+    if dtype not in STORED:
+        raise ValueError(f"dtype={dtype!r} is not {', '.join(STORED)}")
+    entries = config_entries(config) | {"torch_dtype": dtype}
+    size = STORED[dtype][1].itemsize
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = _divide(expected_tensors(config), max_shard_bytes)
+    parts = _divide(expected_tensors(config), size, max_shard_bytes)
     names = _unused_names(folder, len(parts)) if len(parts) > 1 else [SINGLE]
     with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as staging:
         # Prepare all files beside the model that is there.
         staged = Path(staging)
         for name, part in zip(names, parts, strict=True):
-            _write_tensors(staged / name, folder, part, params)
+            _write_tensors(staged / name, folder, part, params, dtype)
         weight_map = {tensor.name: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        total = sum(tensor.nbytes for part in parts for tensor in part)
+        total = sum(size * tensor.size for part in parts for tensor in part)
         _write_json(staged / "config.json", entries)
         _write_json(staged / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -231,16 +247,16 @@ def _check_memory(folder: Path, shapes: Any, shardings: Any) -> None:
             )
 
 
-def _divide(tensors: Iterable[ExpectedTensor], most: int) -> list[list[ExpectedTensor]]:
-    """Tensors in files of at most ``most`` bytes; one that is larger has a file of its own."""
+def _divide(tensors: Iterable[ExpectedTensor], item: int, most: int) -> list[list[ExpectedTensor]]:
+    """Tensors, of so many bytes a number, in files of at most ``most``; one that is larger has a file of its own."""
     parts: list[list[ExpectedTensor]] = []
     room = 0
     for tensor in tensors:
-        if not parts or tensor.nbytes > room:
+        if not parts or item * tensor.size > room:
             parts.append([])
             room = most
         parts[-1].append(tensor)
-        room -= tensor.nbytes
+        room -= item * tensor.size
     return parts
 
 
@@ -257,18 +273,19 @@ def _unused_names(folder: Path, count: int) -> list[str]:
 def _holds(folder: Path, config: DecoderConfig) -> bool:
     """Whether the folder has a model of this config."""
     try:
-        return replace(read_config(folder), dtype=config.dtype, remat=config.remat) == config
+        return of_model(read_config(folder)) == of_model(config)
     except ValueError:
         return False
 
 
-def _write_tensors(path: Path, folder: Path, tensors: list[ExpectedTensor], params: Params) -> None:
+def _write_tensors(path: Path, folder: Path, tensors: list[ExpectedTensor], params: Params, dtype: str) -> None:
     """A safetensors file, a tensor at a time; ``folder`` is for messages."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    (label, stored), end = STORED[dtype], 0
     for tensor in tensors:
-        header[tensor.name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
+        nbytes = stored.itemsize * tensor.size
+        header[tensor.name] = {"dtype": label, "shape": tensor.shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -277,12 +294,13 @@ def _write_tensors(path: Path, folder: Path, tensors: list[ExpectedTensor], para
             name, layer = tensor.parameter, tensor.layer
             values = np.asarray(params[name] if layer is None else params["layers"][name][layer])
             values = values.T if tensor.is_transposed else values
-            rows = max(1, CHUNK // (tensor.nbytes // len(values)))  # written at a time
+            rows = max(1, CHUNK // (4 * tensor.size // len(values)))  # written at a time
             for first in range(0, len(values), rows):
-                block = np.ascontiguousarray(values[first : first + rows], "<f4")
+                with np.errstate(over="ignore"):
+                    block = np.ascontiguousarray(values[first : first + rows], stored)
                 if not np.isfinite(block).all():
-                    raise ValueError(f"not saved to {folder}: values that are not finite in {tensor.name}")
-                file.write(block.data)
+                    raise ValueError(f"not saved to {folder}: values that are not finite in {tensor.name} as {dtype}")
+                file.write(block.tobytes())
         file.flush()
         os.fsync(file.fileno())
 

@@ -43,9 +43,9 @@ class ExpectedTensor(NamedTuple):
     layer: int | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Its size as float32."""
-        return 4 * math.prod(self.shape)
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
     @property
     def is_transposed(self) -> bool:

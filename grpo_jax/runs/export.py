@@ -1,0 +1,167 @@
+"""--mode=export: a checkpoint of a run as a Hugging Face folder that other programs load, with a card that says what it is.
+
+Weights are those of the checkpoint; all else is that of the folder the run began from: config.json with its control tokens,
+tokenizer, chat template and generation settings.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from grpo_jax.config import ConfigError, validate
+from grpo_jax.files import read_sealed, write_text
+from grpo_jax.models import check_pretrained, plain_file, read_config, save_pretrained
+from grpo_jax.processes import count
+from grpo_jax.report.markdown import interval_text
+from grpo_jax.runs.directory import REFERENCE, RESULT, lock_directory
+from grpo_jax.runs.errors import RunDirectoryError
+from grpo_jax.runs.measured_policy import MeasuredPolicy, find_policy, stored_config
+from grpo_jax.runs.run import say, terminal
+from grpo_jax.runs.setup import make_setup
+from grpo_jax.storage import fetched, is_here, place
+
+COPIED = (  # of the folder that the run began from, where it has them
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+CARD = "README.md"
+
+
+def export(
+    config: Any,
+    workdir: str | Path,
+    output: str | Path,
+    console: Console | None = None,
+    *,
+    checkpoint: str = "latest",
+    dtype: str = "float32",
+) -> Path:
+    """Writes a checkpoint of a run into a new folder; whoever looks meanwhile finds none, or the whole one.
+
+    Args:
+      config: as for `evaluate`.
+      workdir: the run directory.
+      output: a folder of this machine that is not there yet, or is empty.
+      console: where progress is shown; the terminal by default.
+      checkpoint: "latest", "reference", "average", or the number of an iteration that was saved.
+      dtype: of the weights: "float32", as they are, "bfloat16" or "float16".
+
+    Returns:
+      The folder.
+
+    Raises:
+      ConfigError, RunDirectoryError, CheckpointError, ValueError: each message says what to do.
+    """
+    console = console or terminal()
+    task, objective = validate(config, num_devices=jax.device_count(), training=False)
+    if config.model.path is None:
+        raise ConfigError(
+            ["--mode=export is for models of a folder (model.path): a random decoder has no files to go with"]
+        )
+    if count() > 1:
+        raise RunDirectoryError("--mode=export runs in one process: start it without --processes or --coordinator")
+    folder = place(output)
+    if not is_here(folder):
+        raise RunDirectoryError(f"--output={output}: must be a folder of this machine")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirectoryError(f"--output={folder} is there and not empty: choose another")
+    source, workdir = Path(fetched(config.model.path)), place(workdir)
+    with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
+        if stored_config(workdir, config) is None:
+            raise RunDirectoryError(f"there is no run in {workdir}, so nothing to export")
+        setup = make_setup(config, task, objective, training=False)
+        policy = find_policy(config, setup, workdir, checkpoint, has_run=True)
+        card = model_card(config, policy, workdir, dtype)
+    say(console, f"exporting {policy.name} of {workdir}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
+        staged = Path(staging) / "model"
+        _write(staged, source, policy.params, dtype)
+        write_text(staged / CARD, card)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(staged, folder)
+    say(console, f"{folder}: {dtype} weights, {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    return folder
+
+
+def model_card(config: Any, policy: MeasuredPolicy, workdir: Path, dtype: str) -> str:
+    """What the folder is: from which model and run, what was predicted and reached, and the commands."""
+    confidence, lines = config.evaluate.confidence, []
+    if (workdir / REFERENCE).exists():
+        counts = read_sealed(workdir / REFERENCE)
+        solved, tried = sum(counts["successes"]), counts["trials"] * len(counts["successes"])
+        lines.append(("success of the reference, p_ref", f"{solved / tried:.4f}"))
+    result = read_sealed(workdir / RESULT) if (workdir / RESULT).exists() else None
+    of_end = result is not None and policy.name == f"iteration-{result['iterations']}"
+    if result is not None and of_end:
+        lines[-1:] = [("success of the reference, p_ref", interval_text(result["p_ref"], confidence))]
+        for name, label in (
+            ("p_star", "predicted by the theory, p*"),
+            ("attainable", "predicted for this network, p†"),
+        ):
+            if isinstance(interval := result.get(name), dict) and "mean" in interval:
+                lines.append((label, interval_text(interval, confidence)))
+        lines.append(("success of this model, p̂", interval_text(result["p_final"], confidence)))
+        if (kl := result["after"].get("kl")) is not None:
+            lines.append(("KL(π‖π_ref), nats", f"{kl['mean'] if isinstance(kl, dict) else kl:.4f}"))
+    name = Path(config.model.path).name
+    settings = (
+        ("base model", name),
+        ("checkpoint", f"{policy.name} of {config.train.iterations}"),
+        ("objective", config.objective.name),
+        ("β", f"{config.objective.beta:g}"),
+        ("learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
+        ("prompts × completions an iteration", f"{config.data.prompts_per_iteration} × {config.rollout.group_size}"),
+        ("task", config.task.name),
+        ("seed", str(config.seed)),
+        ("weights", dtype),
+    )
+    measured = "Measured on the prompts of the run, at its temperature:"
+    missing = "The run holds no measurement of this checkpoint: `--mode=evaluate` makes one."
+    return "\n".join(
+        [
+            *("---", *of_hub(Path(config.model.path)), "library_name: transformers", "tags: [grpo]", "---", ""),
+            *(f"# {name}, trained with GRPO", ""),
+            "Trained with grpo_jax (arXiv 2503.06639).",
+            *("", "| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in settings)),
+            *("", measured if of_end else missing),
+            *("", "| quantity | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in lines)),
+            *("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+            'model, tokenizer = (x.from_pretrained("FOLDER") for x in (AutoModelForCausalLM, AutoTokenizer))',
+            *("```", ""),
+            "The whole config and all numbers are in config.json, result.json and report.md of the run directory.",
+            "",
+        ]
+    )
+
+
+def of_hub(folder: Path) -> list[str]:
+    """The line of a card's head that names the model, where the folder is a snapshot in Hugging Face's cache.
+
+    >>> of_hub(Path("hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6")), of_hub(Path("mine"))
+    (['base_model: Qwen/Qwen2.5-0.5B'], [])
+    """
+    names = [part.removeprefix("models--").replace("--", "/") for part in folder.parts if part.startswith("models--")]
+    return [f"base_model: {name}" for name in names[-1:] if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
+
+
+def _write(staged: Path, source: Path, params: Any, dtype: str) -> None:
+    """Weights, config.json and the files of the source, read back as far as headers tell."""
+    stated = read_config(source)
+    save_pretrained(staged, stated, params, dtype=dtype)
+    entries = json.loads(plain_file(source, "config.json").read_text(encoding="utf-8"))
+    entries = {name: value for name, value in entries.items() if name not in ("torch_dtype", "dtype")}
+    write_text(staged / "config.json", json.dumps(entries | {"torch_dtype": dtype}, indent=2) + "\n")
+    for name in COPIED:
+        if (source / name).exists():
+            shutil.copyfile(plain_file(source, name), staged / name)
+    assert read_config(staged) == stated
+    check_pretrained(staged)
