@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
 
 from grpo_jax.models import cpu_attention
 from grpo_jax.models.tpu_attention import CachedLayer, attend_to_cache
@@ -164,35 +163,15 @@ def _attend_in_order(query: Array, block: KeyValues, scale: float, softcap: floa
 def _attend_cached(
     query: Array, cached: CachedLayer, scale: float, softcap: float | None
 ) -> tuple[Array, Array, Array]:
-    """`_attend_block`, by the kernel where there is one, and not under `jax.vmap`.
-
-    Inside `jax.shard_map`, heads are spread over the axes that are left to the compiler, which cannot divide a kernel itself.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
-    heads, by_head = PartitionSpec(None, axes), PartitionSpec(None, None, axes)
-    of_cache: Any = CachedLayer(by_head, by_head, *[PartitionSpec()] * 3)  # type: ignore[arg-type]
-
-    def of_heads(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
-        return attend_to_cache(query, cached, scale, softcap)
-
-    if axes:
-        of_heads = jax.shard_map(
-            of_heads,
-            in_specs=(heads, of_cache),
-            out_specs=heads,
-            axis_names=set(axes),
-            check_vma=False,
-        )
+    """`_attend_block`, by the kernel where there is one, and not under `jax.vmap`."""
 
     def plain(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
-        return _attend_block(
-            query, KeyValues(*cached.slice(cached.keys.shape[2] // query.shape[-1]), cached.visible), scale, softcap
-        )
+        block = KeyValues(*cached.slice(cached.keys.shape[2] // query.shape[-1]), cached.visible)
+        return _attend_block(query, block, scale, softcap)
 
     @jax.custom_batching.custom_vmap
     def kernel(query: Array, cached: CachedLayer) -> tuple[Array, Array, Array]:
-        top, total, attended = of_heads(query[:, 0], cached)
+        top, total, attended = attend_to_cache(query[:, 0], cached, scale, softcap)
         return top[:, None], total[:, None], attended[:, None]
 
     @kernel.def_vmap

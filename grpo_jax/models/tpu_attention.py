@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from grpo_jax.products import sum_dtype
 
@@ -81,6 +82,8 @@ def attend_to_cache(
 ) -> tuple[Array, Array, Array]:
     """The highest score, the sum of exp(score − highest), both [B, N], and the values so weighted [B, N, H].
 
+    Inside `jax.shard_map`, heads are spread over the axes that are left to the compiler, which cannot divide a kernel itself.
+
     Args:
       query: [B, N, H].
       cached: the keys and values.
@@ -93,6 +96,20 @@ def attend_to_cache(
     >>> top.item(), total.item(), attended.item()
     (0.0, 2.0, 4.0)
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in mesh.auto_axes if mesh.shape[axis] > 1)
+    on_device = partial(_attend_on_device, scale=scale, softcap=softcap, interpret=interpret)
+    if not axes:
+        return on_device(query, cached)
+    heads, features = PartitionSpec(None, axes), PartitionSpec(None, None, axes)
+    of_cache: Any = CachedLayer(features, features, *[PartitionSpec()] * 3)  # type: ignore[arg-type]
+    spread = partial(jax.shard_map, axis_names=set(axes), check_vma=False)
+    return spread(on_device, in_specs=(heads, of_cache), out_specs=heads)(query, cached)
+
+
+def _attend_on_device(
+    query: Array, cached: CachedLayer, *, scale: float, softcap: float | None, interpret: bool
+) -> tuple[Array, Array, Array]:
     (B, N, H), S, features = query.shape, cached.visible.shape[-1], cached.keys.shape[2]
     K, item = features // H, cached.keys.dtype.itemsize
     g = heads_of_vectors(K, H)
