@@ -14,20 +14,22 @@ class ProgressLine:
     """Progress of one phase; see `progress`."""
 
     def __init__(self, bar: Progress, name: str, total: int, done: int):
-        self._bar, self._name, self._total, self._first = bar, name, total, done
-        self._begun = self._said = time.monotonic()
+        self._bar, self._name, self._total = bar, name, total
+        self._said = time.monotonic()
+        self._since: tuple[int, float] | None = None  # steps and time of the first update: what is before it compiles
         self._task = bar.add_task(name, total=total, completed=done, note="", rate="")
 
     def update(self, done: int, note: str) -> None:
         """Shows the steps done so far and a short note, such as the current success probability."""
         now, console = time.monotonic(), self._bar.console
-        rate = (done - self._first) / max(now - self._begun, 1e-9)
-        self._bar.update(self._task, completed=done, note=note, rate=f"{rate:.1f}/s")
+        first, begun = self._since = self._since or (done, now)
+        rate = (done - first) / max(now - begun, 1e-9)
+        self._bar.update(self._task, completed=done, note=note, rate=f"{rate:.1f}/s" if rate else "")
         is_due = now - self._said >= _SECONDS_BETWEEN_LINES or done == self._total
         if is_due and not console.is_terminal:
             self._said = now
-            left = f"{(self._total - done) / max(rate, 1e-9):.0f} s left"
-            console.print(f"{self._name} {done}/{self._total} · {rate:.1f}/s · {left} · {note}", highlight=False)
+            pace = f" · {rate:.1f}/s · {(self._total - done) / rate:.0f} s left" if rate else ""
+            console.print(f"{self._name} {done}/{self._total}{pace} · {note}", highlight=False)
 
 
 @contextmanager
