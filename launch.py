@@ -286,10 +286,11 @@ def explained(error: Exception) -> str:
             lines = [line for line in str(error).splitlines() if line.strip()]
             return "\n".join(lines[:: len(lines) - 1] if "Traceback" in str(error) else lines)
         case AttributeError() | KeyError():  # an unknown --config.key; ml_collections says which key it may have meant
-            key = re.search(r"Attempting to lookup: ([\w.]+)|'(\w+)\\?'", str(error))
-            meant = re.search(r'Did you mean "(\w+)"', str(error))
+            text = str(error)
+            key = re.search(r"Attempting to lookup: ([\w.]+)", text) or re.search(r"'(\w+)\\?'", text)
+            meant = re.search(r'Did you mean "(\w+)"', text)
             hint = f". Did you mean {meant[1]}?" if meant else ": configs/default.py has them all"
-            return f"unknown config key {(key[1] or key[2]) if key else error}{hint}"
+            return f"unknown config key {key[1] if key else error}{hint}"
         case _:
             return f"bad config value: {error}"
 
