@@ -140,9 +140,9 @@ def _attend_on_device(
                 num_scalar_prefetch=1,
                 grid=(pl.cdiv(B, rows), pl.cdiv(S, slots)),
                 in_specs=[of_rows(M, g * R, g * H), of_cache, of_cache, of_visible],
-                out_specs=[of_rows(M, g * R), of_rows(M, g * R), of_rows(M, g * R, g * H)],
+                out_specs=[of_rows(M, g * R, 1), of_rows(M, g * R, 1), of_rows(M, g * R, g * H)],
             ),
-            out_shape=[sums_of(M, g * R), sums_of(M, g * R), sums_of(M, g * R, g * H)],
+            out_shape=[sums_of(M, g * R, 1), sums_of(M, g * R, 1), sums_of(M, g * R, g * H)],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             cost_estimate=pl.CostEstimate(4 * B * N * g * H * S, B * N * S, _bytes_read(cached)),
             interpret=interpret,
@@ -181,7 +181,7 @@ def _kernel(
 ) -> None:
     """A block of rows and of slots: query [rows, M, g·R, g·H], keys and values [rows, 1, slots, K·H], visible [rows, 1, slots].
 
-    What it adds to, top and total [rows, M, g·R] and attended [rows, M, g·R, g·H], stays on the chip for all blocks of slots.
+    What it adds to, top and total [rows, M, g·R, 1] and attended [rows, M, g·R, g·H], stays on the chip for all blocks of slots.
     """
     number, filled, slots = pl.program_id(1), scalars[1], keys.shape[2]
 
@@ -208,13 +208,13 @@ def _kernel(
                 scores = softcap * jnp.tanh(scores / softcap)
             scores = jnp.where(seen, scores, -1e30)
             before = top[:, m]
-            highest = jnp.maximum(before, scores.max(-1))  # [rows, g·R]
-            weights = jnp.exp(scores - highest[..., None])  # [rows, g·R, slots]
+            highest = jnp.maximum(before, scores.max(-1, keepdims=True))  # [rows, g·R, 1]
+            weights = jnp.exp(scores - highest)  # [rows, g·R, slots]
             factor = jnp.exp(before - highest)
             value = values[:, 0, :, features]  # [rows, slots, g·H]
             # Behind the filled slots there may be anything, even what no product with 0 makes 0.
             value = jnp.where(is_filled(value.shape, 1), value, jnp.zeros_like(value))
             weighted = multiply(weights.astype(value.dtype), value, 1)  # [rows, g·R, g·H]
             top[:, m] = highest
-            total[:, m] = total[:, m] * factor + weights.sum(-1)
-            attended[:, m] = attended[:, m] * factor[..., None] + weighted
+            total[:, m] = total[:, m] * factor + weights.sum(-1, keepdims=True)
+            attended[:, m] = attended[:, m] * factor + weighted

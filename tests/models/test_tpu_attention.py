@@ -1,7 +1,11 @@
 """The kernel of decoding, run without a TPU, against plain sums over the same slots."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ from grpo_jax.models.attention import KeyValues, attend
 from grpo_jax.models.tpu_attention import CachedLayer, attend_to_cache, heads_of_vectors, slots_read
 from grpo_jax.rollout import PromptBatch, sample_groups
 from grpo_jax.train.sharding import make_mesh, parameter_shardings, sharded_shapes, spread_sampling
+from tests.pods import ROOT
 
 HEADS = {  # query heads, key heads, features: the vectors of a TPU hold half a head … several heads
     "two heads in a vector": (14, 2, 64),
@@ -156,6 +161,14 @@ def test_samples_do_not_depend_on_the_mesh(kernel, axes):
     rollout = jax.jit(spread)(placed, prompts, jax.random.key(1))
     np.testing.assert_array_equal(rollout.completions, alone.completions)
     np.testing.assert_allclose(rollout.logps, alone.logps, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install libtpu")
+def test_every_generation_compiles_every_shape():
+    command = [sys.executable, "-m", "tests.models.tpu_shapes", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300)
+    assert done.stdout.count("11 shapes") == 4, done.stderr[-2000:]
 
 
 def test_what_the_kernel_reads():
