@@ -1,4 +1,4 @@
-"""Compiles the kernel of decoding for TPUs that are not there, in shapes of all kinds: python -m tests.models.tpu_shapes v4:2x2x1 …
+"""Compiles the kernel of decoding for TPUs that are not there, in shapes of all kinds: python -m tests.models.tpu_shapes v4:2x2x1
 
 Needs the package libtpu, which one process at a time may use: so this is a command, which its test calls.
 """
