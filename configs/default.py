@@ -141,7 +141,9 @@ def get_config() -> ConfigDict:
                 "iterations_per_program": 10,  # run without touching the host, where the verifier is on the device
                 "chunk_size": placeholder(int),  # positions whose logits exist at a time; unset: 64 MiB of them
                 "profile": (),  # first and last iteration to trace with jax.profiler, into the run directory's profile/
-                "watchdog": placeholder(float),  # seconds until a program that hangs ends the run, with its stacks
+                "watchdog": placeholder(
+                    float
+                ),  # seconds without a piece of work done until the run ends, with its stacks; compiling is one
                 "stop_at_collapse": False,  # where success or entropy is next to nothing, or KL far beyond that of p*, twice
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },

@@ -25,6 +25,7 @@ T = TypeVar("T")
 HUNG = 76  # exit code of a process that its watchdog has ended
 LEAVING = 10  # seconds that a process which fails waits for the others to fail with it
 _alone = False  # main decides for all: what it calls must not wait for the others
+_moves: "_Moves | None" = None  # who watches
 _polls = itertools.count(1)
 _stopping = False
 
@@ -347,6 +348,42 @@ def watched(seconds: float | None, *, of_several: float | None = None) -> Iterat
     finally:
         timer.cancel()
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def watched_for_moves(seconds: float | None) -> Iterator[None]:
+    """The same as `watched` where for so long nothing has called `moved`; None: it may take as long as it will."""
+    global _moves
+    _moves = None if seconds is None else _Moves(seconds)
+    try:
+        moved()
+        yield
+    finally:
+        if _moves is not None:
+            _moves.timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
+        _moves = None
+
+
+def moved() -> None:
+    """Says that a piece of work is done, to whoever watches."""
+    if _moves is not None:
+        _moves.begin()
+
+
+class _Moves:
+    """A timer that begins anew with every piece of work."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.timer = threading.Timer(seconds, _end_hung, (seconds,))
+
+    def begin(self) -> None:
+        self.timer.cancel()
+        self.timer = threading.Timer(self.seconds, _end_hung, (self.seconds,))
+        self.timer.daemon = True
+        self.timer.start()
+        faulthandler.dump_traceback_later(self.seconds + 10, exit=True)
 
 
 def _end_hung(seconds: float) -> None:

@@ -346,6 +346,34 @@ print("ended")
 """
 
 
+HANGING_PHASE = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+import jax
+from grpo_jax.runs import loop, measurement
+from tests.tiny_run import tiny_config
+phase, folder = sys.argv[1], Path(sys.argv[2])
+def hang_here(*_, **__):
+    time.sleep(300)
+judge = measurement.judged_samples
+if phase == "measurement":
+    count = iter(range(100))
+    measurement.judged_samples = lambda *a, **k: hang_here() if next(count) == 3 else judge(*a, **k)
+else:
+    loop.measured_attainable = hang_here
+loop.train(tiny_config(train__watchdog=25.0), folder, Console(quiet=True))
+print("ended")
+"""
+
+
+@pytest.mark.parametrize("phase", ["measurement", "attainable"])
+def test_a_phase_that_hangs_ends_the_run_and_shows_where(phase, tmp_path):
+    ((code, out, err),) = end([start("-c", HANGING_PHASE, phase, str(tmp_path / "run"))], 150)
+    assert code == 76 and "ended" not in out, (code, err[-2000:])
+    assert "nothing has moved for 25 s" in err and "hang_here" in err
+
+
 def test_a_process_of_several_that_hangs_ends_and_shows_where():
     (code, out, err), (alone, said, _) = end([start("-c", WATCHED, "0.5"), start("-c", WATCHED, "0")], 60)
     assert (code, out) == (76, "")

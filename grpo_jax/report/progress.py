@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from grpo_jax.processes import moved
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -20,7 +22,8 @@ class ProgressLine:
         self._task = bar.add_task(name, total=total, completed=done, note="", rate="")
 
     def update(self, done: int, note: str) -> None:
-        """Shows the steps done so far and a short note, such as the current success probability."""
+        """Shows the steps done so far and a short note, such as the current success probability; a watchdog sees it, too."""
+        moved()
         now, console = time.monotonic(), self._bar.console
         first, begun = self._since = self._since or (done, now)
         rate = (done - first) / max(now - begun, 1e-9)

@@ -13,7 +13,7 @@ from rich.console import Console
 from grpo_jax import theory
 from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
-from grpo_jax.processes import check_alike, common, put, watched
+from grpo_jax.processes import check_alike, common, put, watched, watched_for_moves
 from grpo_jax.report import forecast, live_forecast, run_figure, run_page, run_result, standing
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
@@ -80,6 +80,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
             return result
         signals = stack.enter_context(signals_as_flag())
         stack.enter_context(counted_start(directory))
+        stack.enter_context(watched_for_moves(config.train.watchdog))
         setup = make_setup(config, task, objective)
         dropped = len(task.examples) - len(setup.task.examples)
         options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}

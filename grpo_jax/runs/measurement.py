@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.processes import common, everyone, host, of_rows, own_rows, together
+from grpo_jax.processes import common, everyone, host, moved, of_rows, own_rows, together
 from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
 from grpo_jax.runs.checkpoints import digest
@@ -151,6 +151,7 @@ def measure(
             verdicts.update(judged.verdict_counts())
             if of_these == 0 and examples:
                 texts += _examples(setup, judged, rows, shown)
+            moved()
             if may_stop and must_stop(run):
                 counts = {"successes": successes.tolist(), "sums": sums.tolist(), "powers": powers.tolist()}
                 counts |= {"verdicts": dict(verdicts), "texts": texts, "batches": number * each + of_these + 1}

@@ -71,7 +71,8 @@ def show(console: Console, lines: list[tuple[str, str]]) -> None:
 
 
 def must_stop(run: Run) -> bool:
-    """Whether a signal to stop has arrived, at this process or at another."""
+    """Whether a signal to stop has arrived, at this process or at another; called after every piece of work."""
+    processes.moved()
     return processes.stop_requested(run.signals)
 
 
