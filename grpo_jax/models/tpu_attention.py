@@ -28,7 +28,7 @@ from grpo_jax.products import sum_dtype
 
 LANES = 128  # numbers of a vector
 SLOTS = 64  # that are brought to the chip together: fewer would be computed more slowly than brought
-ON_CHIP = 8 * 2**20  # bytes of keys and values on the chip at once: half of what a kernel has there by default
+ON_CHIP = 8 * 2**20  # bytes on the chip at once: half of what a kernel has there by default
 
 
 class CachedLayer(NamedTuple):
@@ -119,7 +119,12 @@ def _attend_on_device(
     keys, values = (x.swapaxes(2, 3) for x in (cached.keys, cached.values))  # [rows, layers, slots, K·H], in place
 
     slots = min(SLOTS, S)
-    rows = min(B, max(1, ON_CHIP // (4 * features * slots * item)))  # keys and values, and the next ones on their way
+    # Of a row: keys and values, the query, what is seen, and the three results, each with the next ones on their way; and sums.
+    vectors = M * _whole(g * R, 8) * _whole(g * H, LANES)
+    of_row = 2 * (2 * _whole(slots, 16) * _whole(features, LANES) * item + vectors * (item + 4))
+    of_row += 2 * 4 * (8 * _whole(slots, LANES) + 2 * M * _whole(g * R, 8) * LANES)
+    of_row += 4 * 4 * _whole(g * R, 8) * _whole(slots, LANES)
+    rows = min(B, max(1, ON_CHIP // of_row))
 
     def part(number: Array, scalars: Any) -> Array:
         """Behind the last filled slots, these again, which then need not be brought."""
@@ -158,6 +163,11 @@ def _attend_on_device(
         4
     )  # of each head, its own features
     return top.reshape(B, N), total.reshape(B, N), attended.reshape(B, N, H)
+
+
+def _whole(number: int, unit: int) -> int:
+    """As many as whole units hold: arrays on the chip are made of tiles."""
+    return -(-number // unit) * unit
 
 
 def _bytes_read(cached: CachedLayer) -> int:

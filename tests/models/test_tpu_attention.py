@@ -85,7 +85,7 @@ def test_the_kernel_gives_the_sums_over_filled_slots(heads, slots, filled, softc
 @pytest.mark.parametrize("rows", [1, 7, 9])
 def test_rows_come_in_blocks_of_which_the_last_may_not_be_full(rows, monkeypatch):
     heads = HEADS["two heads in a vector"]
-    monkeypatch.setattr("grpo_jax.models.tpu_attention.ON_CHIP", 4 * 4 * 128 * 64 * 4)  # four rows
+    monkeypatch.setattr("grpo_jax.models.tpu_attention.ON_CHIP", 2**20)  # a few rows
     query, cached = random_layer(heads, rows, 256, 150)
     found = attend_to_cache(query, cached, 0.125, None, interpret=True)
     for x, y in zip(found, expected(query, cached, 0.125, None), strict=True):
@@ -168,7 +168,7 @@ def test_samples_do_not_depend_on_the_mesh(kernel, axes):
 def test_every_generation_compiles_every_shape():
     command = [sys.executable, "-m", "tests.models.tpu_shapes", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), timeout=300)
-    assert done.stdout.count("11 shapes") == 4, done.stderr[-2000:]
+    assert done.stdout.count("17 shapes") == 4, done.stderr[-2000:]
 
 
 def test_what_the_kernel_reads():
