@@ -70,31 +70,31 @@ def export(
     folder = place(output)
     if not is_here(folder):
         raise RunDirectoryError(f"--output={output}: must be a folder of this machine")
+    if os.path.ismount(folder):
+        raise RunDirectoryError(f"--output={folder} is where a file system begins: name a folder in it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"--output={folder} is there and not empty: choose another")
     source, workdir = Path(fetched(config.model.path)), place(workdir)
     with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
-        if stored_config(workdir, config) is None:
+        if (stored := stored_config(workdir, config)) is None:
             raise RunDirectoryError(f"there is no run in {workdir}, so nothing to export")
         setup = make_setup(config, task, objective, training=False)
         policy = find_policy(config, setup, workdir, checkpoint, has_run=True)
-        card = model_card(config, policy, workdir, dtype)
+        card = model_card(stored, policy, workdir, dtype)
     say(console, f"exporting {policy.name} of {workdir}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
         staged = Path(staging) / "model"
         _write(staged, source, policy.params, dtype)
         write_text(staged / CARD, card)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(staged, folder)
+        os.replace(staged, folder)  # an empty folder, too
     say(console, f"{folder}: {dtype} weights, {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return folder
 
 
-def model_card(config: Any, policy: MeasuredPolicy, workdir: Path, dtype: str) -> str:
+def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dtype: str) -> str:
     """What the folder is: from which model and run, what was predicted and reached, and the commands."""
-    confidence, lines = config.evaluate.confidence, []
+    lines: list[tuple[str, str]] = []
     if (workdir / REFERENCE).exists():
         counts = read_sealed(workdir / REFERENCE)
         solved, tried = sum(counts["successes"]), counts["trials"] * len(counts["successes"])
@@ -102,6 +102,7 @@ def model_card(config: Any, policy: MeasuredPolicy, workdir: Path, dtype: str) -
     result = read_sealed(workdir / RESULT) if (workdir / RESULT).exists() else None
     of_end = result is not None and policy.name == f"iteration-{result['iterations']}"
     if result is not None and of_end:
+        confidence = result["confidence"]
         lines[-1:] = [("success of the reference, p_ref", interval_text(result["p_ref"], confidence))]
         for name, label in (
             ("p_star", "predicted by the theory, p*"),
@@ -112,23 +113,26 @@ def model_card(config: Any, policy: MeasuredPolicy, workdir: Path, dtype: str) -
         lines.append(("success of this model, p̂", interval_text(result["p_final"], confidence)))
         if (kl := result["after"].get("kl")) is not None:
             lines.append(("KL(π‖π_ref), nats", f"{kl['mean'] if isinstance(kl, dict) else kl:.4f}"))
-    name = Path(config.model.path).name
+    name = Path(stored["model.path"]).name
     settings = (
         ("base model", name),
-        ("checkpoint", f"{policy.name} of {config.train.iterations}"),
-        ("objective", config.objective.name),
-        ("β", f"{config.objective.beta:g}"),
-        ("learning rate", f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}"),
-        ("prompts × completions an iteration", f"{config.data.prompts_per_iteration} × {config.rollout.group_size}"),
-        ("task", config.task.name),
-        ("seed", str(config.seed)),
+        ("checkpoint", f"{policy.name} of {stored['train.iterations']}"),
+        ("objective", stored["objective.name"]),
+        ("β", f"{stored['objective.beta']:g}"),
+        ("learning rate", f"{stored['optimizer.learning_rate']:g}, {stored['optimizer.schedule']}"),
+        (
+            "prompts × completions an iteration",
+            f"{stored['data.prompts_per_iteration']} × {stored['rollout.group_size']}",
+        ),
+        ("task", stored["task.name"]),
+        ("seed", str(stored["seed"])),
         ("weights", dtype),
     )
     measured = "Measured on the prompts of the run, at its temperature:"
-    missing = "The run holds no measurement of this checkpoint: `--mode=evaluate` makes one."
+    missing = "This card holds no measurement of this checkpoint; `--mode=evaluate` makes one in the run directory."
     return "\n".join(
         [
-            *("---", *of_hub(Path(config.model.path)), "library_name: transformers", "tags: [grpo]", "---", ""),
+            *("---", *of_hub(Path(stored["model.path"])), "library_name: transformers", "tags: [grpo]", "---", ""),
             *(f"# {name}, trained with GRPO", ""),
             "Trained with grpo_jax (arXiv 2503.06639).",
             *("", "| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in settings)),

@@ -87,7 +87,7 @@ def test_any_checkpoint_and_the_reference(run, tmp_path):
     cards = {name: (folder / "README.md").read_text() for name, folder in folders.items()}
     result = json.loads((run[1] / "result.json").read_text())
     assert f"{result['p_final']['mean']:.4f}" in cards["latest"] and "iteration-3 of 3" in cards["latest"]
-    assert "holds no measurement of this checkpoint" in cards["2"]
+    assert "This card holds no measurement" in cards["2"]
     assert "p̂" not in cards["2"] and "p_ref" in cards["2"] and "| reference of 3 |" in cards["reference"]
 
 
