@@ -285,7 +285,9 @@ def explained(error: Exception) -> str:
         case flags.Error() | OSError():
             lines = [line for line in str(error).splitlines() if line.strip()]
             return "\n".join(lines[:: len(lines) - 1] if "Traceback" in str(error) else lines)
-        case AttributeError() | KeyError():  # an unknown --config.key; ml_collections says which key it may have meant
+        case AttributeError() | KeyError() if "ml_collections" in raised_in(
+            error
+        ):  # an unknown --config.key; ml_collections says which key it may have meant
             text = str(error)
             key = re.search(r"Attempting to lookup: ([\w.]+)", text) or re.search(r"'(\w+)\\?'", text)
             meant = re.search(r'Did you mean "(\w+)"', text)
@@ -293,6 +295,12 @@ def explained(error: Exception) -> str:
             return f"unknown config key {key[1] if key else error}{hint}"
         case _:
             return f"bad config value: {error}"
+
+
+def raised_in(error: Exception) -> str:
+    """The file whose line raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return frames[-1].filename if frames else ""
 
 
 def stop(message: str, code: int) -> NoReturn:

@@ -118,7 +118,7 @@ def _attend_on_device(
     query = (query.reshape(B, M, g, R, 1, H) * own).reshape(B, M, g * R, g * H)
     keys, values = (x.swapaxes(2, 3) for x in (cached.keys, cached.values))  # [rows, layers, slots, K·H], in place
 
-    slots = min(SLOTS, S)
+    slots = min(SLOTS, cached.keys.shape[3])
     # Of a row: keys and values, the query, what is seen, and the three results, each with the next ones on their way; and sums.
     vectors = M * _whole(g * R, 8) * _whole(g * H, LANES)
     of_row = 2 * (2 * _whole(slots, 16) * _whole(features, LANES) * item + vectors * (item + 4))
