@@ -285,9 +285,8 @@ def explained(error: Exception) -> str:
         case flags.Error() | OSError():
             lines = [line for line in str(error).splitlines() if line.strip()]
             return "\n".join(lines[:: len(lines) - 1] if "Traceback" in str(error) else lines)
-        case AttributeError() | KeyError() if "ml_collections" in raised_in(
-            error
-        ):  # an unknown --config.key; ml_collections says which key it may have meant
+        case AttributeError() | KeyError() if "ml_collections" in raised_in(error):
+            # An unknown --config.key; ml_collections says which key it may have meant.
             text = str(error)
             key = re.search(r"Attempting to lookup: ([\w.]+)", text) or re.search(r"'(\w+)\\?'", text)
             meant = re.search(r'Did you mean "(\w+)"', text)

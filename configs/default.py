@@ -143,7 +143,7 @@ def get_config() -> ConfigDict:
                 "profile": (),  # first and last iteration to trace with jax.profiler, into the run directory's profile/
                 "watchdog": placeholder(
                     float
-                ),  # seconds without a piece of work done until the run ends, with its stacks; compiling is one
+                ),  # seconds without a piece of work done until the run ends, with its stacks
                 "stop_at_collapse": False,  # where success or entropy is next to nothing, or KL far beyond that of p*, twice
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },

@@ -25,7 +25,7 @@ T = TypeVar("T")
 HUNG = 76  # exit code of a process that its watchdog has ended
 LEAVING = 10  # seconds that a process which fails waits for the others to fail with it
 _alone = False  # main decides for all: what it calls must not wait for the others
-_moves: "_Moves | None" = None  # who watches
+_moves: "_Timer | None" = None  # who watches
 _polls = itertools.count(1)
 _stopping = False
 
@@ -339,29 +339,26 @@ def watched(seconds: float | None, *, of_several: float | None = None) -> Iterat
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, _end_hung, (seconds,))
-    timer.daemon = True
-    timer.start()
-    faulthandler.dump_traceback_later(seconds + 10, exit=True)  # where C code holds the interpreter, with 1
+    timer = _Timer(seconds)
     try:
+        timer.begin()
         yield
     finally:
-        timer.cancel()
-        faulthandler.cancel_dump_traceback_later()
+        timer.end()
+        moved()  # whoever watches the whole run begins anew
 
 
 @contextmanager
 def watched_for_moves(seconds: float | None) -> Iterator[None]:
     """The same as `watched` where for so long nothing has called `moved`; None: it may take as long as it will."""
     global _moves
-    _moves = None if seconds is None else _Moves(seconds)
+    _moves = None if seconds is None else _Timer(seconds)
     try:
         moved()
         yield
     finally:
         if _moves is not None:
-            _moves.timer.cancel()
-            faulthandler.cancel_dump_traceback_later()
+            _moves.end()
         _moves = None
 
 
@@ -371,19 +368,24 @@ def moved() -> None:
         _moves.begin()
 
 
-class _Moves:
-    """A timer that begins anew with every piece of work."""
+class _Timer:
+    """Ends this process as hung so many seconds after it last began."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self.timer = threading.Timer(seconds, _end_hung, (seconds,))
+        self.timer: threading.Timer | None = None
 
     def begin(self) -> None:
-        self.timer.cancel()
+        self.end()
         self.timer = threading.Timer(self.seconds, _end_hung, (self.seconds,))
         self.timer.daemon = True
         self.timer.start()
-        faulthandler.dump_traceback_later(self.seconds + 10, exit=True)
+        faulthandler.dump_traceback_later(self.seconds + 10, exit=True)  # where C code holds the interpreter, with 1
+
+    def end(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _end_hung(seconds: float) -> None:

@@ -314,16 +314,21 @@ def _large(text: str, setting: Setting, vocabulary: int) -> dict[str, str | None
     return found
 
 
-def main(arguments: list[str]) -> None:
-    """Prints a table and writes compiled_TARGET.json, after every program."""
+def numbers_of_rows(arguments: list[str]) -> list[int]:
+    """Those of --rows; refuses what is not understood."""
     if len(arguments) > 1:
         raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
+    rows, group = flags.FLAGS.rows, Setting("", 0).group
+    if any(not n.isdigit() or not int(n) or int(n) % group for n in rows):
+        raise app.UsageError(f"--rows={','.join(rows)} must be multiples of {group}")
+    return [int(n) for n in rows]
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a table and writes compiled_TARGET.json, after every program."""
     options, rows = flags.FLAGS, []
-    if any(not n.isdigit() or not int(n) or int(n) % Setting("", 0).group for n in options.rows):
-        raise app.UsageError(f"--rows={','.join(options.rows)} must be multiples of {Setting('', 0).group}")
-    settings = [
-        Setting(s, int(n), ragged=r == "ragged") for s in options.size for n in options.rows for r in options.lengths
-    ]
+    numbers = numbers_of_rows(arguments)
+    settings = [Setting(s, n, ragged=r == "ragged") for s in options.size for n in numbers for r in options.lengths]
     device = TARGETS[options.target].device if options.target in TARGETS else H200
     for setting in settings:
         for work in options.works:

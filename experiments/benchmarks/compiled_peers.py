@@ -30,7 +30,6 @@ from grpo_jax.manifests import parse_cluster
 from grpo_jax.runs.topologies import H200_DESCRIPTION, out_of_memory
 
 HERE = Path(__file__).parent
-PROGRAMS = ("plain", "tunix")
 
 
 class Program(NamedTuple):
@@ -116,7 +115,6 @@ def compile_tunix(work: str, setting: Setting, target: str) -> Program:
 
 def read(name: str, work: str, setting: Setting, target: str) -> dict[str, Any]:
     """The row of a program: what compiled.py says of ours, and of a peer the same."""
-    device = TARGETS[target].device
     if name == "ours":
         row, _ = compiled.read(work, setting, target)
         found = {key: row[key] for key in ("work", "fits", "memory", "compile_seconds")} | {"rows": setting.rows}
@@ -137,7 +135,7 @@ def read(name: str, work: str, setting: Setting, target: str) -> dict[str, Any]:
         return found | {"step": None, "moved": outside.moved * (setting.rows // at_once)}
     step = max(loop.moved for loop in [outside, *inside] if loop.name != "program")
     program_moved = outside.moved if name == "plain" else 0
-    return found | {"step": step, "moved": program_moved + step * (setting.completion - 1), "device": device.bandwidth}
+    return found | {"step": step, "moved": program_moved + step * (setting.completion - 1)}
 
 
 def table(rows: list[dict[str, Any]], bandwidth: float) -> str:
@@ -166,18 +164,15 @@ def table(rows: list[dict[str, Any]], bandwidth: float) -> str:
 
 def main(arguments: list[str]) -> None:
     """Prints a table, and writes compiled_peers_TARGET.json after every program."""
-    if len(arguments) > 1:
-        raise app.UsageError(f"not understood: {' '.join(arguments[1:])}")
     options, rows = flags.FLAGS, []
-    if any(not n.isdigit() or not int(n) or int(n) % Setting("", 0).group for n in options.rows):
-        raise app.UsageError(f"--rows={','.join(options.rows)} must be multiples of {Setting('', 0).group}")
+    numbers = compiled.numbers_of_rows(arguments)
     names = ["ours", "plain", *(["tunix"] if "GRPO_JAX_TUNIX_PYTHON" in os.environ else [])]
     bandwidth = TARGETS[options.target].device.bandwidth
     for work in options.works:
-        for number in options.rows:
+        for number in numbers:
             for name in names:
                 try:
-                    rows.append(read(name, work, Setting("0.5B", int(number)), options.target))
+                    rows.append(read(name, work, Setting("0.5B", number), options.target))
                 except ValueError as error:
                     raise SystemExit(f"--target={options.target}: {error}") from error
                 print(table(rows, bandwidth).splitlines()[-1], flush=True)
