@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import app
 
+import launch
 from configs import default
+from grpo_jax.runs import evaluation, loop  # here and not in each child: a line then takes its own time alone
 from tests.tiny_run import flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,11 +80,6 @@ def run_line(line: list[str], workdir: Path) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
             sys.argv = ["launch.py", *line]
-            from absl import app
-
-            import launch
-            from grpo_jax.runs import evaluation, loop
-
             loop.run_phases = lambda run, dropped: {}  # type: ignore[assignment]
             evaluation.measure_and_write = lambda *_, **__: {}  # type: ignore[assignment]
             app.run(launch.main, flags_parser=launch.parse)

@@ -36,7 +36,7 @@ from grpo_jax.runs.directory import (
     save_text,
 )
 from grpo_jax.runs.errors import Diverged
-from grpo_jax.runs.measurement import judge, measure, measure_in_full
+from grpo_jax.runs.measurement import drop_counts, judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
@@ -163,7 +163,8 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     save(run.directory / "samples.json", samples)
     save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
     result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, "samples.json"))
-    save(run.directory / RESULT, result)  # last: where it is, the run is finished
+    save(run.directory / RESULT, result)  # where it is, the run is finished
+    drop_counts(run)
     show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun
     say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")

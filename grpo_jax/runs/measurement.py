@@ -7,9 +7,12 @@ a random key of its own, so it is the same sample however the work is cut into b
 Dimension key: see grpo_jax.
 """
 
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +27,12 @@ from grpo_jax.runs.directory import load, save
 from grpo_jax.runs.errors import VerifierFailed
 from grpo_jax.runs.run import Run, check_preempted, must_stop, say
 from grpo_jax.runs.setup import Setup, put_prompts
+from grpo_jax.storage import names
 from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
 
-KEPT = "measuring.json"  # what a measurement that was stopped had counted
+COUNTS = "measuring-"  # how the names of files begin that keep what a measurement has counted
 
 
 class Judged(NamedTuple):
@@ -107,8 +111,8 @@ def measure(
       batch_samples: per prompt, sampled at a time; those of the config by default.
       examples: prompts of which four samples are kept as text.
       greedy: take the most probable tokens; use with samples=1.
-      may_stop: raise `Preempted` between two batches once a signal has arrived; what was counted is kept in the run directory,
-        and the next start goes on from it.
+      may_stop: raise `Preempted` between two batches once a signal has arrived; what was counted, then and in the end, is kept
+        in the run directory until `drop_counts`, and the next start goes on from it.
     """
     setup, c = run.setup, run.config.evaluate
     samples, batch_samples = samples or c.samples, batch_samples or c.batch_samples
@@ -120,14 +124,20 @@ def measure(
     verdicts: Counter[str] = Counter()
     texts: list[dict[str, Any]] = []
     batch, each = run.config.data.prompts_per_iteration, math.ceil(samples / batch_samples)
-    kept = run.directory / KEPT
 
     # What an earlier start has counted of the same measurement.
-    done, so_far = 0, load(kept) if may_stop else None
-    if so_far is not None and so_far["of"] == _about(params, role, iteration, samples, batch_samples):
+    of = {"role": role, "iteration": iteration, "samples": [samples, batch_samples]}
+    kept = counts_file(run, params, of) if may_stop else None
+    done, so_far = 0, None if kept is None else load(kept)
+    if so_far is not None:
         done, texts = so_far["batches"], so_far["texts"]
         successes, sums, powers = (np.array(so_far[name]) for name in ("successes", "sums", "powers"))
         verdicts.update(so_far["verdicts"])
+
+    def keep(path: Path) -> None:
+        counts = {"successes": successes.tolist(), "sums": sums.tolist(), "powers": powers.tolist()}
+        save(path, counts | {"verdicts": dict(verdicts), "texts": texts, "batches": done})
+
     for number, places in enumerate(np.split(np.arange(num_prompts), range(batch, num_prompts, batch))):
         rows, skipped = setup.probed[places], min(max(done - number * each, 0), each)
         batches = judged_samples(
@@ -152,13 +162,12 @@ def measure(
             if of_these == 0 and examples:
                 texts += _examples(setup, judged, rows, shown)
             moved()
-            if may_stop and must_stop(run):
-                counts = {"successes": successes.tolist(), "sums": sums.tolist(), "powers": powers.tolist()}
-                counts |= {"verdicts": dict(verdicts), "texts": texts, "batches": number * each + of_these + 1}
-                save(kept, counts | {"of": _about(params, role, iteration, samples, batch_samples)})
+            done = number * each + of_these + 1
+            if kept is not None and must_stop(run):
+                keep(kept)
                 check_preempted(run)
-    if so_far is not None:
-        common(lambda: kept.unlink(missing_ok=True))
+    if kept is not None:
+        keep(kept)
     kl, length, truncated = (sums / (num_prompts * samples)).tolist()
     measured_kl = (None, None) if ref_params is None else (kl, powers)
     return Measurement(
@@ -179,9 +188,21 @@ def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> t
     return sampled.record(float(greedy.successes.mean())), sampled.tally()
 
 
-def _about(params: Any, role: str, iteration: int, samples: int, batch_samples: int) -> dict[str, Any]:
-    """Which measurement it is."""
-    return {"policy": digest(params), "role": role, "iteration": iteration, "samples": [samples, batch_samples]}
+def counts_file(run: Run, params: Any, of: dict[str, Any]) -> Path:
+    """The file that keeps what a measurement has counted, named by the policy and by what else it is a measurement ``of``."""
+    what = json.dumps(of | {"policy": digest(params)}, sort_keys=True)
+    return run.directory / f"{COUNTS}{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def drop_counts(run: Run) -> None:
+    """Removes what measurements have kept, once what is made of them is stored."""
+
+    def drop() -> None:
+        for name in names(run.directory):
+            if name.startswith(COUNTS):
+                (run.directory / name).unlink(missing_ok=True)
+
+    common(drop)
 
 
 def check_verifier(run: Run, verdicts: dict[str, int]) -> None:

@@ -34,7 +34,7 @@ from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import pace
 from grpo_jax.runs.directory import RESULT, load, open_run_directory, save
 from grpo_jax.runs.loop import stretch, visits
-from grpo_jax.runs.measurement import Measurement
+from grpo_jax.runs.measurement import Measurement, counts_file, drop_counts
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
@@ -120,7 +120,9 @@ def sweep(
         # The run of all seeds: without worker processes, and with a key that is not used.
         run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
         results = run_phases(run, plan, jax.default_backend() != "cpu" if batched is None else batched)
-        return save(directory / RESULT, {"points": results})["points"]
+        results = save(directory / RESULT, {"points": results})["points"]
+        drop_counts(run)
+        return results
 
 
 def run_phases(run: Run, plan: Plan, batched: bool) -> list[dict[str, Any]]:
@@ -242,14 +244,21 @@ def _measure(
     rows = np.stack([np.resize(p, blocks * batch).reshape(blocks, batch) for p in probed]).astype(np.int32)
     keys = _keys(mesh, [role_key(r.base_key, "probe", c.train.iterations) for r in runs])
     ref_params = _references(mesh, runs)
-    totals: Any = None
-    with progress(run.console, "measuring, samples of every prompt", total=samples) as line:
-        for first in range(0, samples, group):
+    # What an earlier start has counted, and from there on.
+    kept = counts_file(run, params, {"iteration": c.train.iterations, "samples": [samples, group]})
+    done, totals = 0, []
+    if (so_far := load(kept)) is not None:
+        done, totals = so_far["done"], [np.array(x) for x in so_far["totals"]]
+    with progress(run.console, "measuring, samples of every prompt", total=samples, done=done) as line:
+        for first in range(done, samples, group):
             arrays = functions.measure(params, ref_params, keys, rows, table, jnp.int32(first))
             counts = [x.astype(np.float64 if x.dtype == np.float32 else np.int64) for x in map(host, arrays)]
-            totals = counts if totals is None else [a + b for a, b in zip(totals, counts, strict=True)]
-            check_preempted(run)
-            line.update(first + group, f"success {totals[0].mean() / (first + group):.3f}")
+            totals = [a + b for a, b in zip(totals, counts, strict=True)] if totals else counts
+            done = first + group
+            if done >= samples or must_stop(run):
+                save(kept, {"done": done, "totals": [x.tolist() for x in totals]})
+                check_preempted(run)
+            line.update(done, f"success {totals[0].mean() / done:.3f}")
     successes, tokens, truncated, sums = (
         x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :num_prompts] for x in totals
     )  # [seeds, points, Q], and sums [seeds, points, Q, 2, 4]

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_jax.runs import measurement
 from grpo_jax.runs.errors import Preempted, VerifierFailed
-from grpo_jax.runs.measurement import check_verifier, decode, judged_samples, measure, measure_in_full
+from grpo_jax.runs.measurement import check_verifier, decode, drop_counts, judged_samples, measure, measure_in_full
 from grpo_jax.runs.run import Run
 from grpo_jax.runs.setup import put_prompts
 from grpo_jax.tasks import Verdict
@@ -135,6 +135,7 @@ def test_a_measurement_that_is_stopped_between_any_two_batches_goes_on_from_ther
     run = run_of(tmp_path, data__prompts_per_iteration=8)  # of 16 prompts
     params, options = run.setup.initial_params(0), {"samples": 12, "batch_samples": 4, "examples": 3, "may_stop": True}
     whole = measure(run, moved(params), params, 3, **options)
+    drop_counts(run)
     judge, judged = measurement.judge, []
     monkeypatch.setattr(measurement, "judge", lambda *a, **k: (judged.append(1), judge(*a, **k))[1])
     for _ in range(6):  # 2 × 3 batches, each of them the last before a signal
@@ -144,9 +145,13 @@ def test_a_measurement_that_is_stopped_between_any_two_batches_goes_on_from_ther
     assert len(judged) == 6
     for name, value in whole._asdict().items():
         np.testing.assert_array_equal(getattr(parts, name), value, err_msg=name)
-    assert not (tmp_path / "measuring.json").exists()
-    # What was kept of another policy is not taken.
+    # What was counted in full is kept too, until what is made of it is stored; of another policy nothing is taken.
+    assert [measure(run, moved(params), params, 3, **options).successes.tolist()] == [whole.successes.tolist()]
+    assert len(judged) == 6
     with pytest.raises(Preempted):
         measure(run._replace(signals=[15]), params, params, 3, **options)
     other = measure(run, moved(params), params, 3, **options)
     np.testing.assert_array_equal(other.successes, whole.successes)
+    assert len(judged) == 7 and len(list(tmp_path.glob("measuring-*"))) == 2
+    drop_counts(run)
+    assert not list(tmp_path.iterdir())

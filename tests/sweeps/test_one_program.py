@@ -213,7 +213,15 @@ def test_killed_between_checkpoints_and_resumed_is_the_unbroken_sweep(eight, dir
             swept(path)
     assert saved == [3]
     assert len((path / "metrics.jsonl").read_text().splitlines()) == 5
+    # By SIGTERM in the measurement of the end, whose first batch of two is kept.
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_module, "signals_as_flag", lambda: nullcontext([15]))
+        with pytest.raises(Preempted):
+            swept(path)
+    begun, progress = [], sweep_module.progress
+    monkeypatch.setattr(sweep_module, "progress", lambda *a, **k: (begun.append(k["done"]), progress(*a, **k))[1])
     results, _ = swept(path)
+    assert begun == [5, 8] and not list(path.glob("measuring-*"))
     assert results == eight[0]
     assert (path / "metrics.jsonl").read_bytes() == (directory / "eight" / "metrics.jsonl").read_bytes()
     assert swept(path)[0] == results  # it is finished, and only read
