@@ -8,22 +8,26 @@ Only gradients and scorings of the policy are needed (train/scores.py): a step c
 training on as many completions. What cannot be measured is left out, with the reason; the run goes on without it.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from grpo_jax.config import ATTAINABLE_LEAST as LEAST
 from grpo_jax.config import ATTAINABLE_PARTS as PARTS
 from grpo_jax.objective import Objective
-from grpo_jax.processes import host, put
+from grpo_jax.processes import common, host, put
 from grpo_jax.report.forecast import group_weights, interval_dict
 from grpo_jax.report.progress import progress
 from grpo_jax.rollout import PromptBatch, Rollout
-from grpo_jax.runs.directory import ATTAINABLE, load, save
-from grpo_jax.runs.measurement import judged_samples
-from grpo_jax.runs.run import Run, check_preempted, say
+from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.directory import ATTAINABLE, load, save, saved_steps
+from grpo_jax.runs.errors import CheckpointError
+from grpo_jax.runs.measurement import counts_file, drop_counts, judged_samples
+from grpo_jax.runs.run import Run, check_preempted, must_stop, say
 from grpo_jax.runs.setup import put_prompts
 from grpo_jax.theory.explained import explained_share, samples_needed
 from grpo_jax.train.iteration import role_key
@@ -67,6 +71,28 @@ class Part(NamedTuple):
     pull: np.ndarray
 
 
+class Fit(NamedTuple):
+    """A least-squares fit of a part's pull by the scores, ‖y − S w‖², after some steps of conjugate gradients from w = 0.
+
+    Attributes:
+      step: how many.
+      w: the fit, in white coordinates, like the parameters.
+      direction: of the next step.
+      squared: gᵀ M g of the gradient that the direction was made from.
+      residual: [Q, n] y − S w.
+    """
+
+    step: int
+    w: Any
+    direction: Any
+    squared: jax.Array
+    residual: np.ndarray
+
+    def share(self, part: Part) -> float:
+        """Of the part's pull, that it explains."""
+        return float(1 - np.square(self.residual).sum() / np.square(part.pull).sum())
+
+
 def measured_attainable(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
     """R² of the network, read from the run directory; measured and stored there if it does not hold it, or in another way.
 
@@ -86,10 +112,11 @@ def measured_attainable(run: Run, params: Any, before: dict[str, Any]) -> dict[s
     if stored is None or stored["asked"] != asked:
         reason = refusal(c, run.setup.recipe.objective, before)
         try:
-            stored = {"reason": reason} if reason else _measure(run, params, before)
+            stored = {"reason": reason} if reason else _measure(run, params, before, asked)
         except Undetermined as undetermined:
             stored = {"reason": str(undetermined)}
         stored = save(path, stored | {"asked": asked})
+        drop_counts(run)
         check_preempted(run)
     return stored
 
@@ -127,12 +154,14 @@ def sizes(config: Any, num_prompts: int) -> tuple[int, int]:
     return chosen, n
 
 
-def _measure(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
+def _measure(run: Run, params: Any, before: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     config, steps, probed = run.config, run.config.attainable.steps, run.setup.probed
     Q, n = sizes(config, len(probed))
     chosen = np.sort(np.random.default_rng((config.seed, len(probed))).permutation(len(probed))[:Q])
     some = "every prompt" if len(probed) == Q else f"{Q} of {len(probed)} prompts"
     say(run.console, f"measuring what the network lets through: {PARTS * n} samples of {some}")
+    kept = counts_file(run, params, asked).with_suffix("")
+    fits, fit = np.full((PARTS, PARTS, Q, n), np.nan), None  # fits: [a, k] of part k, by the fit on part a
     with progress(run.console, "score regression", total=PARTS * (steps + 1)) as line:
         parts = [_sample(run, params, before, chosen, part, n) for part in range(PARTS)]
         if not all(part.pull.any() for part in parts):
@@ -141,13 +170,23 @@ def _measure(run: Run, params: Any, before: dict[str, Any]) -> dict[str, Any]:
                 "(attainable.samples)"
             )
         scores = Scores(run, params)
-        factors, fits = scores.white_coordinates(parts[0]), np.full((PARTS, PARTS, Q, n), np.nan)
-        for a, part in enumerate(parts):
-            fit, share = _fit(scores, part, factors, line, a * (steps + 1))
+        factors, begun = scores.white_coordinates(parts[0]), 0
+        if (so_far := _kept(kept, run.setup.shapes)) is not None:
+            begun, fit, scores.length = so_far["part"], so_far["fit"], so_far["length"]
+            fits[:begun] = np.array(so_far["fits"]).reshape(fits[:begun].shape)
+        for a in range(begun, PARTS):
+            fit = fit or _begin(scores, parts[a], factors)
+            while fit.step < steps:
+                fit = _advance(scores, parts[a], factors, fit)
+                line.update(a * (steps + 1) + fit.step, f"explains {fit.share(parts[a]):.2f} of its own samples")
+                if must_stop(run):
+                    _keep(kept, a, fit, fits[:a], scores.length)
+                    check_preempted(run)
             for k in range(PARTS):
                 if k != a:
-                    fits[a, k] = scores.along(fit, parts[k])
-            line.update((a + 1) * (steps + 1), f"explains {share:.2f} of its own samples")
+                    fits[a, k] = scores.along(fit.w, parts[k])
+            line.update((a + 1) * (steps + 1), f"explains {fit.share(parts[a]):.2f} of its own samples")
+            fit = None
     found = explained_share(np.stack([part.pull for part in parts]), fits, config.evaluate.confidence)
     measured = {"r2": interval_dict(found.r2, found.low, found.high), "naive": found.naive}
     measured |= {
@@ -180,31 +219,72 @@ def _sample(run: Run, params: Any, before: dict[str, Any], chosen: np.ndarray, p
     return Part(batches, omega[:, None] * (rewards - rewards.mean(-1, keepdims=True)))
 
 
-def _fit(scores: "Scores", part: Part, factors: Any, line: Any, done: int) -> tuple[Any, float]:
-    """Conjugate gradients on ‖y − S w‖² from w = 0, in white coordinates: w, and the share of its part that it explains.
+def _begin(scores: "Scores", part: Part, factors: Any) -> Fit:
+    direction, squared = scores.run.setup.compiled.scores.whiten(factors, scores.pull_back(part, part.pull))
+    return Fit(0, jax.tree.map(jnp.zeros_like, direction), direction, squared, part.pull)
+
+
+def _advance(scores: "Scores", part: Part, factors: Any, fit: Fit) -> Fit:
+    """One step of conjugate gradients; where nothing is left to explain, or can be, the last.
 
     The scores of a prompt are centred, as its pull is.
     """
-    run, programs = scores.run, scores.run.setup.compiled.scores
-    steps = run.config.attainable.steps
-    residual, total, explained = part.pull, np.square(part.pull).sum(), 0.0
-    direction, squared = programs.whiten(factors, scores.pull_back(part, residual))
-    fit = jax.tree.map(jnp.zeros_like, direction)
-    for step in range(1, steps + 1):
-        change = scores.along(direction, part)
-        change = change - change.mean(-1, keepdims=True)
-        if not change.any():
-            break  # the pull is explained, or nothing of it can be
-        size = float(squared) / np.square(change).sum()
-        residual = residual - size * change
-        fit = programs.add(fit, jnp.float32(size), direction)
-        explained = 1 - np.square(residual).sum() / total
-        line.update(done + step, f"explains {explained:.2f} of its own samples")
-        if step < steps:
-            white, now = programs.whiten(factors, scores.pull_back(part, residual))
-            direction, squared = programs.add(white, now / squared, direction), now
-        check_preempted(run)
-    return fit, explained
+    programs, steps = scores.run.setup.compiled.scores, scores.run.config.attainable.steps
+    change = scores.along(fit.direction, part)
+    change = change - change.mean(-1, keepdims=True)
+    if not change.any():
+        return fit._replace(step=steps)
+    size = float(fit.squared) / np.square(change).sum()
+    residual = fit.residual - size * change
+    w, direction, squared, step = (
+        programs.add(fit.w, jnp.float32(size), fit.direction),
+        fit.direction,
+        fit.squared,
+        fit.step + 1,
+    )
+    if step < steps:
+        white, now = programs.whiten(factors, scores.pull_back(part, residual))
+        direction, squared = programs.add(white, now / squared, direction), now
+    return Fit(step, w, direction, squared, residual)
+
+
+def _keep(folder: Path, part: int, fit: Fit, fits: np.ndarray, length: float) -> None:
+    """Stores how far the regression has come: the fit on this part, and what those on the parts before it say of the others."""
+    checkpoints = Checkpoints(folder, keep=1)
+    numbers = {
+        "step": fit.step,
+        "squared": float(fit.squared),
+        "residual": fit.residual.tolist(),
+        "length": float(length),
+    }
+    try:
+        step = part * 1_000_000 + fit.step
+        checkpoints.save(
+            step,
+            {"w": fit.w, "direction": fit.direction},
+            numbers | {"part": part, "fits": np.nan_to_num(fits).tolist()},
+        )
+    finally:
+        checkpoints.close()
+
+
+def _kept(folder: Path, shapes: Any) -> dict[str, Any] | None:
+    """What `_keep` stored; None for nothing."""
+    if not common(lambda: saved_steps(folder)):
+        return None
+    checkpoints = Checkpoints(folder, keep=1)
+    try:
+        found = checkpoints.restore_latest({"w": shapes, "direction": shapes})
+    except CheckpointError as error:  # it is measured from the start
+        logging.warning("%s", error)
+        return None
+    finally:
+        checkpoints.close()
+    if found is None:
+        return None
+    _, trees, meta = found
+    fit = Fit(meta["step"], trees["w"], trees["direction"], jnp.float32(meta["squared"]), np.array(meta["residual"]))
+    return meta | {"fit": fit}
 
 
 class Scores:

@@ -27,12 +27,12 @@ from grpo_jax.runs.directory import load, save
 from grpo_jax.runs.errors import VerifierFailed
 from grpo_jax.runs.run import Run, check_preempted, must_stop, say
 from grpo_jax.runs.setup import Setup, put_prompts
-from grpo_jax.storage import names
+from grpo_jax.storage import names, remove_folder
 from grpo_jax.tasks import Verdict
 from grpo_jax.tasks.workers import VerifierPool
 from grpo_jax.train.iteration import role_key
 
-COUNTS = "measuring-"  # how the names of files begin that keep what a measurement has counted
+COUNTS = "measuring-"  # how the names begin of files and folders that keep what a measurement has counted
 
 
 class Judged(NamedTuple):
@@ -200,7 +200,8 @@ def drop_counts(run: Run) -> None:
     def drop() -> None:
         for name in names(run.directory):
             if name.startswith(COUNTS):
-                (run.directory / name).unlink(missing_ok=True)
+                path = run.directory / name
+                path.unlink(missing_ok=True) if name.endswith(".json") else remove_folder(path)
 
     common(drop)
 

@@ -11,7 +11,10 @@ from grpo_jax.config import ConfigError, validate
 from grpo_jax.objective import GRPO, GRPO_TRL, named_objective
 from grpo_jax.runs import attainable
 from grpo_jax.runs.attainable import refusal, sizes
+from grpo_jax.runs.errors import Preempted
 from grpo_jax.runs.loop import train
+from grpo_jax.runs.run import Run
+from grpo_jax.runs.setup import make_setup
 from tests.tiny_run import tiny_config
 
 QUICK = {
@@ -115,16 +118,44 @@ def test_what_cannot_be_measured_is_left_out_and_the_run_goes_on(tmp_path, monke
 def test_enough_steps_explain_all_samples_of_a_part(tmp_path, monkeypatch):
     """With fewer samples than parameters, the least-squares fit that the steps go to is exact on its own part."""
     explained = []
-    fit = attainable._fit
+    advance = attainable._advance
 
-    def watched(*arguments):
-        found = fit(*arguments)
-        explained.append(found[-1])
+    def watched(scores, part, factors, fit):
+        found = advance(scores, part, factors, fit)
+        if found.step == 20:
+            explained.append(found.share(part))
         return found
 
-    monkeypatch.setattr(attainable, "_fit", watched)
+    monkeypatch.setattr(attainable, "_advance", watched)
     run(tmp_path / "a", attainable__samples=12, attainable__steps=20)
+    assert len(explained) == 3
     assert min(explained) > 0.85  # differences are rounded, and so are conjugate directions
+
+
+def test_stopped_after_any_step_it_goes_on_from_there(tmp_path, monkeypatch):
+    """Each start takes one step of one fit, keeps it and stops; in the end R² has the bits of an unbroken one."""
+    config = tiny_config(**QUICK | {"attainable__samples": 384})
+    setup = make_setup(config, *validate(config, num_devices=8))
+    params, before = setup.initial_params(0), {"successes": [3] * 16, "trials": 16}
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    a_run = Run(config, setup, tmp_path / "a", Console(quiet=True), None, jax.random.key(0), [])
+    whole = attainable.measured_attainable(a_run, params, before)
+    assert "r2" in whole
+    stopped, steps, advance = a_run._replace(directory=tmp_path / "b", signals=[15]), [], attainable._advance
+    monkeypatch.setattr(attainable, "_advance", lambda *a: (steps.append(a[-1].step), advance(*a))[1])
+    for _ in range(6):  # two steps on each of three parts
+        with pytest.raises(Preempted):
+            attainable.measured_attainable(stopped, params, before)
+    assert len(list((tmp_path / "b").glob("measuring-*"))) == 1
+    # What was kept is of this policy: another begins anew.
+    other = jax.tree.map(lambda x: 1.01 * x, params)
+    with pytest.raises(Preempted):
+        attainable.measured_attainable(stopped, other, before)
+    assert steps == [0, 1, 0, 1, 0, 1, 0]
+    assert attainable.measured_attainable(stopped._replace(signals=[]), params, before) == whole
+    assert steps == [0, 1, 0, 1, 0, 1, 0]
+    assert not list((tmp_path / "b").glob("measuring-*"))
 
 
 def test_it_costs_what_it_says(tmp_path, monkeypatch):
