@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
                 "stop_strings": (),  # texts that end a completion too, however they are split into tokens
                 "dtype": "float32",  # of matrix products: float32 or bfloat16; parameters are always float32
                 "remat": "none",  # what of a layer its gradient computes again: none, dots (all but weights' products), full
+                "gather": "model",  # what a device that decodes holds whole of weights that fsdp spreads: model | layer
                 "tokenizer": "characters",  # of a random decoder: characters (of the task) or bytes
                 "num_layers": 2,
                 "d_model": 64,

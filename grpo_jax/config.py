@@ -30,6 +30,7 @@ _CHOICES = {
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "model.dtype": DTYPES,
     "model.remat": REMATS,
+    "model.gather": ("model", "layer"),
     "model.tokenizer": ("characters", "bytes"),
     "data.too_long": ("error", "drop"),
 }
@@ -100,7 +101,7 @@ def task_options(config: Any) -> dict[str, Any]:
 
 def decoder_options(config: Any) -> dict[str, Any]:
     """The fields of a random decoder's `DecoderConfig` that the config chooses."""
-    excluded = ("path", "stop_ids", "stop_strings", "tokenizer")
+    excluded = ("path", "stop_ids", "stop_strings", "gather", "tokenizer")
     return {key: value for key, value in config.model.items() if key not in excluded}
 
 

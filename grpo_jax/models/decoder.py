@@ -9,6 +9,7 @@ position is what rotations and windows see; the two are independent.
 """
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ NO_WINDOW = 2**31 - 1  # the window of a layer that has none
 UNROLLED = 4
 
 
-def make_policy(config: DecoderConfig) -> Policy:
+def make_policy(config: DecoderConfig, *, gather: Callable[[Params], Params] | None = None) -> Policy:
     """The decoder as pure functions of its parameters.
 
     ``forward(params, tokens, positions, mask, cache=None, start=0, prefix=None, slots=None, segments=None, order=None)`` ->
@@ -46,7 +47,8 @@ def make_policy(config: DecoderConfig) -> Policy:
     ``unembed(params, hidden [..., D])`` -> logits [..., V] float32. ``init_cache(batch, length)`` -> an empty cache.
     ``prepare(params, length)`` -> the parameters for a long decode: matrices in ``config.dtype``, an untied unembedding also
     transposed, each layer's parameters also unstacked, and the rotations of ``length`` positions. The other functions take
-    either form.
+    either form. ``gather`` is given the parameters of a layer where it begins, and returns them whole: see
+    `grpo_jax.train.sharding.gather_layer`.
 
     Raises ValueError where shapes, lengths or rows do not fit. Source: arXiv 2302.13971 §2.2; checked against a NumPy
     implementation in tests/models/test_decoder.py.
@@ -59,7 +61,7 @@ def make_policy(config: DecoderConfig) -> Policy:
     ((1, 3, 8), (1, 3, 32))
     """
     return Policy(
-        partial(_forward, config),
+        partial(_forward, config, gather),
         partial(_unembed, config),
         partial(_init_cache, config),
         partial(_prepare, config),
@@ -122,6 +124,7 @@ def param_shapes(config: DecoderConfig) -> Params:
 
 def _forward(
     config: DecoderConfig,
+    gather: Callable[[Params], Params] | None,
     params: Params,
     tokens: Array,
     positions: Array,
@@ -183,6 +186,10 @@ def _forward(
     layer = Layer(c, returns_keys=fills_cache)
 
     def apply_layer(weights: Params, hidden: Array, own: dict[str, Any]) -> Any:
+        if gather is not None:
+            # Not before the layer before it has ended: XLA would gather all layers before the first token.
+            weights, hidden = lax.optimization_barrier((weights, hidden))
+            weights = gather(weights)
         return layer.apply({"params": weights}, hidden, own, shared)
 
     if cache is None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from grpo_jax.config import validate
-from grpo_jax.models import make_policy, param_shapes
+from grpo_jax.models import param_shapes
 from grpo_jax.objective import Objective
 from grpo_jax.report.progress import progress
 from grpo_jax.rollout import PromptBatch, Rollout
@@ -119,7 +119,7 @@ def estimate_memory(
     mesh, c = make_mesh(**config.mesh, devices=devices), config.evaluate
     decoder = make_decoder(config, task, mesh)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
-    recipe = make_recipe(config, objective, make_policy(decoder), stop_ids=(0,), pad_id=0)
+    recipe = make_recipe(config, objective, decoder, shapes, stop_ids=(0,), pad_id=0)
     compiled = make_compiled(config, recipe, shapes, mesh)
     rows, whole = row_sharding(mesh), replicated(mesh)
     num_prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
@@ -261,6 +261,8 @@ def advice(config: Any, memory: Memory, capacity: float | None, num_devices: int
         if config.model.remat == "none":
             keys.append("--config.model.remat=full keeps less of each layer")
     if any(name.startswith(("rollout", "probe, sampling")) for name in too_large):
+        if config.mesh.fsdp > 1 and config.model.gather == "model":
+            keys.append("--config.model.gather=layer holds one layer whole to decode, and gathers it for every token")
         if config.mesh.tensor * 2 <= num_devices:
             keys.append(
                 f"--config.mesh.tensor={2 * config.mesh.tensor} splits the weights of decoding, which fsdp gathers"

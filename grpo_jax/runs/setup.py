@@ -42,6 +42,7 @@ from grpo_jax.train.compiled import Compiled, compile_recipe
 from grpo_jax.train.iteration import Recipe, role_key
 from grpo_jax.train.optimizer import make_optimizer, make_warm_start_optimizer
 from grpo_jax.train.sharding import (
+    gather_layer,
     make_mesh,
     parameter_shardings,
     replicated,
@@ -132,7 +133,8 @@ def make_setup(
     recipe = make_recipe(
         config,
         objective,
-        make_policy(decoder),
+        decoder,
+        shapes,
         stop_ids=stop_ids,
         pad_id=tokenizer.pad_id,
         stop_table=None if table is None else jnp.asarray(table),
@@ -156,14 +158,21 @@ def make_setup(
 def make_recipe(
     config: Any,
     objective: Objective,
-    policy: Policy,
+    decoder: DecoderConfig,
+    shapes: Any,
     *,
     stop_ids: tuple[int, ...],
     pad_id: int,
     stop_table: jax.Array | None = None,
     verify_tokens: Callable[..., jax.Array] | None = None,
 ) -> Recipe:
-    """The recipe of a validated config, for one device; arguments as of `Recipe` and `sample_groups`."""
+    """The recipe of a validated config, for one device; arguments as of `Recipe` and `sample_groups`.
+
+    ``shapes`` are those of the parameters, with shardings.
+    """
+    policy = make_policy(decoder)
+    by_layer = config.model.gather == "layer" and config.mesh.fsdp > 1
+    sampler = make_policy(decoder, gather=gather_layer(shapes)) if by_layer else policy
     c = config.train
     optimizer = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
     updates = c.inner_epochs * c.minibatches  # of an iteration
@@ -171,7 +180,7 @@ def make_recipe(
         policy=policy,
         objective=objective,
         sample=partial(
-            sample_groups, policy, stop_ids=stop_ids, pad_id=pad_id, stop_table=stop_table, **config.rollout
+            sample_groups, sampler, stop_ids=stop_ids, pad_id=pad_id, stop_table=stop_table, **config.rollout
         ),
         optimizer=make_optimizer(
             updates=c.iterations * updates, averaged_updates=averaged_iterations(config) * updates, **optimizer
@@ -189,9 +198,8 @@ def make_recipe(
 def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh, *, precise: Policy | None = None) -> Compiled:
     """`compile_recipe` with the dtype and the warm start's optimizer of the config."""
     warm_optimizer = make_warm_start_optimizer(config.warm_start.learning_rate)
-    return compile_recipe(
-        recipe, shapes, mesh, dtype=config.model.dtype, warm_optimizer=warm_optimizer, precise=precise
-    )
+    options = {"dtype": config.model.dtype, "gather": config.model.gather}
+    return compile_recipe(recipe, shapes, mesh, warm_optimizer=warm_optimizer, precise=precise, **options)
 
 
 def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:

@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import jax
+
 from grpo_jax.manifests import parse_cluster
 
 # Bytes per device that their compiler gives to programs, read from what it says of a program that is too large.
@@ -55,6 +57,8 @@ def topology_devices(name: str) -> list[Any]:
         number = cluster.slices * cluster.hosts * cluster.chips
         arguments, options = ("", "cuda"), {"topology": f"1x{number}x1", "target_config": H200_DESCRIPTION}
         package = "'jax[cuda13]'"
+    # Programs of devices that are not there can be stored, and not read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         return list(topologies.get_topology_desc(*arguments, **options).devices)
     except Exception as error:  # whatever a compiler that is half there raises

@@ -78,6 +78,7 @@ def compile_recipe(
     mesh: Mesh,
     *,
     dtype: str,
+    gather: str = "model",
     warm_optimizer: optax.GradientTransformation,
     precise: Policy | None = None,
 ) -> Compiled:
@@ -88,13 +89,14 @@ def compile_recipe(
       shapes: of the parameters, with shardings.
       mesh: the devices.
       dtype: of matrix products.
+      gather: what is gathered at a time to decode, see `spread_sampling`.
       warm_optimizer: of the warm start.
       precise: the policy with float32 products, for differences of log-probabilities; None: the recipe's has them.
     """
     rows, whole = row_sharding(mesh), replicated(mesh)
     decoding = partial(jax.jit, compiler_options=DECODING_OPTIONS.get(mesh.devices.flat[0].platform))
     recipe = recipe._replace(
-        sample=spread_sampling(recipe.sample, mesh, shapes, dtype),
+        sample=spread_sampling(recipe.sample, mesh, shapes, dtype, gather=gather),
         layout=recipe.layout._replace(shards=row_shards(mesh)),
     )
 

@@ -97,20 +97,45 @@ def rollout_shardings(rows: Any, whole: Any) -> Any:
     return Rollout(*(whole if field == "useful" else rows for field in Rollout._fields))
 
 
-def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str) -> Callable[..., Rollout]:
+def gather_layer(shapes: Any) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """A function that gathers what fsdp spreads of the parameters of a layer, each device in its own program (`jax.shard_map`).
+
+    Args:
+      shapes: of the parameters, with shardings.
+    """
+    specs = {name: leaf.sharding.spec for name, leaf in shapes["layers"].items()}
+    axes = {name: spec.index("fsdp") - 1 for name, spec in specs.items() if "fsdp" in spec}  # of a layer alone
+
+    def gather(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {
+            name: jax.lax.all_gather(x, "fsdp", axis=axes[name], tiled=True) if name in axes else x
+            for name, x in weights.items()
+        }
+
+    return gather
+
+
+def spread_sampling(
+    sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str, *, gather: str = "model"
+) -> Callable[..., Rollout]:
     """``sample`` with the prompts' rows spread over data and fsdp, where their number allows it; else each has all of them.
 
     Every device decodes its own rows, and stops when they have ended; only a tensor axis is left to XLA. Its transfers may wait
     for all devices, so that with it all make their steps together, until the last row has ended. What fsdp spreads is gathered
-    once, before the first token, in the type that the matrix products cast it to anyway.
+    once, before the first token, in the type that the matrix products cast it to anyway; or, where the whole model is too large
+    for a device, each layer of it when it is its turn, at every token.
 
     Args:
       sample: (params, prompts, key, first_sample=0, **options) -> `Rollout`; with the option ``vmap_axis`` of `sample_groups`.
       mesh: the devices.
       shapes: of the parameters, with shardings.
       dtype: of matrix products.
+      gather: "model" or "layer"; with "layer", ``sample`` has a policy that gathers its layers, see `gather_layer`.
     """
+    by_layer = gather == "layer" and mesh.shape["fsdp"] > 1
     together, axes = ({"vmap_axis": ROWS[0]}, ROWS[0]) if mesh.shape["tensor"] > 1 else ({}, mesh.axis_names)
+    if by_layer:
+        together = {"vmap_axis": ROWS[0]}
 
     def cast(leaf: jax.Array, shape: Any) -> jax.Array:
         return leaf.astype(dtype) if "fsdp" in shape.sharding.spec else leaf
@@ -130,11 +155,17 @@ def spread_sampling(sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dty
             return rollout._replace(useful=tokens / work)
 
         whole = PartitionSpec()
+        weights = jax.tree.map(lambda _: whole, shapes)
+        if by_layer:
+            weights["layers"] = {
+                name: PartitionSpec(*(axis if axis == "fsdp" else None for axis in leaf.sharding.spec))
+                for name, leaf in shapes["layers"].items()
+            }
         rows = whole if shards == 1 else ROWS
         return jax.shard_map(
             of_device,
             mesh=mesh,
-            in_specs=(whole, rows, whole, whole),
+            in_specs=(weights, rows, whole, whole),
             out_specs=rollout_shardings(rows, whole),
             axis_names=set(axes),
             check_vma=False,

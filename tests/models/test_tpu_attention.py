@@ -16,7 +16,7 @@ from grpo_jax.models import DecoderConfig, attention, init_params, make_policy
 from grpo_jax.models.attention import KeyValues, attend
 from grpo_jax.models.tpu_attention import CachedLayer, attend_to_cache, heads_of_vectors, slots_read
 from grpo_jax.rollout import PromptBatch, sample_groups
-from grpo_jax.train.sharding import make_mesh, parameter_shardings, sharded_shapes, spread_sampling
+from grpo_jax.train.sharding import gather_layer, make_mesh, parameter_shardings, sharded_shapes, spread_sampling
 from tests.pods import ROOT
 
 HEADS = {  # query heads, key heads, features: the vectors of a TPU hold half a head … several heads
@@ -144,19 +144,24 @@ def test_samples_do_not_depend_on_the_kernel(kernel, options):
     np.testing.assert_allclose(by_kernel.logps, plain.logps, atol=2e-5)
 
 
+@pytest.mark.parametrize("gather", ["model", "layer"])
 @pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"fsdp": 4}, {"fsdp": 3, "tensor": 2}], ids=str)
-def test_samples_do_not_depend_on_the_mesh(kernel, axes):
-    """Rows spread over devices, or all on each where they are no multiple; and heads over others."""
+def test_samples_do_not_depend_on_the_mesh(kernel, axes, gather):
+    """Rows spread over devices, or all on each where they are no multiple; heads over others; weights gathered layer by layer."""
     config = DecoderConfig(
         37, 2, 24, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=40, max_length=64, decode_kernel=True
     )
     params = init_params(config, jax.random.key(0))
     prompts = PromptBatch(jnp.ones((4, 3), jnp.int32), jnp.ones((4, 3), bool), jnp.arange(4, dtype=jnp.int32))
-    sample = partial(sample_groups, make_policy(config), group_size=4, max_completion=40, stop_ids=(1, 2))
+    options = {"group_size": 4, "max_completion": 40, "stop_ids": (1, 2)}
+    sample = partial(sample_groups, make_policy(config), **options)
     alone = jax.jit(sample)(params, prompts, jax.random.key(1))
 
     mesh = make_mesh(**axes, devices=jax.devices()[: np.prod(list(axes.values()))])
-    spread = spread_sampling(sample, mesh, sharded_shapes(params, mesh), "float32")
+    shapes = sharded_shapes(params, mesh)
+    if gather == "layer":
+        sample = partial(sample_groups, make_policy(config, gather=gather_layer(shapes)), **options)
+    spread = spread_sampling(sample, mesh, shapes, "float32", gather=gather)
     placed = jax.device_put(params, parameter_shardings(params, mesh))
     rollout = jax.jit(spread)(placed, prompts, jax.random.key(1))
     np.testing.assert_array_equal(rollout.completions, alone.completions)

@@ -55,6 +55,9 @@ def test_advice_names_what_does_not_fit_and_keys_that_help():
         config, Memory({"parameters": gib}, {"rollout": 9 * gib}, {"rollout": program(9 * gib)}), 3.0 * gib, 8
     )
     assert f"rollout {format_bytes(10 * gib)}" in rollout and "--config.mesh.tensor=2" in rollout
+    config.mesh.fsdp = 4
+    memory = Memory({"parameters": gib}, {"rollout": 9 * gib}, {"rollout": program(9 * gib)})
+    assert "--config.model.gather=layer" in advice(config, memory, 3.0 * gib, 8)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "h200", "2*h200:8x"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.rollout.compaction import Stage
 from grpo_jax.runs.loop import visits
 from grpo_jax.runs.setup import put_prompts, put_table
 from grpo_jax.train.iteration import role_key
@@ -29,9 +30,11 @@ def sampled(setup, rows=16, **options):
     return setup.compiled.sample(params, prompts, jax.random.key(5))
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_the_same_tokens_on_any_mesh(mesh):
-    _, setup = on_mesh(mesh)
+@pytest.mark.parametrize(
+    ("mesh", "gather"), [*((mesh, "model") for mesh in MESHES), *((mesh, "layer") for mesh in MESHES[1:3])], ids=str
+)
+def test_the_same_tokens_on_any_mesh(mesh, gather):
+    _, setup = on_mesh(mesh, model__gather=gather)
     one = on_one_device()[1]
     wanted, found = sampled(one), sampled(setup)
     for field in ("completions", "mask", "truncated"):
@@ -40,9 +43,9 @@ def test_the_same_tokens_on_any_mesh(mesh):
     assert len(found.completions.sharding.device_set) == 8
     lengths = np.asarray(wanted.mask).sum(-1)
     assert lengths.min() < lengths.max()
-    # Each device decodes until its longest has ended; with a tensor axis, until the longest of all has.
+    # Each device decodes until its longest has ended; where they need each other at every token, until the longest of all has.
     by_device = lengths.reshape(mesh.get("data", 1) * mesh.get("fsdp", 1), -1)
-    steps = np.full(len(by_device), lengths.max()) if "tensor" in mesh else by_device.max(1)
+    steps = np.full(len(by_device), lengths.max()) if "tensor" in mesh or gather == "layer" else by_device.max(1)
     np.testing.assert_allclose(found.useful, lengths.sum() / (by_device.shape[1] * steps).sum(), rtol=1e-6)
     # For probes: other sizes, and a number of prompts that the devices do not divide.
     options = {"group_size": 3, "greedy": False, "first_sample": jnp.int32(4)}
@@ -53,15 +56,27 @@ def test_the_same_tokens_on_any_mesh(mesh):
 
 def test_every_device_decodes_its_own_rows_without_talking():
     """With prompts over all devices there is one gathering of what fsdp spreads, before the loop, and nothing inside it."""
-    _, setup = on_mesh({"data": 4, "fsdp": 2})
+    before, inside = transfers({"data": 4, "fsdp": 2})
+    assert "all-gather" in before
+    assert not inside
+
+
+def test_layer_by_layer_no_device_holds_the_model():
+    """Every matrix of a layer is gathered inside the loop over tokens, and not before it for all of them."""
+    _, inside = transfers({"data": 4, "fsdp": 2}, model__gather="layer", model__num_layers=3)
+    assert inside.count("all-gather") == 3 * 7
+
+
+def transfers(mesh, **changes):
+    """Names of the collectives of sampling, of the program's entry and of its other computations, in stages of one loop."""
+    _, setup = on_mesh(mesh, **changes)
     params, prompts = setup.initial_params(0), put_prompts(setup, np.arange(16))[0]
-    text = setup.compiled.sample.lower(params, prompts, jax.random.key(0)).compile().as_text()
-    collectives = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    stages = (Stage(16 * setup.recipe.sample.keywords["group_size"] // 8, (3,)),)
+    text = setup.compiled.sample.lower(params, prompts, jax.random.key(0), stages=stages).compile().as_text()
+    names = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
     computations = re.split(r"\n(?=(?:ENTRY )?%\S+ \()", text)
     entry = next(c for c in computations if c.startswith("ENTRY"))
-    assert "all-gather" in entry
-    inside = [c.splitlines()[0] for c in computations if c is not entry for name in collectives if f" {name}(" in c]
-    assert not inside
+    return re.findall(names, entry), [name for c in computations if c is not entry for name in re.findall(names, c)]
 
 
 @pytest.mark.slow
