@@ -92,6 +92,15 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def flush_folder(folder: Path) -> None:
+    """Waits until the names in a folder of this machine are on disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder and all that it holds, if it is there."""
     if is_here(folder):

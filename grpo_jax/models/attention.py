@@ -145,19 +145,26 @@ def _attend(query: Array, blocks: Sequence[KeyValues | CachedLayer], scale: floa
 
 
 def _attend_in_order(query: Array, block: KeyValues, scale: float, softcap: float | None) -> tuple[Array, Array, Array]:
-    """`_attend_block` of rows that are brought into the order of the keys, and back.
-
-    By products with ones and zeros, which are exact: accelerators move rows one by one.
-    """
+    """`_attend_block` of rows that are brought into the order of the keys, and back."""
     assert block.order is not None
-    (order, rows), (B, L, N, H) = block.order, query.shape
-    chosen = jax.nn.one_hot(order, rows, dtype=query.dtype)  # [B, rows]
-    exact = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-    ordered = exact(chosen.T, query.reshape(B, -1)).reshape(rows, L, N, H)
-    parts = _attend_block(ordered, block, scale, softcap)
-    chosen = chosen.astype(parts[0].dtype)
-    top, total, attended = (exact(chosen, x.reshape(rows, -1)).reshape(B, *x.shape[1:]) for x in parts)
+    order, rows = block.order
+    chosen = jax.nn.one_hot(order, rows, dtype=bool)  # [B, rows]
+    parts = _attend_block(_bring(chosen.T, query), block, scale, softcap)
+    top, total, attended = (_bring(chosen, x) for x in parts)
     return top, total, attended
+
+
+def _bring(chosen: Array, x: Array) -> Array:
+    """Row i of the result is the row j of x with chosen[i, j], at most one of them; zeros where there is none.
+
+    By products with ones and zeros, which are exact: accelerators move rows one by one. As 0 · NaN is NaN, a row with a number
+    that is not finite is left out of the products, and is NaN where it goes.
+    """
+    rows = x.reshape(len(x), -1)
+    finite = jnp.isfinite(rows).all(-1, keepdims=True)  # [rows, 1]
+    product = functools.partial(jnp.matmul, chosen.astype(x.dtype), precision=lax.Precision.HIGHEST)
+    brought = jnp.where(product((~finite).astype(x.dtype)) > 0, jnp.nan, product(jnp.where(finite, rows, 0)))
+    return brought.reshape(-1, *x.shape[1:])
 
 
 def _attend_cached(

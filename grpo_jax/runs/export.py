@@ -7,7 +7,6 @@ tokenizer, chat template and generation settings.
 import json
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from grpo_jax.files import read_sealed, write_text
 from grpo_jax.models import check_pretrained, plain_file, read_config, save_pretrained
 from grpo_jax.processes import count
 from grpo_jax.report.markdown import interval_text
-from grpo_jax.runs.directory import REFERENCE, RESULT, lock_directory
+from grpo_jax.runs.directory import EVALUATIONS, REFERENCE, RESULT, lock_directory
 from grpo_jax.runs.errors import RunDirectoryError
 from grpo_jax.runs.measured_policy import MeasuredPolicy, find_policy, stored_config
 from grpo_jax.runs.run import say, terminal
 from grpo_jax.runs.setup import make_setup
-from grpo_jax.storage import fetched, is_here, place
+from grpo_jax.storage import fetched, flush_folder, is_here, names, place, write_bytes
 
 COPIED = (  # of the folder that the run began from, where it has them
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -75,19 +74,29 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunDirectoryError(f"--output={folder} is there and not empty: choose another")
     source, workdir = Path(fetched(config.model.path)), place(workdir)
+    if is_here(workdir) and folder.resolve().is_relative_to(workdir.resolve()):
+        raise RunDirectoryError(f"--output={folder} is inside the run directory: choose a folder outside of it")
+    if not names(workdir):
+        raise RunDirectoryError(f"there is no run in {workdir}, so nothing to export")
+    files = {name: plain_file(source, name).read_bytes() for name in COPIED if (source / name).exists()}
     with lock_directory(workdir):  # nothing is written to a checkpoint while it is read
         if (stored := stored_config(workdir, config)) is None:
             raise RunDirectoryError(f"there is no run in {workdir}, so nothing to export")
         setup = make_setup(config, task, objective, training=False)
         policy = find_policy(config, setup, workdir, checkpoint, has_run=True)
         card = model_card(stored, policy, workdir, dtype)
+        policy = policy._replace(ref_params=None)  # whose memory is then free
+    if config.model.stop_ids:  # the run's own ends of a completion
+        settings = json.loads(files.get("generation_config.json", b"{}"))
+        settings |= {"eos_token_id": list(config.model.stop_ids)}
+        files["generation_config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
     say(console, f"exporting {policy.name} of {workdir}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
         staged = Path(staging) / "model"
-        _write(staged, source, policy.params, dtype)
-        write_text(staged / CARD, card)
+        _write(staged, source, policy.params, dtype, files | {CARD: card.encode()})
         os.replace(staged, folder)  # an empty folder, too
+    flush_folder(folder.parent)
     say(console, f"{folder}: {dtype} weights, {', '.join(sorted(path.name for path in folder.iterdir()))}")
     return folder
 
@@ -100,8 +109,12 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
         solved, tried = sum(counts["successes"]), counts["trials"] * len(counts["successes"])
         lines.append(("success of the reference, p_ref", f"{solved / tried:.4f}"))
     result = read_sealed(workdir / RESULT) if (workdir / RESULT).exists() else None
-    of_end = result is not None and policy.name == f"iteration-{result['iterations']}"
-    if result is not None and of_end:
+    measured = None  # after training, of these weights
+    if result is not None and policy.name == f"iteration-{result['iterations']}":
+        measured = result
+    elif result is not None and policy.name == f"average-{result['iterations']}":
+        measured = result.get("average")
+    if result is not None and measured is not None:
         confidence = result["confidence"]
         lines[-1:] = [("success of the reference, p_ref", interval_text(result["p_ref"], confidence))]
         for name, label in (
@@ -110,10 +123,13 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
         ):
             if isinstance(interval := result.get(name), dict) and "mean" in interval:
                 lines.append((label, interval_text(interval, confidence)))
-        lines.append(("success of this model, p̂", interval_text(result["p_final"], confidence)))
-        if (kl := result["after"].get("kl")) is not None:
+        lines.append(("success of this model, p̂", interval_text(measured["p_final"], confidence)))
+        if (kl := measured["after"].get("kl")) is not None:
             lines.append(("KL(π‖π_ref), nats", f"{kl['mean'] if isinstance(kl, dict) else kl:.4f}"))
-    name = Path(stored["model.path"]).name
+    for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULT}")):
+        if (evaluation := read_sealed(path))["checkpoint"] == policy.name:
+            lines.append((f"success in evaluations/{path.parent.name}", f"{evaluation['success']['mean']:.4f}"))
+    name = (of_hub(Path(stored["model.path"])) or [Path(stored["model.path"]).name])[-1].removeprefix("base_model: ")
     settings = (
         ("base model", name),
         ("checkpoint", f"{policy.name} of {stored['train.iterations']}"),
@@ -128,7 +144,7 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
         ("seed", str(stored["seed"])),
         ("weights", dtype),
     )
-    measured = "Measured on the prompts of the run, at its temperature:"
+    there = "Measured on the prompts of the run, at its temperature:"
     missing = "This card holds no measurement of this checkpoint; `--mode=evaluate` makes one in the run directory."
     return "\n".join(
         [
@@ -136,7 +152,7 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
             *(f"# {name}, trained with GRPO", ""),
             "Trained with grpo_jax (arXiv 2503.06639).",
             *("", "| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in settings)),
-            *("", measured if of_end else missing),
+            *("", missing if measured is None else there),
             *("", "| quantity | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in lines)),
             *("", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
             'model, tokenizer = (x.from_pretrained("FOLDER") for x in (AutoModelForCausalLM, AutoTokenizer))',
@@ -157,15 +173,15 @@ def of_hub(folder: Path) -> list[str]:
     return [f"base_model: {name}" for name in names[-1:] if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
 
 
-def _write(staged: Path, source: Path, params: Any, dtype: str) -> None:
-    """Weights, config.json and the files of the source, read back as far as headers tell."""
+def _write(staged: Path, source: Path, params: Any, dtype: str, files: dict[str, bytes]) -> None:
+    """Weights, config.json and other files, read back as far as headers tell."""
     stated = read_config(source)
     save_pretrained(staged, stated, params, dtype=dtype)
     entries = json.loads(plain_file(source, "config.json").read_text(encoding="utf-8"))
     entries = {name: value for name, value in entries.items() if name not in ("torch_dtype", "dtype")}
     write_text(staged / "config.json", json.dumps(entries | {"torch_dtype": dtype}, indent=2) + "\n")
-    for name in COPIED:
-        if (source / name).exists():
-            shutil.copyfile(plain_file(source, name), staged / name)
+    for name, content in files.items():
+        write_bytes(staged / name, content)
+    flush_folder(staged)
     assert read_config(staged) == stated
     check_pretrained(staged)

@@ -105,6 +105,11 @@ def test_rows_in_any_order_see_the_keys_of_their_place(dtype):
     in_order = attend(query, [block])
     found = attend(query[order], [block._replace(order=(order, prompts * group))])
     np.testing.assert_allclose(found, in_order[order], atol=1e-6)
+    # What is not finite in a row stays in it.
+    spoilt = attend(query[order].at[2].set(jnp.inf), [block._replace(order=(order, prompts * group))])
+    assert not np.isfinite(spoilt[2]).any()
+    others = np.array([0, 1, 3, 4])
+    np.testing.assert_array_equal(spoilt[others], found[others])
 
 
 def test_one_token_is_differentiable():

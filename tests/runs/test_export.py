@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,8 +12,10 @@ from rich.console import Console
 
 from grpo_jax.config import ConfigError
 from grpo_jax.data.tokenizers import HFTokenizer
+from grpo_jax.files import read_sealed, write_sealed
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, read_config, save_pretrained
 from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
+from grpo_jax.runs.evaluation import evaluate
 from grpo_jax.runs.export import export
 from grpo_jax.runs.loop import train
 from tests.data.chat_folders import make_folders
@@ -35,7 +38,7 @@ def run(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(entries))
     (folder / "generation_config.json").write_text(GENERATION.replace("7", str(tokenizer.eos_id)))
     (folder / "notes.txt").write_text("not part of a model")
-    config = tiny_config(model__path=str(folder), train__iterations=3, warm_start__target=0.02)
+    config = tiny_config(model__path=str(folder), train__iterations=3, train__average=0.5, warm_start__target=0.02)
     with jax.numpy_dtype_promotion("standard"):
         train(config, root / "run", Console(file=io.StringIO()))
     return config, root / "run"
@@ -87,6 +90,8 @@ def test_any_checkpoint_and_the_reference(run, tmp_path):
     cards = {name: (folder / "README.md").read_text() for name, folder in folders.items()}
     result = json.loads((run[1] / "result.json").read_text())
     assert f"{result['p_final']['mean']:.4f}" in cards["latest"] and "iteration-3 of 3" in cards["latest"]
+    average = (exported(run, tmp_path / "average", checkpoint="average") / "README.md").read_text()
+    assert f"{result['average']['p_final']['mean']:.4f}" in average and "average-3 of 3" in average
     assert "This card holds no measurement" in cards["2"]
     assert "p̂" not in cards["2"] and "p_ref" in cards["2"] and "| reference of 3 |" in cards["reference"]
 
@@ -99,6 +104,9 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path):
     assert (tmp_path / "full" / "mine.txt").read_text() == "kept"
     with pytest.raises(RunDirectoryError, match="there is no run in"):
         exported((run[0], tmp_path / "nothing"), tmp_path / "out")
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(RunDirectoryError, match="inside the run directory"):
+        exported(run, run[1] / "model")
     with pytest.raises(CheckpointError, match=r"--checkpoint=1: .* there are 2, 3"):
         exported(run, tmp_path / "out", checkpoint="1")
     with pytest.raises(ConfigError, match="a random decoder has no files"):
@@ -108,11 +116,31 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
+def test_tokens_that_end_a_completion_in_the_run_end_it_elsewhere(run, tmp_path):
+    config, workdir = run
+    other = config.copy_and_resolve_references()
+    other.model.stop_ids = (5, 7)
+    shutil.copytree(workdir, tmp_path / "run")
+    stored = read_sealed(tmp_path / "run" / "config.json") | {"model.stop_ids": [5, 7]}
+    write_sealed(tmp_path / "run" / "config.json", stored)
+    folder = exported((other, tmp_path / "run"), tmp_path / "out")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings == json.loads(GENERATION) | {"eos_token_id": [5, 7]}
+
+
+def test_an_evaluation_of_the_same_checkpoint_is_on_the_card(run, tmp_path):
+    with jax.numpy_dtype_promotion("standard"):
+        result = evaluate(run[0], run[1], Console(file=io.StringIO()), checkpoint="2", name="mine")
+    card = (exported(run, tmp_path / "out", checkpoint="2") / "README.md").read_text()
+    assert f"| success in evaluations/mine | {result['success']['mean']:.4f} |" in card
+    assert "evaluations" not in (exported(run, tmp_path / "other") / "README.md").read_text()
+
+
 def test_a_disk_that_fills_leaves_nothing(run, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grpo_jax.runs.export.shutil.copyfile", full)
+    monkeypatch.setattr("grpo_jax.runs.export.write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         exported(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
