@@ -97,6 +97,9 @@ def get_config() -> ConfigDict:
             "objective": {
                 "name": "GRPO",  # a key of grpo_jax.objective.NAMED; the unset keys below are taken from it
                 "beta": 1.0,  # weight of the KL to the reference, in units of advantage per nat; 0.0 where there is none
+                # Or where the run is to end: β is chosen for it once the reference is measured, and objective.beta is not read.
+                "target_success": placeholder(float),  # mean success probability
+                "target_kl": placeholder(float),  # KL(π‖π_ref), nats
                 "beta_mirror": 0.0,  # weight of the KL to the previous policy, for anchor previous and both
                 "entropy_bonus": 0.0,  # weight of the entropy of the tokens, in units of advantage per nat
                 "baseline": placeholder(str),  # mean | leave_one_out | none

@@ -118,7 +118,7 @@ def averaged_iterations(config: Any) -> int:
 
 def _description(config: Any) -> dict[str, Any]:
     """The weights of the terms are arguments of the loss, not part of the objective's description."""
-    weights = ("beta", "beta_mirror", "entropy_bonus")
+    weights = ("beta", "beta_mirror", "entropy_bonus", "target_success", "target_kl")
     return {key: choice for key, choice in config.objective.items() if key not in weights}
 
 
@@ -200,6 +200,17 @@ def _weight_conflicts(config: Any, objective: Objective) -> Iterator[str]:
             yield f"objective.{key}={weight} must be positive: it weighs the objective's KL to {anchor}"
         if not has_kl and weight != 0:
             yield f"objective.{key}={weight} would do nothing: the objective has no KL to {anchor}; set it to 0.0"
+    targets = {key: config.objective[key] for key in ("target_success", "target_kl")}
+    if given := [f"objective.{key}={target}" for key, target in targets.items() if target is not None]:
+        if len(given) > 1:
+            yield f"{' and '.join(given)}: choose one"
+        if objective.kl_direction == "none" or not objective.is_predicted or config.objective.entropy_bonus:
+            yield f"{given[0]}: the theory predicts nothing of this objective, so no β can be chosen for it"
+    success, kl = targets.values()
+    if success is not None and not 0 < success < 1:
+        yield f"objective.target_success={success} must be inside (0, 1)"
+    if kl is not None and not kl > 0:
+        yield f"objective.target_kl={kl} must be positive"
     if config.objective.entropy_bonus < 0:
         yield f"objective.entropy_bonus={config.objective.entropy_bonus} must not be negative"
 

@@ -26,6 +26,10 @@ def start_lines(config: Any, objective: Objective, *, num_prompts: int, task: st
     weights = {"β": c.beta} if objective.holds_to_reference else {}
     if objective.holds_to_previous:
         weights["β_mirror"] = c.beta_mirror
+    for key in ("target_success", "target_kl"):
+        if c[key] is not None:
+            weights.pop("β")
+            lines.append(("β", f"will be chosen for objective.{key}={c[key]:g}, once the reference is measured"))
     for label, weight in weights.items():
         effective = beta_effective(weight, objective=objective, group_size=group_size)
         lines.append((label, f"{weight:g} (effective, with population statistics: {effective:.4g})"))

@@ -17,7 +17,7 @@ from grpo_jax.files import read_json, read_sealed, write_json, write_sealed, wri
 from grpo_jax.runs.errors import DirectoryInUse, DirectoryUnreachable, Preempted, RunDirectoryError, StartedInVain
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
-ATTAINABLE, LOCK = "attainable.json", "lock"
+ATTAINABLE, BETA, LOCK = "attainable.json", "beta.json", "lock"
 STARTS = "starts.json"  # which counts the starts that came to nothing
 IN_VAIN, UNSAVED = 3, 20  # so many without an iteration are enough, and so many without anything new that was saved
 FAILED = "failed.txt"  # why the run of a point of a sweep failed

@@ -42,6 +42,7 @@ from grpo_jax.runs.measured_policy import (
 from grpo_jax.runs.measurement import check_verifier, judged_samples
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, say, show, signals_as_flag, terminal
 from grpo_jax.runs.setup import make_setup
+from grpo_jax.runs.target import at_chosen_beta
 from grpo_jax.storage import place, remove_folder
 from grpo_jax.tasks import Task, Verdict
 from grpo_jax.tasks.identity import task_identity
@@ -118,6 +119,7 @@ def evaluate(
             setup = make_setup(config, task, objective, training=False)
             check_alphabet(config, setup, stored)
             policy = find_policy(config, setup, workdir, checkpoint, has_run=stored is not None)
+            config = at_chosen_beta(config, workdir)
         identity, folder = identity_of(config, setup.task, policy), workdir / EVALUATIONS
         chosen = lambda: choose_directory(folder, config, setup.task, policy, identity, stored).name  # noqa: E731
         path = folder / (name or common(chosen))

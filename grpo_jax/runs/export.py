@@ -24,6 +24,7 @@ from grpo_jax.runs.errors import RunDirectoryError
 from grpo_jax.runs.measured_policy import MeasuredPolicy, find_policy, stored_config
 from grpo_jax.runs.run import say, terminal
 from grpo_jax.runs.setup import make_setup
+from grpo_jax.runs.target import at_chosen_beta
 from grpo_jax.storage import fetched, flush_folder, is_here, names, place, write_bytes
 
 COPIED = (  # of the folder that the run began from, where it has them
@@ -84,6 +85,7 @@ def export(
             raise RunDirectoryError(f"there is no run in {workdir}, so nothing to export")
         setup = make_setup(config, task, objective, training=False)
         policy = find_policy(config, setup, workdir, checkpoint, has_run=True)
+        stored |= {"objective.beta": at_chosen_beta(config, workdir).objective.beta}
         card = model_card(stored, policy, workdir, dtype)
         policy = policy._replace(ref_params=None)  # whose memory is then free
     if config.model.stop_ids:  # the run's own ends of a completion

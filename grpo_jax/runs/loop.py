@@ -24,6 +24,7 @@ from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
 from grpo_jax.runs.directory import (
     ATTAINABLE,
+    BETA,
     REFERENCE,
     RESULT,
     check_files,
@@ -41,6 +42,7 @@ from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, prompt_text, put_prompts, put_table
+from grpo_jax.runs.target import has_target, with_chosen_beta
 from grpo_jax.storage import Mirror
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.tasks.workers import VerifierPool
@@ -110,9 +112,14 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     show(console, start)
     check_memory(config, memory)
 
-    # The reference policy: made, measured, and what the theory predicts from its measurement.
+    # The reference policy: made, measured, and what the theory predicts from its measurement. Without a KL to it, its parameters
+    # are not kept; they are read again at the end.
     before = measured_reference(run)
     successes, trials = np.array(before["successes"]), before["trials"]
+    ref_params = reference_params(run) if objective.holds_to_reference else None
+    if has_target(config):
+        run = with_chosen_beta(run, before, measured_attainable(run, ref_params, before))
+        config = run.config
     setting = {"objective": objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
     predictable = not config.objective.entropy_bonus  # which the theory leaves out
     prediction = forecast.make_forecast(successes, trials, confidence=c.confidence, **setting) if predictable else None
@@ -120,9 +127,6 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         before, prediction, confidence=c.confidence, group_size=config.rollout.group_size
     )
     show(console, expected)
-
-    # Without a KL to the reference, its parameters are not kept; they are read again at the end.
-    ref_params = reference_params(run) if objective.holds_to_reference else None
     measured = measured_attainable(run, ref_params, before)
     attainable = forecast.make_attainable(successes, trials, measured, confidence=c.confidence, **setting)
     limited = run_page.attainable_lines(measured, attainable, confidence=c.confidence)
@@ -162,7 +166,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
     save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
-    result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, "samples.json"))
+    result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, BETA, "samples.json"))
     save(run.directory / RESULT, result)  # where it is, the run is finished
     drop_counts(run)
     show(console, run_page.result_lines(result))

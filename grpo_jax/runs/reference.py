@@ -44,7 +44,8 @@ def measured_reference(run: Run) -> dict[str, Any]:
 
 # Keys that decide how a policy is trained, and nothing of its reference; the first of them nothing of its R² either.
 OF_TRAINING = (
-    "objective.beta", "objective.beta_mirror", "objective.clip_low", "objective.clip_high", "optimizer.", "train.iterations",
+    "objective.beta", "objective.target_success", "objective.target_kl",
+    "objective.beta_mirror", "objective.clip_low", "objective.clip_high", "optimizer.", "train.iterations",
     "train.average", "train.inner_epochs", "train.minibatches", "evaluate.interval", "evaluate.samples",
 )  # fmt: skip
 OF_PULL = ("objective.", "rollout.group_size")

@@ -39,6 +39,7 @@ from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
 from grpo_jax.runs.setup import make_setup, probed_rows, put_table
+from grpo_jax.runs.target import has_target
 from grpo_jax.tasks.identity import task_identity
 from grpo_jax.train.iteration import role_key
 from grpo_jax.train.optimizer import averaged_params
@@ -102,6 +103,8 @@ def sweep(
     plan = Plan(tuple(seeds), tuple(float(b) for b, _ in points), tuple(float(rate) for _, rate in points))
     if not points or not seeds or len(set(points)) < len(points) or len(set(seeds)) < len(seeds):
         raise ValueError("a sweep needs at least one seed and one β, and none of them twice")
+    if has_target(config):
+        raise ValueError("a sweep as one program is given its βs: unset objective.target_success and target_kl")
     for seed, point in itertools.product(range(len(seeds)), range(len(points))):
         task, objective = validate(plan.config(config, seed, point), num_devices=1)
     with ExitStack() as stack:

@@ -39,7 +39,7 @@ from grpo_jax.theory.limits import (
 from grpo_jax.theory.mirror import mirror_flow, mirror_step_kl, mirror_steps
 from grpo_jax.theory.off_policy import OffPolicyGain, UpdateAge, off_policy_gain, total_variation, update_staleness
 from grpo_jax.theory.orbits import OrbitEnd, orbit_end
-from grpo_jax.theory.planning import PlanRow, beta_for_mean, plan, recommended_range
+from grpo_jax.theory.planning import PlanRow, beta_for_mean, beta_where, plan, recommended_range
 from grpo_jax.theory.policies import (
     log_partition,
     log_policy_ratio,
@@ -97,6 +97,7 @@ __all__ = [
     "bernoulli_kl",
     "beta_for_mean",
     "beta_for_target",
+    "beta_where",
     "bistable_window",
     "clipped_success_map",
     "contrastive_term",

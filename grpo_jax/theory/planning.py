@@ -7,7 +7,7 @@ on the host.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple, TypeAlias
@@ -485,15 +485,40 @@ def _beta_for_mean(target: float, prompts: _Prompts, weights: Weights, kl: str) 
     if not target < most:
         raise ValueError(f"target={target:g} is not below {most:.4g}, the share of prompts with any success")
 
-    def excess(x: float) -> float:
-        return _mean_end(prompts, math.exp(x), weights, kl, 0.95).mean - target
+    return beta_where(lambda beta: _mean_end(prompts, beta, weights, kl, 0.95).mean, target, far=FAR)
 
-    # A bracket in ln β: the mean is above the target at its lower end, and not at its upper end.
+
+def beta_where(of_beta: Callable[[float], float], target: float, *, far: float = 14.0) -> TargetBeta:
+    """The β at which a quantity that falls with β, such as a mean p* or KL, is a target.
+
+    Args:
+      of_beta: β -> the quantity.
+      target: what it is to be.
+      far: |ln β| beyond which there is no use looking: a millionth, and a million.
+
+    Returns:
+      As `beta_for_mean`, of this quantity.
+
+    Raises:
+      ValueError: no such β leads there; the message says what the nearest leads to.
+
+    Source: false position in ln β, M. Dowell and P. Jarratt, BIT 11 (1971).
+
+    >>> round(beta_where(lambda beta: 1 / beta, 0.25).beta, 6)
+    4.0
+    """
+
+    def excess(x: float) -> float:
+        return of_beta(math.exp(x)) - target
+
+    # A bracket in ln β: the quantity is above the target at its lower end, and not at its upper end.
     low = high = 0.0
     while (above := excess(low)) <= 0:
-        low -= 2
+        if (low := low - 2) < -far:
+            raise ValueError(f"{target + above:.4g} at most, as β → 0")
     while (below := excess(high)) > 0:
-        high += 2
+        if (high := high + 2) > far:
+            raise ValueError(f"{target + below:.4g} at least, as β → ∞")
     # False position; the weight of the end that stays put is halved each time (Illinois).
     up, down = above, below
     while min(above, -below) > CLOSE and high - low > 1e-15 * (1 + abs(high)):
