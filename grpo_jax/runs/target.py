@@ -50,8 +50,8 @@ def at_chosen_beta(config: Any, directory: Path) -> Any:
 def choose_beta(config: Any, objective: Objective, before: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
     """{"beta": to four digits, "target": the key that asks for it, "words": what is expected there}.
 
-    A success is that of the network, p†, where R² was measured, else p*. A KL is that of p*: a network that follows less of the
-    pull spends less.
+    A success is that of the network, p†, where R² was measured, else p*. R² is a bound from below, and so success may end above
+    the target, by up to p* − p†. A KL is that of p*: a network that follows less of the pull spends less.
     """
     successes, trials = np.array(before["successes"]), before["trials"]
     setting: dict[str, Any] = {"objective": objective, "group_size": config.rollout.group_size}
@@ -82,6 +82,6 @@ def choose_beta(config: Any, objective: Objective, before: dict[str, Any], measu
     if exact.jumps_to is not None:
         words += f"; a fold jumps over the target, just below this β to {exact.jumps_to:.4g}"
     if label.startswith("p†"):
-        words += f", and p* {float(of_table(beta).mean_p_star):.4g}"
+        words += f" at least, and p* {float(of_table(beta).mean_p_star):.4g}: success ends between them"
     assert math.isfinite(beta)
     return {"beta": beta, "target": f"objective.{key}={target:g}", "words": words}

@@ -38,7 +38,9 @@ def test_what_is_expected_at_the_chosen_beta_is_the_target(target):
     of_network = chosen(MEASURED, target_success=target)
     there = make_attainable(*counts, MEASURED, beta=of_network["beta"], **SETTING)
     assert there.mean == pytest.approx(target, abs=1e-3)
-    assert "p† of this network" in of_network["words"] and of_network["target"] == f"objective.target_success={target}"
+    assert (
+        "p† of this network is" in of_network["words"] and of_network["target"] == f"objective.target_success={target}"
+    )
     of_table = chosen({"reason": "left out"}, target_success=target)
     assert make_forecast(*counts, beta=of_table["beta"], **SETTING).mean_p_star == pytest.approx(target, abs=1e-3)
     assert of_table["beta"] > of_network["beta"]  # a network that follows less of the pull wants a lower β
