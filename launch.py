@@ -134,6 +134,7 @@ def main(arguments: list[str]) -> None:
         DirectoryInUse,
         DirectoryUnreachable,
         Interrupted,
+        NothingToLearn,
         Preempted,
         RunDirectoryError,
         RunError,
@@ -169,7 +170,7 @@ def main(arguments: list[str]) -> None:
         stop(str(error), EXIT_USAGE)
     except (DirectoryInUse, DirectoryUnreachable) as error:
         stop(str(error), EXIT_FAILED)
-    except (StartedInVain, RunDirectoryError) as error:
+    except (StartedInVain, NothingToLearn, RunDirectoryError) as error:
         stop(str(error), EXIT_USAGE)
     except Interrupted as error:
         stop(str(error), EXIT_INTERRUPTED)

@@ -148,6 +148,7 @@ def get_config() -> ConfigDict:
                 "watchdog": placeholder(
                     float
                 ),  # seconds without a piece of work done until the run ends, with its stacks
+                "without_success": False,  # train although no completion of the reference succeeded
                 "stop_at_collapse": False,  # where success or entropy is next to nothing, or KL far beyond that of p*, twice
                 "max_skipped": 10,  # updates in a row that may be skipped for a non-finite loss or gradient before the run stops
             },

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "train.iterations_per_program",
     "train.profile",
     "train.stop_at_collapse",
+    "train.without_success",
     "train.watchdog",
     "attainable.",
 )

@@ -25,6 +25,10 @@ class VerifierFailed(RunError):
     """The verifier judged nothing: every completion crashed it, or ran into its deadline."""
 
 
+class NothingToLearn(RunError):
+    """No completion of the reference succeeded, and groups of equal rewards teach nothing."""
+
+
 class WarmStartFailed(RunError):
     """The supervised warm start did not reach its target."""
 

@@ -36,7 +36,7 @@ from grpo_jax.runs.directory import (
     save,
     save_text,
 )
-from grpo_jax.runs.errors import Diverged
+from grpo_jax.runs.errors import Diverged, NothingToLearn
 from grpo_jax.runs.measurement import drop_counts, judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
@@ -117,6 +117,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     before = measured_reference(run)
     successes, trials = np.array(before["successes"]), before["trials"]
     ref_params = reference_params(run) if objective.holds_to_reference else None
+    check_success(config, before)
     if has_target(config):
         run = with_chosen_beta(run, before, measured_attainable(run, ref_params, before))
         config = run.config
@@ -173,6 +174,25 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     seconds = time.monotonic() - begun
     say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")
     return result
+
+
+def check_success(config: Any, before: dict[str, Any]) -> None:
+    """Raises NothingToLearn where the reference never succeeded, unless the config says to go on."""
+    if any(before["successes"]) or config.train.without_success:
+        return
+    shown = [
+        f"  {inline(example['prompt'])[:200]!s} → {inline(completion['text'])[:200]!s}"
+        for example in before["examples"][:2]
+        for completion in example["completions"][:1]
+    ]
+    verdicts = f" ({run_page.verdict_counts(before['verdicts'])})" if before["verdicts"] else ""
+    tried = f"none of {before['trials'] * len(before['successes']):,} completions of the reference succeeded{verdicts}"
+    advice = (
+        "Groups of equal rewards teach nothing. What may help: prompts that it solves at times; a chat template (data.chat), or "
+        "examples in the prompt; a verifier that reads what it writes; a longer rollout.max_completion; a warm start. "
+        "--config.train.without_success=True trains all the same."
+    )
+    raise NothingToLearn("\n".join([f"{tried}. {advice}", *shown]))
 
 
 def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[str, str]]:

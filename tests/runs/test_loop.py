@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.config import validate
+from grpo_jax.runs import loop
 from grpo_jax.runs.checkpoints import Checkpoints
-from grpo_jax.runs.errors import CheckpointError, Diverged, Preempted
+from grpo_jax.runs.errors import CheckpointError, Diverged, NothingToLearn, Preempted
 from grpo_jax.runs.loop import stretch, train
 from grpo_jax.runs.measured_policy import find_policy
 from grpo_jax.runs.memory import lasting_memory
@@ -225,3 +226,16 @@ def test_no_reference_is_kept_where_the_objective_has_none(tmp_path, monkeypatch
         params = each.initial_params(0)
         each.compiled.start(params)
         assert all(x.is_deleted() == freed for x in jax.tree.leaves(params))
+
+
+def test_a_reference_that_never_succeeds_is_named_before_training(tmp_path, monkeypatch):
+    """With what would help and two of its completions; the same run goes on where it is told to."""
+    measured = loop.measured_reference
+    monkeypatch.setattr(loop, "measured_reference", lambda run: measured(run) | {"successes": [0] * 16})
+    config = tiny_config(train__iterations=1)
+    with pytest.raises(NothingToLearn, match="none of 256 completions of the reference succeeded") as caught:
+        train(config, tmp_path / "run", Console(quiet=True))
+    assert "a warm start" in str(caught.value) and str(caught.value).count(" → ") == 2
+    assert not (tmp_path / "run" / "metrics.jsonl").read_text()
+    config.train.without_success = True
+    assert train(config, tmp_path / "run", Console(quiet=True))["p_ref"]["mean"] == 0
