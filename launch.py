@@ -79,6 +79,11 @@ _WAIT = flags.DEFINE_integer("wait", 120, "Seconds to wait for the other process
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat", 100, "Seconds after which a silent process counts as dead, and the others end.", lower_bound=1
 )
+_EXTEND = flags.DEFINE_boolean(
+    "extend",
+    False,
+    "Goes on with a run whose config had fewer iterations, or another β, learning rate, schedule or warm-up.",
+)
 _LIST = flags.DEFINE_boolean("list", False, "With --sweep: show every point and how far it is, and run nothing.")
 
 
@@ -114,6 +119,8 @@ def main(arguments: list[str]) -> None:
         )
     if _MODE.value == "export" and _OUTPUT.value is None:
         stop("--mode=export wants --output=FOLDER", EXIT_USAGE)
+    if _EXTEND.value and (_MODE.value != "train" or _SWEEP.value is not None):
+        stop("--extend is for one run of --mode=train", EXIT_USAGE)
     if _SWEEP.value is not None and _MODE.value not in ("train", "manifest"):
         stop("--sweep is for --mode=train", EXIT_USAGE)
     if _LIST.value and _SWEEP.value is None:
@@ -158,7 +165,7 @@ def main(arguments: list[str]) -> None:
             case "train" if _SWEEP.value is not None:
                 sweep(_CONFIG.value, _SWEEP.value, workdir)
             case "train":
-                train(_CONFIG.value, workdir)
+                train(_CONFIG.value, workdir, extend=_EXTEND.value)
             case "evaluate":
                 evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value or "latest", name=_NAME.value)
             case "export":

@@ -7,6 +7,8 @@ import numpy as np
 
 from grpo_jax.report.figure import ATTAINABLE, FORECAST, INK, MEASURED, PREDICTED, new_figure, save_figure
 
+_SHORT = {"objective.beta": "β", "train.iterations": "iterations", "optimizer.learning_rate": "learning rate"}
+
 
 def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], iterates: np.ndarray | None) -> None:
     """Writes a PNG with two panels, or three where the probes have a ledger.
@@ -54,6 +56,12 @@ def _plot_iterations(
     if iterates is not None:
         label = r"exact iterates $p_n=h(p_{n-1})$"
         axes.plot(iterates[: last + 1], color=PREDICTED, linestyle="--", linewidth=1, label=label)
+
+    for one in result.get("extended", []):
+        changed = ", ".join(f"{_SHORT.get(key, key)} → {new:g}" if isinstance(new, (int, float)) else f"{key} → {new}"
+                            for key, (_, new) in one["changed"].items())  # fmt: skip
+        axes.axvline(one["after"], color=INK, linewidth=0.8, linestyle=(0, (5, 3)))
+        axes.text(one["after"] + 0.01 * last, 0.01, changed, rotation=90, va="bottom", ha="left", color=INK, fontsize=8)
 
     # What was forecast early in the run: the later, the darker.
     for forecast, alpha in zip(result.get("forecasts", [])[:2], (0.18, 0.38), strict=False):

@@ -5,7 +5,7 @@ Of several processes of a run, main reads and writes; what it finds, or fails wi
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from grpo_jax.runs.errors import DirectoryInUse, DirectoryUnreachable, Preempted
 
 CONFIG, RESULT, REFERENCE, EVALUATIONS = "config.json", "result.json", "reference.json", "evaluations"
 ATTAINABLE, BETA, LOCK = "attainable.json", "beta.json", "lock"
+EXTENDED = "extended"  # entry of config.json, see extension.py
 STARTS = "starts.json"  # which counts the starts that came to nothing
 IN_VAIN, UNSAVED = 3, 20  # so many without an iteration are enough, and so many without anything new that was saved
 FAILED = "failed.txt"  # why the run of a point of a sweep failed
@@ -35,11 +36,24 @@ CHANGEABLE = (
     "train.watchdog",
     "attainable.",
 )
+# Keys in which a run may go on otherwise than it began, where it is told to (--extend).
+EXTENDABLE = (
+    "train.iterations",
+    "objective.beta",
+    "optimizer.learning_rate",
+    "optimizer.schedule",
+    "optimizer.warmup_updates",
+)
 
 
 @contextmanager
 def open_run_directory(
-    path: str | Path, config: dict[str, Any], *, changeable: tuple[str, ...] = CHANGEABLE, flag: str = "--workdir=PATH"
+    path: str | Path,
+    config: dict[str, Any],
+    *,
+    changeable: tuple[str, ...] = CHANGEABLE,
+    flag: str = "--workdir=PATH",
+    prepare: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[Path]:
     """Creates or reopens a run directory, locked for this process, that belongs to this config.
 
@@ -48,6 +62,7 @@ def open_run_directory(
       config: {dotted key: JSON value}; written to config.json by the first start, compared by every later one.
       changeable: keys that may differ.
       flag: that chooses another directory; named in messages.
+      prepare: is called with the path, once it is locked and before the config is compared.
 
     Yields:
       The absolute path.
@@ -58,13 +73,17 @@ def open_run_directory(
         Nothing has been changed then.
     """
     with lock_directory(path, flag=flag) as path:
+        prepare(path)
         processes.common(lambda: _belong(path, config, changeable, flag))
         yield path
 
 
 def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], flag: str) -> None:
     if contents(path) > {CONFIG}:
-        check_same(path, config, changeable=changeable, advice=f"Choose another directory with {flag}")
+        advice = f"Choose another directory with {flag}"
+        if changeable is CHANGEABLE:
+            advice += f"; where {', '.join(EXTENDABLE)} alone differ, --extend goes on with the run"
+        check_same(path, config, changeable=changeable, advice=advice)
     elif _load(path / CONFIG) != json.loads(json.dumps(config)):
         (path / STARTS).unlink(missing_ok=True)  # of another config
         write_sealed(path / CONFIG, config)
@@ -142,7 +161,7 @@ def check_same(path: Path, config: dict[str, Any], *, changeable: tuple[str, ...
     except ValueError as error:
         raise RunDirectoryError(f"{error}. Put it back as it was, or choose another directory") from None
     config = json.loads(json.dumps(config))  # as it would come back: tuples are lists
-    keys = sorted(set(stored) | set(config))
+    keys = sorted((set(stored) | set(config)) - {EXTENDED})
     free = tuple(key for key in changeable if key.endswith("."))
     differing = [k for k in keys if k not in changeable and not k.startswith(free) and stored.get(k) != config.get(k)]
     if differing:

@@ -19,6 +19,7 @@ from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
 from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
+from grpo_jax.runs import extension
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.course import course_of, pace
@@ -31,12 +32,11 @@ from grpo_jax.runs.directory import (
     count_iteration,
     counted_start,
     digests,
-    load,
     open_run_directory,
     save,
     save_text,
 )
-from grpo_jax.runs.errors import Diverged, NothingToLearn
+from grpo_jax.runs.errors import CheckpointError, Diverged, NothingToLearn
 from grpo_jax.runs.measurement import drop_counts, judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
@@ -52,13 +52,14 @@ from grpo_jax.train.sharding import row_sharding, sharded_shapes
 from grpo_jax.train.step import TrainState
 
 
-def train(config: Any, workdir: str | Path, console: Console | None = None) -> dict[str, Any]:
+def train(config: Any, workdir: str | Path, console: Console | None = None, *, extend: bool = False) -> dict[str, Any]:
     """Runs a config in a run directory: starts or resumes it, or shows its result if it is finished.
 
     Args:
       config: a `ml_collections.ConfigDict` with the keys of configs/default.py.
       workdir: the run directory; created if need be.
       console: where the run prints; the terminal by default.
+      extend: the config may differ from that of the directory in `extension.EXTENDABLE`, and the run then goes on with it.
 
     Returns:
       The content of result.json: p_ref, p_final, p_star (each mean, low, high), their difference, KL, accuracies before and
@@ -74,8 +75,9 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         # A config only names its data and its verifier; their digests are stored too, so that a change is noticed.
         identity = flat(config) | task_identity(task)
         check_alike(identity)
-        directory = stack.enter_context(open_run_directory(workdir, identity))
-        if (result := load(directory / RESULT)) is not None:
+        options: dict[str, Any] = {"prepare": lambda path: extension.extend(path, identity)} if extend else {}
+        directory = stack.enter_context(open_run_directory(workdir, identity, **options))
+        if (result := extension.finished(directory)) is not None:
             check_files(directory, result["files"])
             say(console, f"{directory} holds a finished run:")
             show(console, run_page.result_lines(result))
@@ -85,9 +87,9 @@ def train(config: Any, workdir: str | Path, console: Console | None = None) -> d
         stack.enter_context(watched_for_moves(config.train.watchdog))
         setup = make_setup(config, task, objective)
         dropped = len(task.examples) - len(setup.task.examples)
-        options = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
+        workers = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
         on_device = setup.compiled.verify is not None
-        pool = stack.enter_context(nullcontext(None) if on_device else VerifierPool(task.verify, **options))
+        pool = stack.enter_context(nullcontext(None) if on_device else VerifierPool(task.verify, **workers))
         run = Run(config, setup, directory, console, pool, jax.random.key(config.seed), signals)
         return run_phases(run, dropped)
 
@@ -108,7 +110,9 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
 
     # What is run, and whether it fits.
     memory = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    extended = extension.extensions(run.directory)
     start = start_lines(run, dropped, memory)
+    start += [("extended", words) for words in extension.extension_words(extended)]
     show(console, start)
     check_memory(config, memory)
 
@@ -134,10 +138,13 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     show(console, limited)
 
     # The iterations.
-    course = course_of(config, objective, before, setup.probed, num_prompts=len(setup.task.examples))
+    course: live_forecast.Course | str = "the run was extended"
+    if not extended:
+        course = course_of(config, objective, before, setup.probed, num_prompts=len(setup.task.examples))
     if isinstance(course, str):
         say(console, f"no live forecast: {course}")
-    params, average_params = run_iterations(run, ref_params, before, prediction, course)
+    seam = extended[-1]["after"] if extended else 0  # the iteration from which on it is this config's
+    params, average_params = run_iterations(run, ref_params, before, prediction, course, seam)
 
     # The policy at the end: measured, compared with the prediction, and shown.
     ref_params = reference_params(run) if ref_params is None else ref_params
@@ -151,14 +158,15 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
     of_ledger = {} if after["ledger"] is None else after["ledger"].row()
     rows.append(forecast.probe_row(config.train.iterations, after, c.confidence) | of_ledger)
-    progressed: dict[str, Any] = {"trend": standing.trend(rewards, pace(config), c.confidence)}
+    since = pace(config)[seam:]
+    progressed: dict[str, Any] = {"trend": standing.trend(rewards[seam:], since - since[0], c.confidence)}
     progressed["skipped_updates"] = skipped_updates(config, rows)
     if not isinstance(course, str):
         progressed |= live_forecast.record(course, rows, c.confidence)
     result = run_result.make_result(config, before, after, prediction, average, progressed, attainable)
     probes = [row for row in rows if row["phase"] == "probe"]
     recursion = None
-    if predictable:
+    if predictable and not extended:
         visited = config.data.prompts_per_iteration / len(setup.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
         recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **setting)
@@ -167,6 +175,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
     save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
+    result |= {"extended": extended} if extended else {}
     result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, BETA, "samples.json"))
     save(run.directory / RESULT, result)  # where it is, the run is finished
     drop_counts(run)
@@ -216,6 +225,7 @@ def run_iterations(
     before: dict[str, Any],
     prediction: theory.Prediction | None,
     course: live_forecast.Course | str,
+    seam: int = 0,
 ) -> tuple[Any, Any | None]:
     """All iterations, from the newest checkpoint on; the parameters after the last, and their average if one is kept.
 
@@ -225,6 +235,7 @@ def run_iterations(
       before: its measurement, the first probe row.
       prediction: shown beside the current success probability.
       course: of the live forecast, or why there is none.
+      seam: the iteration from which on the run has this config; its checkpoint, or a later one, must be there.
 
     Raises:
       Preempted, Diverged, CheckpointError.
@@ -242,6 +253,10 @@ def run_iterations(
         n, state, meta = checkpoint
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
         say(run.console, f"resuming after iteration {n} of {c.train.iterations}")
+    if n < seam:
+        raise CheckpointError(
+            f"no checkpoint from iteration {seam} on is intact in {run.directory}, where the run was extended"
+        )
     table = put_table(setup) if setup.compiled.iterate else None
     log, trace = MetricsLog(run.directory, after=n or None), _Trace(run)
     history = common(lambda: read_metrics(run.directory / METRICS))
