@@ -4,7 +4,8 @@ python -m experiments.benchmarks.compiled_peers --target=v5e|v6e|v5p|H200 [--row
 
 Qwen2.5-0.5B, prompts of 256 and completions of 1,024 tokens, groups of 16, bfloat16 products, as in compiled.py. Of sampling, the
 steps of a rollout of fixed lengths are counted, each with as many slots as the program reads; of Tunix the loop alone, without
-prompts. Updates of the peers are made of the most rows at a time that fit, a power of two; ours has micro-batches of its own.
+prompts. Updates of the peers are made of the most rows at a time that fit, a power of two, with one step of AdamW, and without
+the bytes of adding up their gradients; ours has micro-batches of its own.
 Tunix takes part where ``GRPO_JAX_TUNIX_PYTHON`` names its interpreter, see peers.py, with the compiler installed there too.
 """
 
@@ -23,10 +24,11 @@ from absl import app, flags
 
 from experiments.benchmarks import compiled, plain
 from experiments.benchmarks.compiled import TARGETS
-from experiments.benchmarks.programs import SIZES, Setting
+from experiments.benchmarks.programs import SIZES, Setting, decoder
 from experiments.benchmarks.race import among, write_json
 from experiments.benchmarks.traffic import loops
 from grpo_jax.manifests import parse_cluster
+from grpo_jax.models import param_shapes
 from grpo_jax.runs.topologies import H200_DESCRIPTION, out_of_memory
 
 HERE = Path(__file__).parent
@@ -132,10 +134,21 @@ def read(name: str, work: str, setting: Setting, target: str) -> dict[str, Any]:
         return found | {"step": None, "moved": None}
     outside, *inside = loops(program.text)
     if work == "update":
-        return found | {"step": None, "moved": outside.moved * (setting.rows // at_once)}
+        times = setting.rows // at_once
+        return found | {"step": None, "moved": outside.moved * times - adamw_bytes(setting.size) * (times - 1)}
     step = max(loop.moved for loop in [outside, *inside] if loop.name != "program")
     program_moved = outside.moved if name == "plain" else 0
     return found | {"step": step, "moved": program_moved + step * (setting.completion - 1)}
+
+
+def adamw_bytes(size: str) -> int:
+    """What a step of AdamW moves at least: float32 parameters, both moments and the gradient are read, and all but it written.
+
+    >>> round(adamw_bytes("0.5B") / 1e9, 1)
+    13.8
+    """
+    shapes = param_shapes(decoder(Setting(size, 16)))
+    return 7 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def table(rows: list[dict[str, Any]], bandwidth: float) -> str:
