@@ -164,6 +164,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     if not isinstance(course, str):
         progressed |= live_forecast.record(course, rows, c.confidence)
     result = run_result.make_result(config, before, after, prediction, average, progressed, attainable)
+    result |= {"extended": extended} if extended else {}
     probes = [row for row in rows if row["phase"] == "probe"]
     recursion = None
     if predictable and not extended:
@@ -175,7 +176,6 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
     save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
-    result |= {"extended": extended} if extended else {}
     result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, BETA, "samples.json"))
     save(run.directory / RESULT, result)  # where it is, the run is finished
     drop_counts(run)

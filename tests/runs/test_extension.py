@@ -32,7 +32,13 @@ def rows(path):
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_more_iterations_are_those_of_an_unbroken_run(tmp_path):
+def test_more_iterations_are_those_of_an_unbroken_run(tmp_path, monkeypatch):
+    drawn, plot = [], loop.run_figure.plot_run
+    monkeypatch.setattr(
+        loop.run_figure,
+        "plot_run",
+        lambda *a, result, **k: (drawn.append(result.get("extended")), plot(*a, result=result, **k)),
+    )
     short = run(tmp_path / "a")
     unbroken = run(tmp_path / "b", train__iterations=9)
     longer = run(tmp_path / "a", extend=True, train__iterations=9)
@@ -48,6 +54,7 @@ def test_more_iterations_are_those_of_an_unbroken_run(tmp_path):
     # The first result is kept; the same command, with the flag or without, reads the second, and an evaluation takes it.
     assert read_sealed(tmp_path / "a" / "result-4.json")["p_final"] == short["p_final"]
     assert run(tmp_path / "a", extend=True, train__iterations=9) == longer == run(tmp_path / "a", train__iterations=9)
+    assert drawn == [None, None, extended]  # the seam is in the figure
     report = (tmp_path / "a" / "report.md").read_text()
     assert "after iteration 4: train.iterations 4 → 9" in report
     config = tiny_config(**FOUR | {"train__iterations": 9})
