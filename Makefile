@@ -2,7 +2,10 @@
 PYTHON := .venv/bin/python
 FAST := tests/objective tests/rollout/test_packing.py tests/rollout/test_token_sampling.py tests/test_layers.py tests/test_identities.py
 
-.PHONY: help install fast test lint format docs serve ci audit
+PROMISES := tests/test_launch.py tests/test_processes.py tests/test_storage.py tests/sweeps/test_hosts.py \
+  tests/runs/test_measurement.py tests/runs/test_attainable.py tests/tasks/test_workers.py tests/data/test_hostile_tokenizers.py
+
+.PHONY: help install fast test lint format docs serve ci audit attacks
 help:
 	@grep -E '^[a-z]+:.*#' Makefile | sed 's/:.*#/\t/'
 install: # everything into .venv
@@ -11,6 +14,12 @@ fast: # the tests of the method, without the slow ones
 	$(PYTHON) -m pytest -m "not slow" $(FAST)
 test: # all tests
 	$(PYTHON) -m pytest
+attacks: # every attack of docs/reliability.md, one after the other; some hours
+	$(PYTHON) -m pytest $(PROMISES)
+	$(PYTHON) -m tests.fuzz
+	$(PYTHON) -m tests.endurance
+	$(PYTHON) -m tests.attacks
+	$(PYTHON) -m experiments.pod
 lint: # what .ci/run checks beside the tests
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 format: # mend what can be mended
