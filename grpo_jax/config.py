@@ -154,6 +154,9 @@ def _number_conflicts(config: Any) -> Iterator[str]:
     for key in _POSITIVE:
         if values[key] is not None and not values[key] > 0:
             yield f"{key}={values[key]} must be positive"
+    for key in ("train.watchdog", "verifier.deadline"):
+        if values[key] is not None and values[key] > MOST:
+            yield f"{key}={values[key]} must be at most {MOST} seconds"
 
     # Intervals within [0, 1].
     for key in ("optimizer.b1", "optimizer.b2"):
