@@ -400,11 +400,15 @@ def leave(code: int) -> None:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
+    timer = threading.Timer(2 * LEAVING, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
     try:
-        # jax would abort those that are still at work as soon as the first has gone.
+        # jax would abort those that are still at work as soon as the first has gone, also on its way out of here.
         from orbax.checkpoint import multihost
 
         multihost.get_barrier_sync_fn()(key="leave", timeout_ms=1000 * LEAVING)
+        jax.distributed.shutdown()
     finally:
         os._exit(code)
 

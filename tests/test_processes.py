@@ -317,6 +317,31 @@ def test_processes_of_different_settings_and_a_folder_that_is_not_shared_are_ref
     assert all("is not shared by all processes" in err.strip().splitlines()[-1] for _, _, err in ended)
 
 
+LEAVE = """
+import sys, time
+from grpo_jax import processes
+from orbax.checkpoint import multihost
+
+own, port = map(int, sys.argv[1:])
+processes.initialize(coordinator=f"127.0.0.1:{port}", number=2, own=own, timeout=60, heartbeat=10)
+processes.everyone("here")
+barrier = multihost.get_barrier_sync_fn()
+
+def barrier_and_a_nap(**arguments):
+    barrier(**arguments)
+    time.sleep(2 * own)
+
+multihost.get_barrier_sync_fn = lambda: barrier_and_a_nap
+processes.leave(7)
+"""
+
+
+def test_a_process_that_is_slow_to_leave_ends_with_its_own_code():
+    port = str(free_port())
+    ended = end([start("-c", LEAVE, str(own), port) for own in range(2)], 120)
+    assert [code for code, _, _ in ended] == [7, 7], ended
+
+
 def test_only_one_module_knows_of_processes():
     words = re.compile(
         r"process_index|process_count|is_fully_addressable|multihost|addressable_shards|jax\.distributed"

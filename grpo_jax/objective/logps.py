@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from grpo_jax.products import mark_varying, sum_dtype, transposed, unembed, varying_axes
 
@@ -135,6 +134,8 @@ def _as_projection(unembedding: Unembedding, states: jax.Array) -> tuple[Project
     """A function (states of one chunk, *constants) -> logits, and the constants: all that the unembedding closed over."""
     if not callable(unembedding):
         return lambda states, matrix: unembed(states, transposed(matrix)), (unembedding,)
+    from jax.extend.core import ClosedJaxpr, jaxpr_as_fun  # here, as it doubles the time that the core takes to import
+
     # jax.closure_convert would leave integers and booleans in the closure, where traced ones fail.
     traced = jax.make_jaxpr(unembedding)(jax.ShapeDtypeStruct(states.shape[1:], states.dtype))
     shapes = [x.shape for x in traced.out_avals]
