@@ -52,6 +52,11 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "With --mode=export: of the weights; float32 by default, as they are.",
 )
+_ADAPTERS = flags.DEFINE_boolean(
+    "adapters",
+    None,
+    "With --mode=export of a run with lora.rank: its adapters, as PEFT loads them, in place of a whole model.",
+)
 _NAME = flags.DEFINE_string(
     "name", None, "With --mode=evaluate: folder in the run directory's evaluations/; with --mode=manifest: of the job."
 )
@@ -105,6 +110,7 @@ def main(arguments: list[str]) -> None:
         (_CHECKPOINT, ("evaluate", "export")),
         (_OUTPUT, ("export",)),
         (_DTYPE, ("export",)),
+        (_ADAPTERS, ("export",)),
         (_NAME, ("evaluate", "manifest")),
         (_DEVICES, ("estimate",)),
         (_TOPOLOGY, ("estimate", "manifest")),
@@ -170,7 +176,8 @@ def main(arguments: list[str]) -> None:
                 evaluate(_CONFIG.value, workdir, checkpoint=_CHECKPOINT.value or "latest", name=_NAME.value)
             case "export":
                 checkpoint, dtype = _CHECKPOINT.value or "latest", _DTYPE.value or "float32"
-                export(_CONFIG.value, workdir, _OUTPUT.value or "", checkpoint=checkpoint, dtype=dtype)
+                options: dict[str, Any] = {"checkpoint": checkpoint, "dtype": dtype, "adapters": bool(_ADAPTERS.value)}
+                export(_CONFIG.value, workdir, _OUTPUT.value or "", **options)
             case "estimate":
                 estimate(_CONFIG.value, topology=_TOPOLOGY.value)
     except ConfigError as error:

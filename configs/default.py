@@ -69,6 +69,11 @@ def get_config() -> ConfigDict:
                 "head_dim": 16,
                 "d_ff": 256,
             },
+            "lora": {  # train two thin matrices beside each target, and leave the model as it is
+                "rank": 0,  # of their product; 0: all parameters are trained
+                "alpha": placeholder(float),  # the product is multiplied by alpha / rank; unset: by 2
+                "targets": ("query", "key", "value", "output", "gate", "up", "down"),
+            },
             "data": {
                 "prompts_per_iteration": 100,  # P
                 "max_prompt": 64,  # tokens of a prompt, chat template included; never cut

@@ -67,7 +67,7 @@ def distil(run: Run, *, completions: int, rate: float, probes: int) -> dict[str,
             ratios = np.asarray(setup.compiled.log_ratios(params, reference, prompts, judged.rollout), float)
             unseen.append(float(np.mean(weights * (np.log(weights) - ratios))))
             pull = jnp.asarray(weights, jnp.float32)
-            gradient = setup.compiled.scores.pull_back(params, prompts, judged.rollout, pull)
+            gradient = setup.compiled.scores.pull_back(params, None, prompts, judged.rollout, pull)
             params, state = update(params, state, gradient)
             if step % max(1, steps // probes) == 0 or step == steps:
                 samples = config.evaluate.final_samples if step == steps else config.evaluate.samples

@@ -7,13 +7,14 @@ from typing import Any
 from grpo_jax.data import make_task
 from grpo_jax.models.config import DTYPES, REMATS, DecoderConfig
 from grpo_jax.models.families import read_config
+from grpo_jax.models.lora import TARGETS
 from grpo_jax.objective import Objective, named_objective
 from grpo_jax.storage import fetched
 from grpo_jax.tasks import Task
 
 _AT_LEAST = {
     0: ("seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay", "evaluate.examples",
-        "evaluate.kept_samples", "attainable.steps"),
+        "evaluate.kept_samples", "attainable.steps", "lora.rank"),
     2: ("rollout.group_size",),
     1: ("rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval",
         "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples",
@@ -23,7 +24,7 @@ _AT_LEAST = {
         "mesh.fsdp", "mesh.tensor"),
 }  # fmt: skip
 _POSITIVE = ("rollout.temperature", "optimizer.learning_rate", "optimizer.max_grad_norm", "warm_start.learning_rate",
-             "verifier.deadline", "train.watchdog")  # fmt: skip
+             "verifier.deadline", "train.watchdog", "lora.alpha")  # fmt: skip
 SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32
 MOST = 10**7
 _CHOICES = {
@@ -190,6 +191,9 @@ def _choice_conflicts(config: Any) -> Iterator[str]:
         yield f"model.stop_ids={tuple(config.model.stop_ids)} must be token ids, such as (1, 2)"
     if not all(isinstance(text, str) and text for text in config.model.stop_strings):
         yield f"model.stop_strings={tuple(config.model.stop_strings)} must be texts, none of them empty"
+    targets = tuple(config.lora.targets)
+    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(TARGETS):
+        yield f"lora.targets={targets} must be some of {', '.join(TARGETS)}, each once"
 
 
 def _weight_conflicts(config: Any, objective: Objective) -> Iterator[str]:

@@ -65,8 +65,12 @@ class Layer(nn.Module):
             return self.param(name, nn.initializers.zeros, shape, jnp.float32)
 
         def project(name: str, x: Array, width: int) -> Array:
-            x = matmul(x, weight(name, x.shape[-1], width), hidden.dtype)  # [B, L, width]
-            return checkpoint_name(x, PROJECTED)
+            projected = matmul(x, weight(name, x.shape[-1], width), hidden.dtype)  # [B, L, width]
+            if self.has_variable("params", f"{name}_a"):  # an adapter, see lora.py
+                a: Array = self.get_variable("params", f"{name}_a")  # [D, r]
+                b: Array = self.get_variable("params", f"{name}_b")  # [r, width]
+                projected += matmul(matmul(x, a, hidden.dtype), b, hidden.dtype)
+            return checkpoint_name(projected, PROJECTED)
 
         def norm(name: str, x: Array) -> Array:
             return rms_norm(x, weight(name, x.shape[-1]), c)

@@ -28,8 +28,9 @@ from grpo_jax.files import write_text
 from grpo_jax.models.config import of_model
 from grpo_jax.models.decoder import DecoderConfig, Params, make_policy, param_shapes
 from grpo_jax.models.families import config_entries, read_config
+from grpo_jax.models.lora import Lora
 from grpo_jax.models.safetensors import CHUNK, INDEX, SINGLE, StoredTensor, open_tensors, printable
-from grpo_jax.models.weight_names import ExpectedTensor, expected_tensors
+from grpo_jax.models.weight_names import LAYER_NAMES, ExpectedTensor, adapter_tensors, expected_tensors
 from grpo_jax.rollout.policy import Policy
 
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # saved by older transformers; never read
@@ -165,6 +166,32 @@ def save_pretrained(
                 path.unlink()
             elif path.name.startswith(STAGING) and path != staged:
                 shutil.rmtree(path)
+
+
+def save_adapters(
+    folder: str | os.PathLike[str], lora: Lora, adapters: dict[str, Any], *, base: str, dtype: str = "float32"
+) -> None:
+    """Writes adapters into a folder that PEFT loads: adapter_config.json and adapter_model.safetensors.
+
+    ``adapters`` are as `Lora.init` makes them, not multiplied by α/r; ``base`` names the model that they belong to. Raises
+    ValueError where they are not finite in ``dtype``. Source: the format of PEFT's LoraConfig; read back by PEFT itself in
+    docs/lora.md.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = list(adapter_tensors(adapters))
+    _write_tensors(folder / "adapter_model.safetensors", folder, tensors, {"layers": adapters}, dtype)
+    modules = [LAYER_NAMES[name].removesuffix(".weight").rpartition(".")[2] for name in lora.targets]
+    entries = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True}
+    entries |= {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": modules,
+    }
+    _write_json(folder / "adapter_config.json", entries)
+    _sync(folder)
 
 
 def _read_parameter(shape: tuple[int, ...], sharding: Sharding, tensors: Tensors, *, committed: bool) -> jax.Array:

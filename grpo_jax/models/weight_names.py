@@ -1,8 +1,8 @@
 """What the tensors of a Hugging Face folder are called, and where they belong in the parameters."""
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from grpo_jax.models.config import DecoderConfig
 
@@ -72,3 +72,13 @@ def expected_tensors(config: DecoderConfig) -> Iterator[ExpectedTensor]:
         for ours, theirs in names.items():
             shape = shapes.get(ours, (c.d_model,))
             yield ExpectedTensor(f"model.layers.{layer}.{theirs}", shape, ours, layer)
+
+
+def adapter_tensors(layers: Mapping[str, Any]) -> Iterator[ExpectedTensor]:
+    """Every tensor of a folder of adapters, as PEFT names them; ``layers`` has those of `grpo_jax.models.lora`."""
+    for ours in [name for name in layers if name.endswith(("_a", "_b"))]:
+        target, side = ours.rsplit("_", 1)
+        count, *shape = layers[ours].shape
+        theirs = LAYER_NAMES[target].removesuffix("weight") + f"lora_{side.upper()}.weight"
+        for layer in range(count):
+            yield ExpectedTensor(f"base_model.model.model.layers.{layer}.{theirs}", (*shape[::-1],), ours, layer)

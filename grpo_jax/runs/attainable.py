@@ -171,7 +171,7 @@ def _measure(run: Run, params: Any, before: dict[str, Any], asked: dict[str, Any
             )
         scores = Scores(run, params)
         factors, begun = scores.white_coordinates(parts[0]), 0
-        if (so_far := _kept(kept, run.setup.shapes)) is not None:
+        if (so_far := _kept(kept, run.setup.trained)) is not None:
             begun, fit, scores.length = so_far["part"], so_far["fit"], so_far["length"]
             fits[:begun] = np.array(so_far["fits"]).reshape(fits[:begun].shape)
         for a in range(begun, PARTS):
@@ -288,12 +288,12 @@ def _kept(folder: Path, shapes: Any) -> dict[str, Any] | None:
 
 
 class Scores:
-    """The scores S of a policy, as products with them over all samples of a part."""
+    """The scores S of a policy in what is trained of it, as products with them over all samples of a part."""
 
     def __init__(self, run: Run, params: Any) -> None:
-        self.run, self.params = run, params
+        self.run, self.params, self.trained = run, params, run.setup.begin(params, run.config.seed)
         self.programs = run.setup.compiled.scores
-        self.length = 1e-4 * _norm(params)  # of the last step along a direction; the first is a guess
+        self.length = 1e-4 * _norm(self.trained)  # of the last step along a direction; the first is a guess
 
     def white_coordinates(self, part: Part) -> Any:
         """The factors of `whiten`, from gradients with random weights: what is to be found has no part in them."""
@@ -304,7 +304,7 @@ class Scores:
             for batch in part.batches:
                 moments = self.programs.moments(self._pull_back(batch, weights), moments)
                 jax.block_until_ready(moments)
-        return self.programs.whitening(moments, self.params)
+        return self.programs.whitening(moments, self.trained)
 
     def pull_back(self, part: Part, values: np.ndarray) -> Any:
         """Sᵀ values, for values [Q, n]."""
@@ -332,7 +332,7 @@ class Scores:
             step, squares, count = self.length / size, 0.0, 0
             for batch in part.batches:
                 arguments = jnp.float32(step), batch.prompts, batch.rollout
-                change = host(self.programs.along(self.params, direction, *arguments)).astype(float)
+                change = host(self.programs.along(self.trained, self.params, direction, *arguments)).astype(float)
                 changes[batch.places, batch.samples] = change
                 squares, count = squares + np.square(change).sum(), count + change.size
                 moved = step * np.sqrt(squares / count)
@@ -346,7 +346,7 @@ class Scores:
     def _pull_back(self, batch: Samples, values: np.ndarray) -> Any:
         weights = values[batch.places, batch.samples].astype(np.float32)
         weights = put(weights, row_sharding(self.run.setup.mesh, len(weights)))
-        return self.programs.pull_back(self.params, batch.prompts, batch.rollout, weights)
+        return self.programs.pull_back(self.trained, self.params, batch.prompts, batch.rollout, weights)
 
 
 def _norm(tree: Any) -> float:

@@ -17,13 +17,15 @@ from rich.console import Console
 from grpo_jax.config import ConfigError, validate
 from grpo_jax.files import read_sealed, write_text
 from grpo_jax.models import check_pretrained, plain_file, read_config, save_pretrained
+from grpo_jax.models.lora import merge
+from grpo_jax.models.pretrained import save_adapters
 from grpo_jax.processes import count
 from grpo_jax.report.markdown import interval_text
 from grpo_jax.runs.directory import EVALUATIONS, REFERENCE, RESULT, lock_directory
 from grpo_jax.runs.errors import RunDirectoryError
 from grpo_jax.runs.measured_policy import MeasuredPolicy, find_policy, stored_config
 from grpo_jax.runs.run import say, terminal
-from grpo_jax.runs.setup import make_setup
+from grpo_jax.runs.setup import make_lora, make_setup
 from grpo_jax.runs.target import at_chosen_beta
 from grpo_jax.storage import fetched, flush_folder, is_here, names, place, write_bytes
 
@@ -32,6 +34,7 @@ COPIED = (  # of the folder that the run began from, where it has them
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 CARD = "README.md"
+ADAPTERS_WITH = {CARD, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 
 
 def export(
@@ -42,6 +45,7 @@ def export(
     *,
     checkpoint: str = "latest",
     dtype: str = "float32",
+    adapters: bool = False,
 ) -> Path:
     """Writes a checkpoint of a run into a new folder; whoever looks meanwhile finds none, or the whole one.
 
@@ -52,6 +56,7 @@ def export(
       console: where progress is shown; the terminal by default.
       checkpoint: "latest", "reference", "average", or the number of an iteration that was saved.
       dtype: of the weights: "float32", as they are, "bfloat16" or "float16".
+      adapters: of a run with ``lora.rank``, as PEFT loads them; without it they are added to the weights.
 
     Returns:
       The folder.
@@ -65,6 +70,8 @@ def export(
         raise ConfigError(
             ["--mode=export is for models of a folder (model.path): a random decoder has no files to go with"]
         )
+    if adapters and (not config.lora.rank or checkpoint == "reference"):
+        raise ConfigError(["--adapters is for what a run with lora.rank has trained: there are no adapters here"])
     if count() > 1:
         raise RunDirectoryError("--mode=export runs in one process: start it without --processes or --coordinator")
     folder = place(output)
@@ -85,9 +92,12 @@ def export(
             raise RunDirectoryError(f"there is no run in {workdir}, so nothing to export")
         setup = make_setup(config, task, objective, training=False)
         policy = find_policy(config, setup, workdir, checkpoint, has_run=True)
+        if adapters and policy.name == "reference":
+            raise RunDirectoryError(f"{workdir} has no checkpoint of its adapters yet")
         stored |= {"objective.beta": at_chosen_beta(config, workdir).objective.beta}
         card = model_card(stored, policy, workdir, dtype)
         policy = policy._replace(ref_params=None)  # whose memory is then free
+    lora = make_lora(config) if adapters else None
     if config.model.stop_ids:  # the run's own ends of a completion
         settings = json.loads(files.get("generation_config.json", b"{}"))
         settings |= {"eos_token_id": list(config.model.stop_ids)}
@@ -96,7 +106,15 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
         staged = Path(staging) / "model"
-        _write(staged, source, policy.params, dtype, files | {CARD: card.encode()})
+        files |= {CARD: card.encode()}
+        if lora is not None:
+            base = (of_hub(source) or [str(config.model.path)])[0].removeprefix("base_model: ")
+            save_adapters(staged, lora, lora.split(policy.params), base=base, dtype=dtype)
+            for name in ADAPTERS_WITH & files.keys():
+                write_bytes(staged / name, files[name])
+            flush_folder(staged)
+        else:
+            _write(staged, source, merge(policy.params), dtype, files)
         os.replace(staged, folder)  # an empty folder, too
     flush_folder(folder.parent)
     say(console, f"{folder}: {dtype} weights, {', '.join(sorted(path.name for path in folder.iterdir()))}")
@@ -144,6 +162,7 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
         ),
         ("task", stored["task.name"]),
         ("seed", str(stored["seed"])),
+        *([("LoRA", f"rank {rank}")] if (rank := stored.get("lora.rank")) else []),
         ("weights", dtype),
     )
     there = "Measured on the prompts of the run, at its temperature:"

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     objective = setup.recipe.objective
 
     # What is run, and whether it fits.
-    memory = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    memory = lasting_memory(setup.recipe, setup.shapes, setup.trained, setup.mesh)
     extended = extension.extensions(run.directory)
     start = start_lines(run, dropped, memory)
     start += [("extended", words) for words in extension.extension_words(extended)]
@@ -120,7 +121,7 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     # are not kept; they are read again at the end.
     before = measured_reference(run)
     successes, trials = np.array(before["successes"]), before["trials"]
-    ref_params = reference_params(run) if objective.holds_to_reference else None
+    ref_params = reference_params(run) if setup.recipe.needs_reference else None
     check_success(config, before)
     if has_target(config):
         run = with_chosen_beta(run, before, measured_attainable(run, ref_params, before))
@@ -213,6 +214,14 @@ def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[st
     )
     if config.model.path is not None:
         lines.append(("first prompt", inline(prompt_text(setup, 0)[:300])))
+    if config.lora.rank:
+        trained, of = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (setup.trained, setup.shapes))
+        lines.append(
+            (
+                "LoRA",
+                f"rank {config.lora.rank}, on {', '.join(config.lora.targets)}: {trained:,} beside {of:,} parameters",
+            )
+        )
     if dropped:
         lines.append(("dropped", f"{dropped:,} examples longer than data.max_prompt or rollout.max_completion allow"))
     total = f"{format_bytes(sum(memory.values()))} per device for {', '.join(memory)}; --mode=estimate: the rest"
@@ -231,7 +240,7 @@ def run_iterations(
 
     Args:
       run: see `Run`.
-      ref_params: of the reference policy; None where the objective has no KL to it.
+      ref_params: of the reference policy; None where no iteration reads them.
       before: its measurement, the first probe row.
       prediction: shown beside the current success probability.
       course: of the live forecast, or why there is none.
@@ -245,10 +254,10 @@ def run_iterations(
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
     n = 0  # iterations done
     start = setup.compiled.start
-    like = sharded_shapes(jax.eval_shape(start, setup.shapes), setup.mesh)
+    like = sharded_shapes(jax.eval_shape(start, setup.trained), setup.mesh)
     checkpoint = checkpoints.restore_latest(like, rows_of=run.directory)
     if checkpoint is None:
-        state = start(reference_params(run) if ref_params is None else ref_params)
+        state = start(setup.begin(reference_params(run) if ref_params is None else ref_params, c.seed))
     else:
         n, state, meta = checkpoint
         run = run._replace(base_key=jax.random.wrap_key_data(jnp.array(meta["base_key"], jnp.uint32)))
@@ -291,7 +300,7 @@ def run_iterations(
                         )
                 # Measure, where it is time.
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
-                    probe = measure(run, state.params, ref_params, n)
+                    probe = measure(run, setup.recipe.params(state.params, ref_params), ref_params, n)
                     probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
                     ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally(), optimum=False)
                     probe_row |= {} if ledger is None else ledger.row()
@@ -317,7 +326,9 @@ def run_iterations(
                     if n < c.train.iterations:
                         check_preempted(run)
         check_skipped(c, lost)
-        return state.params, averaged_params(state.params, state.opt_state)
+        average = averaged_params(state.params, state.opt_state)
+        policy_params = partial(setup.recipe.params, ref_params=ref_params)
+        return policy_params(state.params), None if average is None else policy_params(average)
     finally:
         trace.close()
         log.close()
@@ -356,7 +367,8 @@ def advance(
     index = prompt_order(c.seed, done, num_prompts=num_prompts, batch=c.data.prompts_per_iteration)
     prompts, answers, answer_mask = put_prompts(run.setup, index)
     # 2 sample
-    rollout = compiled.sample(state.params, prompts, role_key(run.base_key, "rollout", done + 1))
+    params = run.setup.recipe.params(state.params, ref_params)
+    rollout = compiled.sample(params, prompts, role_key(run.base_key, "rollout", done + 1))
     # 3 verify
     judged = judge(run.setup, run.pool, index, rollout, answers, answer_mask)
     # 4 to 8 learn

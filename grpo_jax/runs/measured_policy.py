@@ -6,6 +6,7 @@ The identity of an evaluation is all that decides its numbers; another identity 
 import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,19 +100,20 @@ def find_policy(config: Any, setup: Setup, workdir: Path, checkpoint: str, *, ha
         raise CheckpointError("--checkpoint=average: the run keeps no average of its parameters (train.average is 0)")
     if checkpoint == "reference":
         return MeasuredPolicy("reference", 0, reference[1], None)
-    like = jax.eval_shape(setup.compiled.start, setup.shapes)
+    like = jax.eval_shape(setup.compiled.start, setup.trained)
     state = _restore(workdir / "checkpoints", sharded_shapes(like, setup.mesh), number)
     if state is None:
         return MeasuredPolicy("reference", 0, reference[1], None)
-    done, params = state[0], state[1].params
+    done, trained, policy_params = state[0], state[1].params, partial(setup.recipe.params, ref_params=reference[1])
     if checkpoint == "average":
         begins = config.train.iterations - averaged_iterations(config)
         if done <= begins:
             raise CheckpointError(
                 f"--checkpoint=average: the average begins after iteration {begins}, and the newest checkpoint is {done}"
             )
-        return MeasuredPolicy(f"average-{done}", done, averaged_params(params, state[1].opt_state), reference[1])
-    return MeasuredPolicy(f"iteration-{done}", done, params, reference[1])
+        average = averaged_params(trained, state[1].opt_state)
+        return MeasuredPolicy(f"average-{done}", done, policy_params(average), reference[1])
+    return MeasuredPolicy(f"iteration-{done}", done, policy_params(trained), reference[1])
 
 
 def check_alphabet(config: Any, setup: Setup, stored: dict[str, Any] | None) -> None:

@@ -17,7 +17,7 @@ from grpo_jax.rollout import PromptBatch, Rollout
 from grpo_jax.rollout.compaction import Stage, choose_stages
 from grpo_jax.runs.errors import RunError
 from grpo_jax.runs.run import say, show
-from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe
+from grpo_jax.runs.setup import make_compiled, make_decoder, make_recipe, trained_shapes
 from grpo_jax.runs.topologies import CAPACITY, collectives, out_of_memory, topology_devices
 from grpo_jax.tasks import Task
 from grpo_jax.train import scores
@@ -50,7 +50,7 @@ class Memory(NamedTuple):
 
     Attributes:
       lasting: of what stays for all iterations, by name: parameters, optimizer, the average where one is kept, and the reference
-        where the objective has a KL to it.
+        where it is read.
       working: of what a program adds while it runs, by name; only one runs at a time.
       programs: what was compiled to know, by name.
     """
@@ -89,16 +89,16 @@ def estimate(config: Any, console: Console | None = None, *, topology: str | Non
     return memory
 
 
-def lasting_memory(recipe: Recipe, shapes: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
-    """Bytes per device of parameters, optimizer state, and what else is kept of an average and the reference, from shapes with
-    shardings.
+def lasting_memory(recipe: Recipe, shapes: Any, trained: Any, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Bytes per device of what is trained, optimizer state, and what else is kept of an average and the reference, from shapes
+    with shardings.
     """
-    state = jax.eval_shape(lambda params: init_state(params, recipe.optimizer(0.0)), shapes)
-    parameters = per_device(shapes)
+    state = jax.eval_shape(lambda params: init_state(params, recipe.optimizer(0.0)), trained)
+    parameters = per_device(trained)
     lasting = {"parameters": parameters, "optimizer": per_device(sharded_shapes(state, mesh)) - parameters}
     if isinstance(state.opt_state[-1], Average):
         lasting |= {"optimizer": lasting["optimizer"] - parameters, "average": parameters}
-    return lasting | ({"reference": parameters} if recipe.objective.holds_to_reference else {})
+    return lasting | ({"reference": per_device(shapes)} if recipe.needs_reference else {})
 
 
 def estimate_memory(
@@ -119,6 +119,7 @@ def estimate_memory(
     mesh, c = make_mesh(**config.mesh, devices=devices), config.evaluate
     decoder = make_decoder(config, task, mesh)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
+    trained = trained_shapes(config, shapes, mesh)
     recipe = make_recipe(config, objective, decoder, shapes, stop_ids=(0,), pad_id=0)
     compiled = make_compiled(config, recipe, shapes, mesh)
     rows, whole = row_sharding(mesh), replicated(mesh)
@@ -152,31 +153,33 @@ def estimate_memory(
             useful=array(dtype=jnp.float32, sharding=whole),
         )
 
-    state = sharded_shapes(jax.eval_shape(compiled.start, shapes), mesh)
+    state = sharded_shapes(jax.eval_shape(compiled.start, trained), mesh)
+    policy = sharded_shapes(jax.eval_shape(recipe.params, trained, shapes), mesh)
     rewards, number = array(num_prompts, group_size, dtype=jnp.float32), array(dtype=jnp.float32, sharding=whole)
-    reference = shapes if objective.holds_to_reference else None
+    reference = shapes if recipe.needs_reference else None
     probed = min(c.batch_samples, max(c.samples, c.final_samples))
     probe_options = {"group_size": probed, "greedy": False, "first_sample": array(sharding=whole)}
 
     # The programs, lowered for these shapes.
     programs = {
-        "rollout": compiled.sample.lower(shapes, prompts, key, stages=first_stages(group_size)),
+        "rollout": compiled.sample.lower(policy, prompts, key, stages=first_stages(group_size)),
         "update": compiled.learn.lower(state, reference, prompts, rollout(group_size), rewards, key, number, number),
         "probe, sampling": compiled.sample_probe.lower(
-            shapes, prompts, key, **probe_options, stages=first_stages(probed)
+            policy, prompts, key, **probe_options, stages=first_stages(probed)
         ),
     }
     if objective.holds_to_reference:
-        programs["probe, KL"] = compiled.log_ratios.lower(shapes, shapes, prompts, rollout(probed))
-    built, lasting = {}, lasting_memory(recipe, shapes, mesh)
+        programs["probe, KL"] = compiled.log_ratios.lower(policy, shapes, prompts, rollout(probed))
+    built, lasting = {}, lasting_memory(recipe, shapes, trained, mesh)
+    read = per_device(policy)  # by programs other than the update
     with progress(console or Console(quiet=True), "programs", total=len(programs)) as line:
         for number, (name, lowered) in enumerate(programs.items(), start=1):
-            built[name] = _build(lowered, sum(lasting.values()) if name == "update" else lasting["parameters"])
+            built[name] = _build(lowered, sum(lasting.values()) if name == "update" else read)
             line.update(number, name)
     working = {name: program.adds for name, program in built.items()}
     if config.attainable.steps and objective.kl_direction == "reverse":
         # Before training, and so without the optimizer: a gradient, four trees like the parameters, and the factors.
-        factors = jax.eval_shape(lambda p: scores.whitening(scores.moments(p), p), shapes)
+        factors = jax.eval_shape(lambda p: scores.whitening(scores.moments(p), p), trained)
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(factors))
         beside = size + 5 * lasting["parameters"] - sum(lasting.values())
         working["R², about"] = max(0, working["update"] + beside)

@@ -48,7 +48,7 @@ OF_TRAINING = (
     "objective.beta_mirror", "objective.clip_low", "objective.clip_high", "optimizer.", "train.iterations",
     "train.average", "train.inner_epochs", "train.minibatches", "evaluate.interval", "evaluate.samples",
 )  # fmt: skip
-OF_PULL = ("objective.", "rollout.group_size")
+OF_PULL = ("objective.", "rollout.group_size", "lora.")
 
 
 def share_reference(directory: Path, identity: dict[str, Any], others: Iterable[Path]) -> None:

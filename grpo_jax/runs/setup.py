@@ -33,6 +33,7 @@ from grpo_jax.models import (
     param_shapes,
     read_config,
 )
+from grpo_jax.models.lora import Lora
 from grpo_jax.objective import Objective
 from grpo_jax.processes import put
 from grpo_jax.rollout import Layout, Policy, PromptBatch, sample_groups
@@ -59,7 +60,9 @@ class Setup(NamedTuple):
       stop_ids: the tokens that end a completion.
       probed: [Q] rows of the prompts that are measured.
       shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
+      trained: the same of what is trained: the parameters, or their adapters.
       initial_params: seed -> the initial parameters, random or pretrained, on the mesh.
+      begin: (ref_params, seed) -> what is trained as it is at the start, on the mesh, where the policy is the reference.
       recipe: how the policy learns.
       compiled: the recipe's functions as programs.
     """
@@ -72,7 +75,9 @@ class Setup(NamedTuple):
     stop_ids: tuple[int, ...]
     probed: np.ndarray
     shapes: Any
+    trained: Any
     initial_params: Callable[[int], Any]
+    begin: Callable[[Any, int], Any]
     recipe: Recipe
     compiled: Compiled
 
@@ -127,8 +132,16 @@ def make_setup(
         params = init_params(decoder, role_key(jax.random.key(seed), "initialisation", 0))
         return jax.device_put(params, parameter_shardings(params, mesh))
 
+    def begin(ref_params: Any, seed: int) -> Any:
+        if lora is None:
+            return ref_params
+        adapters = lora.init(shapes, role_key(jax.random.key(seed), "adapters", 0))
+        return put(adapters, replicated(mesh))
+
     # The recipe, and its programs.
+    lora = make_lora(config)
     shapes = sharded_shapes(param_shapes(decoder), mesh)
+    trained = trained_shapes(config, shapes, mesh)
     table = stop_table(tokenizer, config.model.stop_strings, vocab_size=decoder.vocab_size)
     recipe = make_recipe(
         config,
@@ -149,10 +162,26 @@ def make_setup(
         stop_ids=stop_ids,
         probed=probed_rows(config, len(task.examples)),
         shapes=shapes,
+        trained=trained,
         initial_params=initial_params,
+        begin=begin,
         recipe=recipe,
         compiled=make_compiled(config, recipe, shapes, mesh, precise=make_policy(replace(decoder, dtype="float32"))),
     )
+
+
+def make_lora(config: Any) -> Lora | None:
+    """The adapters of a config; None where all parameters are trained."""
+    c = config.lora
+    return Lora(c.rank, 2.0 * c.rank if c.alpha is None else c.alpha, tuple(c.targets)) if c.rank else None
+
+
+def trained_shapes(config: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Shapes and shardings of what is trained, from those of the parameters."""
+    lora = make_lora(config)
+    if lora is None:
+        return shapes
+    return sharded_shapes(jax.eval_shape(partial(lora.init, shapes), jax.random.key(0)), mesh)
 
 
 def make_recipe(
@@ -170,7 +199,7 @@ def make_recipe(
 
     ``shapes`` are those of the parameters, with shardings.
     """
-    policy = make_policy(decoder)
+    policy, lora = make_policy(decoder), make_lora(config)
     by_layer = config.model.gather == "layer" and config.mesh.fsdp > 1
     sampler = make_policy(decoder, gather=gather_layer(shapes)) if by_layer else policy
     c = config.train
@@ -192,14 +221,16 @@ def make_recipe(
         inner_epochs=c.inner_epochs,
         minibatches=c.minibatches,
         verify_tokens=verify_tokens,
+        join=None if lora is None else lora.join,
     )
 
 
 def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh, *, precise: Policy | None = None) -> Compiled:
     """`compile_recipe` with the dtype and the warm start's optimizer of the config."""
     warm_optimizer = make_warm_start_optimizer(config.warm_start.learning_rate)
-    options = {"dtype": config.model.dtype, "gather": config.model.gather}
-    return compile_recipe(recipe, shapes, mesh, warm_optimizer=warm_optimizer, precise=precise, **options)
+    options = {"dtype": config.model.dtype, "gather": config.model.gather, "precise": precise}
+    trained = trained_shapes(config, shapes, mesh)
+    return compile_recipe(recipe, shapes, mesh, trained=trained, warm_optimizer=warm_optimizer, **options)
 
 
 def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:

@@ -119,6 +119,8 @@ def sweep(
         setup = make_setup(config, task, objective, devices=devices_of_all())
         if setup.compiled.iterate is None:
             raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
+        if config.lora.rank:
+            raise ValueError("a sweep as one program trains all parameters: launch.py --sweep runs any config")
         signals = stack.enter_context(signals_as_flag())
         # The run of all seeds: without worker processes, and with a key that is not used.
         run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
@@ -303,7 +305,7 @@ def _show_header(run: Run, plan: Plan, mesh: Mesh) -> None:
     )
     lines = [(label, text) for label, text in lines if label not in ("devices", "β")]
     # Each seed has a reference on every device, each point a state on one.
-    of_one = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    of_one = lasting_memory(setup.recipe, setup.shapes, setup.trained, setup.mesh)
     memory = {
         name: size * (len(plan.seeds) if name == "reference" else points // mesh.size) for name, size in of_one.items()
     }

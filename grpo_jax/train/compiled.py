@@ -31,10 +31,10 @@ class ScorePrograms(NamedTuple):
     """The functions of `grpo_jax.train.scores`, of which the network's R² is made; see there.
 
     Attributes:
-      pull_back: (params, prompts, rollout, weights) -> Sᵀ weights.
-      along: (params, direction, step, prompts, rollout) -> [P, G].
+      pull_back: (trained, ref_params, prompts, rollout, weights) -> Sᵀ weights, like ``trained``.
+      along: (trained, ref_params, direction, step, prompts, rollout) -> [P, G].
       moments, whitening, whiten: as there.
-      add: (x, scale, y) -> x + scale·y, of trees like the parameters; x is donated.
+      add: (x, scale, y) -> x + scale·y, of trees like what is trained; x is donated.
     """
 
     pull_back: Wrapped
@@ -48,8 +48,10 @@ class ScorePrograms(NamedTuple):
 class Compiled(NamedTuple):
     """The jitted functions of a run; they depend on the shapes and shardings of the parameters, not on their values.
 
+    What is trained are the parameters of the policy, or a part of them, see `Recipe.join`.
+
     Attributes:
-      start: params -> `TrainState` of copies of them; where no reference is kept, the parameters are donated.
+      start: trained -> `TrainState` of copies of it; where no reference is kept, it is donated.
       iterate: `iterations` of the recipe; None where the host verifies.
       sample: (params, prompts, key, stages=None) -> rollout.
       learn: `learn` of the recipe.
@@ -81,6 +83,7 @@ def compile_recipe(
     gather: str = "model",
     warm_optimizer: optax.GradientTransformation,
     precise: Policy | None = None,
+    trained: Any | None = None,
 ) -> Compiled:
     """Jits the functions of a run; they are compiled at their first call.
 
@@ -92,15 +95,19 @@ def compile_recipe(
       gather: what is gathered at a time to decode, see `spread_sampling`.
       warm_optimizer: of the warm start.
       precise: the policy with float32 products, for differences of log-probabilities; None: the recipe's has them.
+      trained: shapes of what is trained, with shardings; None: of the parameters.
     """
+    trained = shapes if trained is None else trained
     rows, whole = row_sharding(mesh), replicated(mesh)
     decoding = partial(jax.jit, compiler_options=DECODING_OPTIONS.get(mesh.devices.flat[0].platform))
     recipe = recipe._replace(
-        sample=spread_sampling(recipe.sample, mesh, shapes, dtype, gather=gather),
+        sample=spread_sampling(recipe.sample, mesh, dtype, gather=gather),
         layout=recipe.layout._replace(shards=row_shards(mesh)),
     )
 
-    def compile_start(optimizer: optax.GradientTransformation, *, keep_params: bool) -> tuple[Wrapped, Any]:
+    def compile_start(
+        optimizer: optax.GradientTransformation, shapes: Any, *, keep_params: bool
+    ) -> tuple[Wrapped, Any]:
         """params -> the state before the first step, and the state's shardings."""
 
         def start(params: Any) -> TrainState:
@@ -111,8 +118,8 @@ def compile_recipe(
         return jax.jit(start, out_shardings=shardings, donate_argnums=() if keep_params else 0), shardings
 
     # 0.0 stands for any learning rate: the optimizer's state does not depend on it.
-    start, state_shardings = compile_start(recipe.optimizer(0.0), keep_params=recipe.objective.holds_to_reference)
-    warm_start, warm_shardings = compile_start(warm_optimizer, keep_params=False)
+    start, state_shardings = compile_start(recipe.optimizer(0.0), trained, keep_params=recipe.needs_reference)
+    warm_start, warm_shardings = compile_start(warm_optimizer, shapes, keep_params=False)
 
     # With a verifier of tokens, many whole iterations are one program.
     iterate = verify = None
@@ -131,18 +138,23 @@ def compile_recipe(
     def measured_log_ratios(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
         return log_ratios(for_prompts(rollout), params, ref_params, prompts, rollout)
 
-    of_params = parameter_shardings(shapes, mesh)
-    like_params = partial(jax.jit, out_shardings=of_params)
+    of_trained = parameter_shardings(trained, mesh)
+    like_trained = partial(jax.jit, out_shardings=of_trained)
 
-    @like_params
-    def pull_back(params: Any, prompts: PromptBatch, rollout: Rollout, weights: jax.Array) -> Any:
-        return scores.pull_back(for_prompts(rollout), params, prompts, rollout, weights)
+    def over(ref_params: Any, rollout: Rollout, policy: Policy) -> Recipe:
+        """The recipe for a measurement, whose policy is a function of what is trained."""
+        return for_prompts(rollout)._replace(policy=recipe._replace(policy=policy).policy_of_trained(ref_params))
+
+    @like_trained
+    def pull_back(trained: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout, weights: jax.Array) -> Any:
+        return scores.pull_back(over(ref_params, rollout, recipe.policy), trained, prompts, rollout, weights)
 
     @jax.jit
-    def along(params: Any, direction: Any, step: jax.Array, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-        return scores.along(
-            for_prompts(rollout)._replace(policy=precise or recipe.policy), params, direction, step, prompts, rollout
-        )
+    def along(
+        trained: Any, ref_params: Any, direction: Any, step: jax.Array, prompts: PromptBatch, rollout: Rollout
+    ) -> jax.Array:
+        exact = over(ref_params, rollout, precise or recipe.policy)
+        return scores.along(exact, trained, direction, step, prompts, rollout)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
     def warm_start_step(state: TrainState, *demonstrations: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -164,8 +176,8 @@ def compile_recipe(
             along=along,
             moments=jax.jit(scores.moments, donate_argnums=1),
             whitening=jax.jit(scores.whitening),
-            whiten=jax.jit(scores.whiten, out_shardings=(of_params, whole)),
-            add=like_params(lambda x, scale, y: jax.tree.map(lambda x, y: x + scale * y, x, y), donate_argnums=0),
+            whiten=jax.jit(scores.whiten, out_shardings=(of_trained, whole)),
+            add=like_trained(lambda x, scale, y: jax.tree.map(lambda x, y: x + scale * y, x, y), donate_argnums=0),
         ),
         warm_start=warm_start,
         warm_start_step=warm_start_step,

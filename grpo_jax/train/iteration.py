@@ -35,7 +35,15 @@ from grpo_jax.rollout.packing import pack
 from grpo_jax.train.packed_gradient import packed_gradient
 from grpo_jax.train.step import Batch, TrainState, apply_gradient
 
-ROLES = {"rollout": 0, "minibatches": 1, "probe": 2, "warm_start": 3, "initialisation": 4, "attainable": 5}
+ROLES = {
+    "rollout": 0,
+    "minibatches": 1,
+    "probe": 2,
+    "warm_start": 3,
+    "initialisation": 4,
+    "attainable": 5,
+    "adapters": 6,
+}
 """What a random key is used for; `role_key` keeps the uses apart."""
 
 
@@ -53,6 +61,7 @@ class Recipe(NamedTuple):
       inner_epochs: passes over a rollout.
       minibatches: gradient steps per pass, on equal parts of the prompts.
       verify_tokens: (completions, mask, answers, answer_mask) -> bool [P, G]; None where the host verifies.
+      join: (what is trained, ref_params) -> the policy's parameters, where only a part of them is trained; None: all are.
     """
 
     policy: Policy
@@ -66,6 +75,27 @@ class Recipe(NamedTuple):
     inner_epochs: int = 1
     minibatches: int = 1
     verify_tokens: Callable[..., jax.Array] | None = None
+    join: Callable[[Any, Any], Any] | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the parameters of the reference are read in every iteration."""
+        return self.objective.holds_to_reference or self.join is not None
+
+    def params(self, trained: Any, ref_params: Any) -> Any:
+        """The policy's parameters, from what is trained and those of the reference."""
+        return trained if self.join is None else self.join(trained, ref_params)
+
+    def policy_of_trained(self, ref_params: Any) -> Policy:
+        """The policy as functions of what is trained, at which gradients are taken."""
+        if (join := self.join) is None:
+            return self.policy
+
+        def of_trained(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda trained, *arguments, **options: function(join(trained, ref_params), *arguments, **options)
+
+        forward, unembed = of_trained(self.policy.forward), of_trained(self.policy.unembed)
+        return self.policy._replace(forward=forward, unembed=unembed, prepare=of_trained(self.policy.prepare))
 
 
 def iteration(
@@ -85,7 +115,7 @@ def iteration(
     Args:
       recipe: with a verifier of tokens.
       state: see `TrainState`.
-      ref_params: parameters of the reference policy; None where the objective has no KL to it.
+      ref_params: parameters of the reference policy; None where nothing reads them (`Recipe.needs_reference`).
       prompts, answers [P, T], answer_mask [P, T]: of this iteration; an answer is the tokens that the verifier compares with.
       base_key: of the run.
       number: of the iteration, int32.
@@ -96,7 +126,8 @@ def iteration(
     """
     assert recipe.verify_tokens is not None
     # 2 Sample G completions of every prompt.
-    rollout = recipe.sample(state.params, prompts, role_key(base_key, "rollout", number))  # [P, G, T]
+    params = recipe.params(state.params, ref_params)
+    rollout = recipe.sample(params, prompts, role_key(base_key, "rollout", number))  # [P, G, T]
     # 3 Verify them.
     correct = recipe.verify_tokens(rollout.completions, rollout.mask, answers, answer_mask)  # [P, G]
     # 4 to 8 Learn from them.
@@ -120,7 +151,7 @@ def learn(
     Args:
       recipe: of the run.
       state: see `TrainState`.
-      ref_params: of the reference policy; not read, and may be None, where the objective has no KL to it.
+      ref_params: of the reference policy; may be None where nothing reads them (`Recipe.needs_reference`).
       prompts, rollout: of this iteration.
       rewards: [P, G] float32.
       key: shuffles minibatches.
@@ -130,11 +161,13 @@ def learn(
       (state, metrics): scalars; those of gradient steps are averaged, but for ``rollout/…``, which are the first step's.
 
     Raises:
-      ValueError: the objective needs ref_params and there are none.
+      ValueError: ref_params are needed and there are none.
     """
     objective = recipe.objective
-    if objective.holds_to_reference and ref_params is None:
-        raise ValueError("the objective has a KL to the reference: learn needs ref_params")
+    if recipe.needs_reference and ref_params is None:
+        why = "the objective has a KL to the reference" if objective.holds_to_reference else "a part is trained"
+        raise ValueError(f"{why}: learn needs ref_params")
+    reference, recipe = recipe.policy, recipe._replace(policy=recipe.policy_of_trained(ref_params))
 
     # 4 Advantages: each reward against the rewards of its group.
     advantages = group_advantages(rewards, **objective.normaliser())  # [P, G]
@@ -145,10 +178,10 @@ def learn(
     # is the current policy. Those of π_ref are needed only where a KL holds to it.
     num_steps = recipe.inner_epochs * recipe.minibatches
 
-    def logps_under(params: Any) -> jax.Array:
+    def logps_under(policy: Policy, params: Any) -> jax.Array:
         completions, mask = rollout.completions, rollout.mask
         options: dict[str, Any] = {"layout": recipe.layout, "temperature": recipe.temperature}
-        return score_packed(recipe.policy, params, prompts, completions, mask, **options)  # [P, G, T]
+        return score_packed(policy, params, prompts, completions, mask, **options)  # [P, G, T]
 
     batch = Batch(
         prompts=prompts,
@@ -156,8 +189,8 @@ def learn(
         mask=rollout.mask,
         advantages=advantages,
         sampler_logps=rollout.logps,
-        old_logps=logps_under(state.params) if num_steps > 1 else None,
-        ref_logps=logps_under(ref_params) if objective.holds_to_reference else None,
+        old_logps=logps_under(recipe.policy, state.params) if num_steps > 1 else None,
+        ref_logps=logps_under(reference, ref_params) if objective.holds_to_reference else None,
     )
 
     # 6 and 7 One gradient step on the whole rollout, or several on parts of it.

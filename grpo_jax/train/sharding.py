@@ -116,7 +116,7 @@ def gather_layer(shapes: Any) -> Callable[[dict[str, jax.Array]], dict[str, jax.
 
 
 def spread_sampling(
-    sample: Callable[..., Rollout], mesh: Mesh, shapes: Any, dtype: str, *, gather: str = "model"
+    sample: Callable[..., Rollout], mesh: Mesh, dtype: str, *, gather: str = "model"
 ) -> Callable[..., Rollout]:
     """``sample`` with the prompts' rows spread over data and fsdp, where their number allows it; else each has all of them.
 
@@ -127,8 +127,7 @@ def spread_sampling(
 
     Args:
       sample: (params, prompts, key, first_sample=0, **options) -> `Rollout`; with the option ``vmap_axis`` of `sample_groups`.
-      mesh: the devices.
-      shapes: of the parameters, with shardings.
+      mesh: the devices, over which the parameters are spread as `parameter_shardings` says.
       dtype: of matrix products.
       gather: "model" or "layer"; with "layer", ``sample`` has a policy that gathers its layers, see `gather_layer`.
     """
@@ -137,8 +136,8 @@ def spread_sampling(
     if by_layer:
         together = {"vmap_axis": ROWS[0]}
 
-    def cast(leaf: jax.Array, shape: Any) -> jax.Array:
-        return leaf.astype(dtype) if "fsdp" in shape.sharding.spec else leaf
+    def cast(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        return leaf.astype(dtype) if "fsdp" in sharding.spec else leaf
 
     def spread(params: Any, prompts: PromptBatch, key: jax.Array, first_sample: Any = 0, **options: Any) -> Rollout:
         shards = row_shards(mesh, prompts.tokens.shape[0])
@@ -154,12 +153,12 @@ def spread_sampling(
             tokens, work = jax.lax.psum((tokens, tokens / rollout.useful), ROWS[0])
             return rollout._replace(useful=tokens / work)
 
-        whole = PartitionSpec()
-        weights = jax.tree.map(lambda _: whole, shapes)
+        whole, shardings = PartitionSpec(), parameter_shardings(params, mesh)
+        weights = jax.tree.map(lambda _: whole, params)
         if by_layer:
             weights["layers"] = {
-                name: PartitionSpec(*(axis if axis == "fsdp" else None for axis in leaf.sharding.spec))
-                for name, leaf in shapes["layers"].items()
+                name: PartitionSpec(*(axis if axis == "fsdp" else None for axis in sharding.spec))
+                for name, sharding in shardings["layers"].items()
             }
         rows = whole if shards == 1 else ROWS
         return jax.shard_map(
@@ -169,6 +168,6 @@ def spread_sampling(
             out_specs=rollout_shardings(rows, whole),
             axis_names=set(axes),
             check_vma=False,
-        )(jax.tree.map(cast, params, shapes), prompts, key, jnp.asarray(first_sample, jnp.int32))
+        )(jax.tree.map(cast, params, shardings), prompts, key, jnp.asarray(first_sample, jnp.int32))
 
     return spread

@@ -161,7 +161,7 @@ def test_samples_do_not_depend_on_the_mesh(kernel, axes, gather):
     shapes = sharded_shapes(params, mesh)
     if gather == "layer":
         sample = partial(sample_groups, make_policy(config, gather=gather_layer(shapes)), **options)
-    spread = spread_sampling(sample, mesh, shapes, "float32", gather=gather)
+    spread = spread_sampling(sample, mesh, "float32", gather=gather)
     placed = jax.device_put(params, parameter_shardings(params, mesh))
     rollout = jax.jit(spread)(placed, prompts, jax.random.key(1))
     np.testing.assert_array_equal(rollout.completions, alone.completions)
