@@ -175,7 +175,7 @@ def save_adapters(
 
     ``adapters`` are as `Lora.init` makes them, not multiplied by α/r; ``base`` names the model that they belong to. Raises
     ValueError where they are not finite in ``dtype``. Source: the format of PEFT's LoraConfig; read back by PEFT itself in
-    docs/lora.md.
+    docs/running.md.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

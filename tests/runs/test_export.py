@@ -8,16 +8,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from rich.console import Console
 
-from grpo_jax.config import ConfigError
+from grpo_jax.config import ConfigError, validate
 from grpo_jax.data.tokenizers import HFTokenizer
 from grpo_jax.files import read_sealed, write_sealed
 from grpo_jax.models import DecoderConfig, init_params, load_pretrained, read_config, save_pretrained
+from grpo_jax.runs.checkpoints import Checkpoints
 from grpo_jax.runs.errors import CheckpointError, RunDirectoryError
 from grpo_jax.runs.evaluation import evaluate
 from grpo_jax.runs.export import export
 from grpo_jax.runs.loop import train
+from grpo_jax.runs.setup import make_setup
 from tests.data.chat_folders import make_folders
 from tests.tiny_run import tiny_config
 
@@ -134,6 +137,55 @@ def test_an_evaluation_of_the_same_checkpoint_is_on_the_card(run, tmp_path):
     card = (exported(run, tmp_path / "out", checkpoint="2") / "README.md").read_text()
     assert f"| success in evaluations/mine | {result['success']['mean']:.4f} |" in card
     assert "evaluations" not in (exported(run, tmp_path / "other") / "README.md").read_text()
+
+
+@pytest.fixture
+def adapted(run, tmp_path):
+    """(config, run directory, adapters) of a run that has trained adapters, as far as an export reads it."""
+    config, workdir = run[0].copy_and_resolve_references(), tmp_path / "adapted"
+    config.lora.rank, config.lora.alpha, config.lora.targets = 2, 3.0, ("query", "down")
+    shutil.copytree(run[1], workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    changed = {"lora.rank": 2, "lora.alpha": 3.0, "lora.targets": ["query", "down"]}
+    write_sealed(workdir / "config.json", read_sealed(workdir / "config.json") | changed)
+    setup = make_setup(config, *validate(config, num_devices=8, training=False), training=False)
+    adapters = jax.tree.map(lambda x: x + 0.25, setup.begin(None, 0))
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
+    with jax.numpy_dtype_promotion("standard"):
+        checkpoints.save(3, setup.compiled.start(adapters), {})
+    checkpoints.close()
+    return config, workdir, {name: np.asarray(x) for name, x in adapters.items()}
+
+
+def test_adapters_are_added_to_the_weights_or_a_folder_of_their_own(run, adapted, tmp_path):
+    *run_of_adapters, adapters = adapted
+    merged = leaves(load_pretrained(exported(run_of_adapters, tmp_path / "merged"))[1])
+    source = leaves(load_pretrained(exported(run, tmp_path / "reference", checkpoint="reference"))[1])
+    for name in ("query", "down"):
+        product = 1.5 * adapters[f"{name}_a"] @ adapters[f"{name}_b"]
+        at = f"['layers']['{name}']"
+        np.testing.assert_allclose(merged[at], source[at] + product, rtol=1e-5, atol=1e-6)
+    assert all((merged[at] == x).all() for at, x in source.items() if "query" not in at and "down" not in at)
+
+    folder = exported(run_of_adapters, tmp_path / "adapters", adapters=True)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"}
+    assert "config.json" not in names and "| LoRA | rank 2 |" in (folder / "README.md").read_text()
+    entries = json.loads((folder / "adapter_config.json").read_text())
+    assert (entries["r"], entries["lora_alpha"], entries["target_modules"]) == (2, 3.0, ["q_proj", "down_proj"])
+    stored = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    modules = {"query": "self_attn.q_proj", "down": "mlp.down_proj"}
+    assert len(stored) == 4
+    for name, x in adapters.items():
+        target, side = name.split("_")
+        theirs = f"base_model.model.model.layers.0.{modules[target]}.lora_{side.upper()}.weight"
+        np.testing.assert_allclose(stored[theirs], x[0].T, rtol=1e-6)
+
+    with pytest.raises(ConfigError, match="there are no adapters here"):
+        exported(run, tmp_path / "none", adapters=True)
+    with pytest.raises(ConfigError, match="there are no adapters here"):
+        exported(run_of_adapters, tmp_path / "none", adapters=True, checkpoint="reference")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_disk_that_fills_leaves_nothing(run, tmp_path, monkeypatch):
