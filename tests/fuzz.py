@@ -101,8 +101,6 @@ def fault_of_line(code: int, said: str, workdir: Path) -> str | None:
     """What is wrong with how it ended; None for nothing."""
     if "Traceback" in said:
         return "a stack trace"
-    if code == 1 and "of this vocabulary" in said:
-        return None  # what only the tokenizer of the task can tell, which is made in the run directory
     if code not in (0, 2):
         return f"exit code {code}"
     if code == 2 and workdir.exists():

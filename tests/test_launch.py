@@ -410,7 +410,7 @@ def test_weights_that_are_a_pickle_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_act": "silu"} | numbers))
     changes = {"model__path": folder, "task__name": "stories", "warm_start__max_steps": 0}
     failed = launch(tmp_path / "run", **changes)
-    assert failed.returncode == 1
+    assert failed.returncode == 2 and not (tmp_path / "run").exists()
     assert "safetensors" in failed.stderr
     assert "Traceback" not in failed.stderr
 

@@ -78,6 +78,14 @@ def open_run_directory(
         yield path
 
 
+def is_new(path: str | Path) -> bool:
+    """Whether nothing is in a run directory, or it is not there; of one that cannot be read, opening it says why."""
+    try:
+        return not storage.names(storage.place(path))
+    except OSError:
+        return False
+
+
 def _belong(path: Path, config: dict[str, Any], changeable: tuple[str, ...], flag: str) -> None:
     if contents(path) > {CONFIG}:
         advice = f"Choose another directory with {flag}"

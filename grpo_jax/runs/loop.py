@@ -33,6 +33,7 @@ from grpo_jax.runs.directory import (
     count_iteration,
     counted_start,
     digests,
+    is_new,
     open_run_directory,
     save,
     save_text,
@@ -72,6 +73,8 @@ def train(config: Any, workdir: str | Path, console: Console | None = None, *, e
     """
     console = console or terminal()
     task, objective = validate(config, num_devices=jax.device_count())
+    # In a new directory, what cannot be set up is refused before anything is made; a finished run needs no set-up.
+    setup = make_setup(config, task, objective) if common(lambda: is_new(workdir)) else None
     with ExitStack() as stack:
         # A config only names its data and its verifier; their digests are stored too, so that a change is noticed.
         identity = flat(config) | task_identity(task)
@@ -86,7 +89,7 @@ def train(config: Any, workdir: str | Path, console: Console | None = None, *, e
         signals = stack.enter_context(signals_as_flag())
         stack.enter_context(counted_start(directory))
         stack.enter_context(watched_for_moves(config.train.watchdog))
-        setup = make_setup(config, task, objective)
+        setup = setup or make_setup(config, task, objective)
         dropped = len(task.examples) - len(setup.task.examples)
         workers = {"num_workers": config.verifier.num_workers, "deadline": config.verifier.deadline}
         on_device = setup.compiled.verify is not None

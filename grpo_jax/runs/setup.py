@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax.config import averaged_iterations, decoder_options
+from grpo_jax.config import ConfigError, averaged_iterations, decoder_options
 from grpo_jax.data import (
     ByteTokenizer,
     CharTokenizer,
@@ -93,8 +93,17 @@ def make_setup(
       devices: of the mesh; all by default.
 
     Raises:
-      ValueError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
+      ConfigError: a model folder that is refused, or prompts that do not fit the tokenizer or the model.
     """
+    try:
+        return _build(config, task, objective, training, devices)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def _build(config: Any, task: Task, objective: Objective, training: bool, devices: list[Any] | None) -> Setup:
     mesh, c = make_mesh(**config.mesh, devices=devices), config.data
     # The model and its tokenizer, from a folder or from the sizes in the config.
     if config.model.path is not None:
