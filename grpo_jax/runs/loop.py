@@ -1,6 +1,7 @@
 """A run from start to end: reference, prediction, iterations, measurement, report."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.processes import check_alike, common, put, watched, watched_for_moves
 from grpo_jax.report import forecast, live_forecast, run_figure, run_page, run_result, standing
+from grpo_jax.report.html_page import write_page
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
-from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
+from grpo_jax.report.metrics_log import METRICS, PERF, PROBES, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
+from grpo_jax.report.run_story import read_run
 from grpo_jax.runs import extension
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.completions import kept_rows, save_completions
 from grpo_jax.runs.course import course_of, pace
 from grpo_jax.runs.directory import (
     ATTAINABLE,
@@ -37,7 +41,7 @@ from grpo_jax.runs.directory import (
     save_text,
 )
 from grpo_jax.runs.errors import CheckpointError, Diverged, NothingToLearn
-from grpo_jax.runs.measurement import drop_counts, judge, measure, measure_in_full
+from grpo_jax.runs.measurement import completions_before, drop_counts, judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
@@ -148,7 +152,8 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
 
     # The policy at the end: measured, compared with the prediction, and shown.
     ref_params = reference_params(run) if ref_params is None else ref_params
-    after = _measure_end(run, params, ref_params, before)
+    kept = kept_rows(run, len(setup.probed)) if c.examples else []
+    after = _measure_end(run, params, ref_params, before, kept)
     average = None
     if average_params is not None:
         over = {"iterations": averaged_iterations(config)}
@@ -173,15 +178,17 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
         recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **setting)
     figure = run.directory / "figure.png"
     common(lambda: run_figure.plot_run(figure, rows=probes, result=result, iterates=recursion))
+    save_completions(run, completions_before(run, params, ref_params, kept), after.get("completions", []))
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
     save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
+    common(lambda: write_page(run.directory / "report.html", [read_run(run.directory, result)]))
     result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, BETA, "samples.json"))
     save(run.directory / RESULT, result)  # where it is, the run is finished
     drop_counts(run)
     show(console, run_page.result_lines(result))
     seconds = time.monotonic() - begun
-    say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")
+    say(console, f"{seconds:.0f} s since this start; report.html, report.md and figure.png are in {run.directory}")
     return result
 
 
@@ -260,6 +267,7 @@ def run_iterations(
     table = put_table(setup) if setup.compiled.iterate else None
     log, trace = MetricsLog(run.directory, after=n or None), _Trace(run)
     history = common(lambda: read_metrics(run.directory / METRICS))
+    kept = kept_rows(run, c.evaluate.examples, times=c.train.iterations // c.evaluate.interval)
     lost = skipped_updates(c, history)
     try:
         if n == 0:
@@ -291,7 +299,7 @@ def run_iterations(
                         )
                 # Measure, where it is time.
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
-                    probe = measure(run, state.params, ref_params, n)
+                    probe = measure(run, state.params, ref_params, n, kept=kept)
                     probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
                     ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally(), optimum=False)
                     probe_row |= {} if ledger is None else ledger.row()
@@ -303,6 +311,8 @@ def run_iterations(
                             say(run.console, warning)
                     history.append(probe_row)
                     log.write(probe_row)
+                    for shown in probe.completions:
+                        log.write({"iteration": n, "phase": "probe"} | shown, file=PROBES)
                     check_collapse(run, history, before, prediction)
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
                 lost += skipped_updates(c, rows)
@@ -449,9 +459,11 @@ def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
     return index
 
 
-def _measure_end(run: Run, params: Any, ref_params: Any, before: dict[str, Any]) -> dict[str, Any]:
-    """The measurement after training, with its ledger."""
-    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations)
+def _measure_end(
+    run: Run, params: Any, ref_params: Any, before: dict[str, Any], kept: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The measurement after training, with its ledger, and the completions of rows of the dataset that are kept."""
+    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations, kept=kept)
     return measured | {"ledger": ledger_of_run(run.config, run.setup.recipe.objective, before, tally)}
 
 
