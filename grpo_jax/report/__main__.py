@@ -12,9 +12,6 @@ from typing import Any, NoReturn
 
 from grpo_jax.environment import prepare_streams
 from grpo_jax.report.comparison import compare, comparison_lines, plot_comparison
-from grpo_jax.report.html_page import write_page
-from grpo_jax.report.run_story import read_run
-from grpo_jax.report.server import make_server
 from grpo_jax.storage import named, place
 
 COMPARE = """example:
@@ -56,6 +53,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _html(options: argparse.Namespace) -> None:
+    from grpo_jax.report.html_page import write_page
+    from grpo_jax.report.run_story import read_run  # which needs jax
+
     folders = _folders(options)
     default = "report.html" if len(folders) == 1 else f"report-{folders[1].name}.html"
     output = folders[0] / default if options.output is None else place(options.output)
@@ -64,6 +64,8 @@ def _html(options: argparse.Namespace) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from grpo_jax.report.server import make_server
+
     if not 0 <= options.port < 1 << 16:
         raise ValueError(f"--port={options.port} must be 0 (any that is free) to 65535")
     with make_server(_folders(options), options.port) as server:

@@ -361,7 +361,7 @@ function drawSheet(place) {
   const column = (label, completions) => element("section", { style: { margin: 0 } }, element("h3", {}, label), completions.length ? completions.map((one) => element("div", { class: "card" }, drawCompletion(one))) : element("p", { class: "quiet" }, "none kept"));
   parts.push(element("div", { class: "sides" }, ...prompt.runs.flatMap((side, r) => (r ? [column("After B", side.after)] : [column(runs[0].standing === null ? "Reference" : "Before", side.before), ...(runs[0].standing === null ? [] : [column("After" + letter(0), side.after)])]))));
   const during = prompt.runs[0].during;
-  if (during.length) parts.push(element("h3", {}, "On the way"), ...during.toReversed().map(({ iteration, completions }, i) => element("details", { open: i === 0 }, element("summary", {}, `iteration ${iteration}`), completions.map((one) => element("div", { class: "card" }, drawCompletion(one))))));
+  if (during.length) parts.push(element("h3", {}, "On the way"), ...during.toReversed().map(({ iteration, completions }, i) => element("details", { open: i === 0 }, element("summary", {}, `iteration ${iteration}`), element("div", { class: "sides" }, completions.map((one) => element("div", { class: "card" }, drawCompletion(one)))))));
   byId("content").replaceChildren(...parts);
   byId("token").textContent = "Point at a token, or tap it, to read its log π/π_ref.";
   const at = order.indexOf(place);

@@ -157,6 +157,10 @@ def _samples(folder: Path, number: int, before: dict[str, Any] | None, *, finish
     """The completions of each of the measured prompts; of one that is on its way, those of the reference are texts alone."""
     if finished and (folder / COMPLETIONS).exists():
         samples = [{"during": []} | row for row in read_jsonl(folder / COMPLETIONS)]
+        if len(samples) != number or not all(_is_sample(x, "before", "after") for x in samples):
+            raise ValueError(
+                f"{folder / COMPLETIONS}: not what a run of {number} prompts has written; remove it, or put it back"
+            )
     else:
         nothing: dict[str, Any] = {"prompt": None, "target": None, "before": [], "after": []}
         samples = [{"index": place} | nothing | {"during": []} for place in range(number)]
@@ -165,11 +169,46 @@ def _samples(folder: Path, number: int, before: dict[str, Any] | None, *, finish
             texts = [{"pieces": [x["text"]], "log_ratios": None, "reward": x["reward"]} for x in example["completions"]]
             samples[place] |= {"prompt": example["prompt"], "target": example["target"], "before": texts}
     for row in read_jsonl(folder / PROBES, torn_end=True) if (folder / PROBES).exists() else []:
-        if row["place"] < len(samples):
+        # What somebody has changed is left out: a run that writes its page at its end does not fail for it.
+        if (
+            _is_sample(row, "completions")
+            and isinstance(row.get("iteration"), int)
+            and 0 <= row["place"] < len(samples)
+        ):
             sample = samples[row["place"]]
             sample |= {name: row[name] for name in ("index", "prompt", "target")}
             sample["during"].append({"iteration": row["iteration"], "completions": row["completions"]})
     return samples
+
+
+def _is_sample(row: Any, *sides: str) -> bool:
+    """Whether a row is of one prompt, with completions on these ``sides``."""
+    kinds = {"index": int, "place": int, "prompt": str, "target": str} | dict.fromkeys(sides, list)
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+        and all(_is_completion(x) for side in sides for x in row[side])
+    )
+
+
+def _is_completion(x: Any) -> bool:
+    if not isinstance(x, dict):
+        return False
+    pieces, ratios = x.get("pieces"), x.get("log_ratios")
+    return (
+        isinstance(pieces, list)
+        and all(isinstance(piece, str) for piece in pieces)
+        and (
+            ratios is None or (isinstance(ratios, list) and len(ratios) == len(pieces) and all(map(_is_known, ratios)))
+        )
+        and isinstance(x.get("reward"), int | float)
+        and isinstance(x.get("verdict"), str | None)
+        and isinstance(x.get("truncated"), bool | None)
+    )
+
+
+def _is_known(ratio: Any) -> bool:
+    return ratio is None or (isinstance(ratio, int | float) and math.isfinite(ratio))
 
 
 def _columns(probes: list[dict[str, Any]], end: dict[str, Any] | None) -> dict[str, list[Any]]:

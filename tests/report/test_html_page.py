@@ -89,6 +89,34 @@ def test_numbers_that_are_not_finite_are_unknown(tmp_path):
     assert lines_of(page([read_run(run)]))[0]["runs"][0]["intervals"]["p_final"]["high"] is None
 
 
+def test_samples_that_somebody_changed_are_named_or_left_out(tmp_path):
+    run = write_run(tmp_path / "run", prompts=3)
+    rows, probes = read_jsonl(run / COMPLETIONS), read_jsonl(run / "probes.jsonl")
+    one = rows[0]["before"][0]
+    changes = [
+        {"pieces": "text"},
+        {"pieces": [1, *one["pieces"][1:]]},
+        {"reward": None},
+        {"verdict": 1},
+        {"truncated": 0},
+    ]
+    changes += [{"log_ratios": one["log_ratios"][1:]}, {"log_ratios": [float("inf"), *one["log_ratios"][1:]]}]
+    whole = page([read_run(run)])
+    for change in changes:
+        write_jsonl(run / COMPLETIONS, [rows[0] | {"before": [one | change]}, *rows[1:]])
+        with pytest.raises(ValueError, match=r"completions\.jsonl: not what a run of 3 prompts has written"):
+            read_run(run)
+        write_jsonl(run / COMPLETIONS, rows)
+        write_jsonl(
+            run / "probes.jsonl",
+            [*probes, probes[0] | {"completions": [one | change]}, {"plaze": 1}, [], probes[0] | {"place": 3}],
+        )
+        assert page([read_run(run)]) == whole
+    write_jsonl(run / COMPLETIONS, rows[1:])
+    with pytest.raises(ValueError, match="3 prompts"):
+        read_run(run)
+
+
 def test_a_run_on_its_way_is_predicted_anew(finished, unfinished):
     story, of_result = read_run(unfinished), read_run(finished)
     assert story["standing"] is None and (story["done"], story["iterations"]) == (20, 40)
