@@ -221,20 +221,22 @@ function drawCurves() {
 // ---- head, ledger, settings ------------------------------------------------------------------------------------------------
 
 function drawHead() {
-  const [run] = runs, parts = runs.flatMap((one, r) => [r ? " compared with " : "", element("b", {}, plainly(one.name)), letter(r) && ` (${letter(r).trim()})`]);
+  const [run] = runs, count = (n) => n.toLocaleString("en"), done = (one) => ` iteration ${count(one.done)} of ${count(one.iterations)}`;
+  const parts = runs.flatMap((one, r) => [r ? " compared with " : "", ...(letter(r) ? [letter(r).trim() + " "] : []), element("b", {}, plainly(one.name)), " ·" + done(one)]);
   document.title = `${plainly(run.name)} · ${run.title}`;
-  byId("names").replaceChildren(...parts, ` · iteration ${run.done.toLocaleString("en")} of ${run.iterations.toLocaleString("en")}`);
+  byId("names").replaceChildren(...parts);
   byId("title").textContent = runs.length > 1 && runs[1].title !== run.title ? `${run.title} · ${runs[1].title}` : run.title;
   const words = runs.map((one, r) => element("p", {}, element("span", { class: `word ${one.standing ?? ""}` }, (letter(r) + " ").trimStart() + (one.standing ?? "on its way")), ...shown((one.words ?? "").replace(`${one.standing}: `, ""))));
   byId("words").replaceChildren(...words.map((p) => element("span", {}, ...p.childNodes, element("br"))));
   byId("progress").hidden = run.standing !== null;
   byId("progress").firstElementChild.style.width = `${(100 * run.done) / run.iterations}%`;
   const tile = (label, value, more, colour) => element("dl", { class: "tile", style: { "--key": colour } }, element("dt", {}, label), element("dd", {}, value, element("small", {}, more)));
-  byId("tiles").replaceChildren(...runs.flatMap((one, r) => {
+  byId("tiles").replaceChildren(...runs.map((one, r) => {
     const names = { p_ref: ["p_ref", "var(--ink)"], p_star: ["predicted p*", "var(--predicted)"], attainable: ["attainable p†", "var(--attainable)"], p_now: [`p̂ at iteration ${one.probes.iteration.at(-1)}`, "var(--measured)"], forecast: ["forecast of the end", "var(--forecast)"], p_final: ["measured p̂", r ? "var(--other)" : "var(--measured)"] };
     const tiles = Object.entries(names).filter(([key]) => one.intervals[key]).map(([key, [label, colour]]) => { const { mean, low, high } = one.intervals[key]; return tile(label + letter(r), fixed(mean), low === null ? "" : `[${fixed(low)}, ${fixed(high)}]`, colour); });
     const kl = one.probes.kl.at(-1);
-    return kl === undefined || kl === null ? tiles : [...tiles, tile("KL(π‖π_ref)" + letter(r), fixed(kl), "nats", "var(--line)")];
+    if (kl !== undefined && kl !== null) tiles.push(tile("KL(π‖π_ref)" + letter(r), fixed(kl), "nats", "var(--line)"));
+    return element("div", { class: "tiles" }, tiles);
   }));
 }
 
@@ -441,4 +443,5 @@ read(source.textContent);
 source.remove();
 draw();
 follow();
+if (/^#\w+$/.test(location.hash)) byId(location.hash.slice(1))?.scrollIntoView(); // a link to a part of the page
 if (live) refresh();

@@ -210,6 +210,7 @@ def test_without_javascript_it_says_so(browser, opened, report):
 def test_two_runs_stand_side_by_side(opened, finished, tmp_path):
     other = read_run(write_run(tmp_path / "other", gain=-0.1))
     with opened(page([finished, other]), at="#prompt=2&sort=change") as browser:
+        assert found(browser, "#names b") == ["finished", "other"]
         change = numbers(browser, 9)
         assert change == sorted(change) and change[0] == pytest.approx(-0.1, abs=0.011)
         assert found(browser, "#sheet .sides h3") == ["Before", "After A", "After B"]
@@ -222,7 +223,13 @@ def test_fifty_megabytes_of_samples_open_in_three_seconds(browser, opened, finis
     samples = [dict(sample) for sample in finished["samples"]]
     size = len(inert(samples[5]))
     words = [
-        {"pieces": [" word"] * 500, "log_ratios": [0.125] * 500, "reward": 1.0, "verdict": None, "truncated": True}
+        {
+            "pieces": [" lorem ipsum dolor sit" * 4] * 500,
+            "log_ratios": [0.125] * 500,
+            "reward": 1.0,
+            "verdict": None,
+            "truncated": True,
+        }
     ]
     copies = LARGE // (len(inert(words)) * len(samples)) + 1
     large = page([finished | {"samples": [sample | {"after": words * copies} for sample in samples]}])
@@ -242,10 +249,17 @@ def test_fifty_megabytes_of_samples_open_in_three_seconds(browser, opened, finis
 
 def test_it_follows_a_run(opened, tmp_path):
     run = write_run(tmp_path / "run", prompts=5, finished=False)
+    (run / "reference.json").rename(tmp_path / "reference.json")  # not measured yet
     with make_server([run]) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with opened(url=f"http://127.0.0.1:{server.server_port}/") as browser:
+            assert found(browser, "#status") == [
+                "The reference is being made and measured; what is found will show here."
+            ]
+            (tmp_path / "reference.json").rename(run / "reference.json")
+            wait_for(browser, "document.querySelector('#latest h2')")
             assert found(browser, "#latest h2") == ["Samples at iteration 20"]
+            assert found(browser, "#table tbody td:first-child") == list("01234")
             rows = read_jsonl(run / "probes.jsonl")
             more = rows[-1] | {"iteration": 30}
             more["completions"] = json.loads(json.dumps(more["completions"]).replace('"w"', '"W"'))
