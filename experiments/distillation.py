@@ -64,7 +64,7 @@ def distil(run: Run, *, completions: int, rate: float, probes: int) -> dict[str,
             key = role_key(run.base_key, "rollout", step)
             (judged,) = judged_samples(run, reference, None, key, rows, samples=n, batch_samples=n)
             weights = np.take_along_axis(of_class, judged.rewards.astype(int), axis=1)  # [Q, n]
-            ratios = np.asarray(setup.compiled.log_ratios(params, reference, prompts, judged.rollout), float)
+            ratios = np.asarray(setup.compiled.log_ratios(params, reference, prompts, judged.rollout)[0], float)
             unseen.append(float(np.mean(weights * (np.log(weights) - ratios))))
             pull = jnp.asarray(weights, jnp.float32)
             gradient = setup.compiled.scores.pull_back(params, None, prompts, judged.rollout, pull)

@@ -104,7 +104,7 @@ def outcome(attack: Attack, states: dict[str, Path], at: Path) -> str:
 
 def files_of(folder: Path) -> list[str]:
     """All files of a run directory but timings, pictures and pages, which nothing reads."""
-    unread = ("perf.jsonl", "figure.png", "report.md", "tensorboard")
+    unread = ("perf.jsonl", "figure.png", "report.md", "report.html", "tensorboard")
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     return [name for name in names if not name.startswith(unread) and (folder / name).stat().st_size]
 

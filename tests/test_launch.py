@@ -78,7 +78,18 @@ def test_a_run_says_what_it_does_and_leaves_everything_behind(unbroken):
         "checkpoints",
         "figure.png",
         "report.md",
+        "report.html",
+        "probes.jsonl",
     }
+    completions = [json.loads(line) for line in (workdir / "completions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in completions] == list(range(16))
+    shown = json.loads((workdir / "samples.json").read_text())
+    for side in ("before", "after"):
+        texts = {row["prompt"]: [("".join(x["pieces"]), x["reward"]) for x in row[side]] for row in completions}
+        for example in shown[side]:
+            assert texts[example["prompt"]] == [(x["text"], x["reward"]) for x in example["completions"]]
+    probes = [json.loads(line) for line in (workdir / "probes.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in probes] == [3, 3, 6, 6]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [r["iteration"] for r in rows if r["phase"] == "train"] == list(range(1, 8))
     assert [r["iteration"] for r in rows if r["phase"] == "probe"] == [0, 3, 6]

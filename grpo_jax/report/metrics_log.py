@@ -1,4 +1,4 @@
-"""Where numbers go: results go to metrics.jsonl, timings to perf.jsonl, and both to TensorBoard.
+"""Where numbers go: results go to metrics.jsonl, timings to perf.jsonl, and both to TensorBoard; samples go to probes.jsonl.
 
 metrics.jsonl is the source of truth. It holds results only, so it is the same bit for bit, however often a run was killed and
 resumed. Seconds and rates differ from run to run; they have a file of their own.
@@ -14,7 +14,7 @@ from grpo_jax.files import read_jsonl
 from grpo_jax.processes import common, is_main
 from grpo_jax.storage import Lines, Mirror
 
-METRICS, PERF, TENSORBOARD = "metrics.jsonl", "perf.jsonl", "tensorboard"
+METRICS, PERF, PROBES, TENSORBOARD = "metrics.jsonl", "perf.jsonl", "probes.jsonl", "tensorboard"
 
 
 class MetricsLog:
@@ -36,7 +36,7 @@ class MetricsLog:
     def _open(self, directory: Path, after: int | None) -> None:
         from tensorboardX import SummaryWriter
 
-        for name in (METRICS, PERF):
+        for name in (METRICS, PERF, PROBES):
             lines = [] if after is None else lines_until(directory / name, after)
             self._files[name] = Lines(directory / name, lines)
             if name == METRICS:

@@ -174,13 +174,21 @@ def ledger_lines(ledger: dict[str, Any], confidence: float) -> Lines:
     return lines
 
 
-def page(result: dict[str, Any], header: Lines, examples: dict[str, list[dict[str, Any]]]) -> str:
-    """The run as a Markdown page: header, table, figure, and samples before and after."""
+def title(result: dict[str, Any]) -> str:
+    """The objective, its weights and the seed of a run.
+
+    >>> title({"objective": "GRPO", "beta": 0.5, "beta_mirror": 0.0, "entropy_bonus": 0.0, "seed": 3})
+    'GRPO at β = 0.5, seed 3'
+    """
     weights = {"β": result["beta"], "β_mirror": result["beta_mirror"], "entropy bonus": result["entropy_bonus"]}
     shown = ", ".join(f"{label} = {weight:g}" for label, weight in weights.items() if weight)
-    title = f"{result['objective']}{' at ' if shown else ''}{shown}, seed {result['seed']}"
+    return f"{result['objective']}{' at ' if shown else ''}{shown}, seed {result['seed']}"
+
+
+def page(result: dict[str, Any], header: Lines, examples: dict[str, list[dict[str, Any]]]) -> str:
+    """The run as a Markdown page: header, table, figure, and samples before and after."""
     lines = page_start(
-        title,
+        title(result),
         header,
         result_lines(result),
         "success probability over iterations, what the KL was spent on, and prompt by prompt",

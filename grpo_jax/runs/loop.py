@@ -1,10 +1,11 @@
 """A run from start to end: reference, prediction, iterations, measurement, report."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,16 @@ from grpo_jax.config import averaged_iterations, flat, validate
 from grpo_jax.data import prompt_order
 from grpo_jax.processes import check_alike, common, put, watched, watched_for_moves
 from grpo_jax.report import forecast, live_forecast, run_figure, run_page, run_result, standing
+from grpo_jax.report.html_page import write_page
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.markdown import inline
-from grpo_jax.report.metrics_log import METRICS, PERF, MetricsLog, read_metrics
+from grpo_jax.report.metrics_log import METRICS, PERF, PROBES, MetricsLog, read_metrics
 from grpo_jax.report.progress import progress
+from grpo_jax.report.run_story import read_run
 from grpo_jax.runs import extension
 from grpo_jax.runs.attainable import measured_attainable
 from grpo_jax.runs.checkpoints import Checkpoints
+from grpo_jax.runs.completions import kept_rows, save_completions
 from grpo_jax.runs.course import course_of, pace
 from grpo_jax.runs.directory import (
     ATTAINABLE,
@@ -39,7 +43,7 @@ from grpo_jax.runs.directory import (
     save_text,
 )
 from grpo_jax.runs.errors import CheckpointError, Diverged, NothingToLearn
-from grpo_jax.runs.measurement import drop_counts, judge, measure, measure_in_full
+from grpo_jax.runs.measurement import completions_before, drop_counts, judge, measure, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
@@ -98,6 +102,29 @@ def train(config: Any, workdir: str | Path, console: Console | None = None, *, e
         return run_phases(run, dropped)
 
 
+class Foretold(NamedTuple):
+    """What is said of a run before its iterations.
+
+    Attributes:
+      lines: shown so far, (label, text).
+      extended: see `extension.extensions`.
+      prediction: p* and its KL; None where the theory has none.
+      attainable: p†, see `forecast.make_attainable`.
+      course: of the live forecast, or why there is none.
+    """
+
+    lines: list[tuple[str, str]]
+    extended: list[dict[str, Any]]
+    prediction: theory.Prediction | None
+    attainable: Any
+    course: live_forecast.Course | str
+
+    @property
+    def seam(self) -> int:
+        """The iteration from which on the run has its config of now."""
+        return self.extended[-1]["after"] if self.extended else 0
+
+
 def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     """The phases of a run that is not finished, each of which goes on where an earlier start was stopped.
 
@@ -109,55 +136,95 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
       The content of result.json.
     """
     begun = time.monotonic()
-    config, setup, console, c = run.config, run.setup, run.console, run.config.evaluate
-    objective = setup.recipe.objective
+    config, setup, console = run.config, run.setup, run.console
 
     # What is run, and whether it fits.
     memory = lasting_memory(setup.recipe, setup.shapes, setup.trained, setup.mesh)
     extended = extension.extensions(run.directory)
-    start = start_lines(run, dropped, memory)
-    start += [("extended", words) for words in extension.extension_words(extended)]
-    show(console, start)
+    lines = start_lines(run, dropped, memory)
+    lines += [("extended", words) for words in extension.extension_words(extended)]
+    show(console, lines)
     check_memory(config, memory)
 
-    # The reference policy: made, measured, and what the theory predicts from its measurement. Without a KL to it, its parameters
-    # are not kept; they are read again at the end.
+    # The reference policy: made, measured, and what the theory predicts from its measurement. Where no iteration reads its
+    # parameters, they are not kept; they are read again at the end.
     before = measured_reference(run)
-    successes, trials = np.array(before["successes"]), before["trials"]
     ref_params = reference_params(run) if setup.recipe.needs_reference else None
     check_success(config, before)
     if has_target(config):
         run = with_chosen_beta(run, before, measured_attainable(run, ref_params, before))
-        config = run.config
-    setting = {"objective": objective, "group_size": config.rollout.group_size, "beta": config.objective.beta}
-    predictable = not config.objective.entropy_bonus  # which the theory leaves out
-    prediction = forecast.make_forecast(successes, trials, confidence=c.confidence, **setting) if predictable else None
-    expected = run_page.prediction_lines(
-        before, prediction, confidence=c.confidence, group_size=config.rollout.group_size
-    )
-    show(console, expected)
-    measured = measured_attainable(run, ref_params, before)
-    attainable = forecast.make_attainable(successes, trials, measured, confidence=c.confidence, **setting)
-    limited = run_page.attainable_lines(measured, attainable, confidence=c.confidence)
-    show(console, limited)
+    foretold = foretell(run, ref_params, before, lines, extended)
 
     # The iterations.
-    course: live_forecast.Course | str = "the run was extended"
-    if not extended:
-        course = course_of(config, objective, before, setup.probed, num_prompts=len(setup.task.examples))
-    if isinstance(course, str):
-        say(console, f"no live forecast: {course}")
-    seam = extended[-1]["after"] if extended else 0  # the iteration from which on it is this config's
-    params, average_params = run_iterations(run, ref_params, before, prediction, course, seam)
+    params, average_params = run_iterations(run, ref_params, before, foretold)
 
     # The policy at the end: measured, compared with the prediction, and shown.
     ref_params = reference_params(run) if ref_params is None else ref_params
-    after = _measure_end(run, params, ref_params, before)
+    kept = kept_rows(run, len(setup.probed)) if config.evaluate.examples else []
+    after = _measure_end(run, params, ref_params, before, kept)
     average = None
     if average_params is not None:
         over = {"iterations": averaged_iterations(config)}
         say(console, f"the same of the parameters' average over the last {over['iterations']} iterations")
         average = _measure_end(run, average_params, ref_params, before) | over
+    save_completions(run, completions_before(run, params, ref_params, kept), after.get("completions", []))
+    result = conclude(run, foretold, before, after, average)
+    drop_counts(run)
+    show(console, run_page.result_lines(result))
+    seconds = time.monotonic() - begun
+    say(console, f"{seconds:.0f} s since this start; report.html, report.md and figure.png are in {run.directory}")
+    return result
+
+
+def foretell(
+    run: Run,
+    ref_params: Any | None,
+    before: dict[str, Any],
+    lines: list[tuple[str, str]],
+    extended: list[dict[str, Any]],
+) -> Foretold:
+    """What the theory says of the run, from the measurement of its reference and of what its network lets through; shown.
+
+    Args:
+      run: see `Run`.
+      ref_params: of the reference policy.
+      before: its measurement.
+      lines: shown so far.
+      extended: see `extension.extensions`.
+    """
+    config, c, objective = run.config, run.config.evaluate, run.setup.recipe.objective
+    successes, trials = np.array(before["successes"]), before["trials"]
+    prediction = None
+    if _is_predictable(config):
+        prediction = forecast.make_forecast(successes, trials, confidence=c.confidence, **_setting(run))
+    expected = run_page.prediction_lines(
+        before, prediction, confidence=c.confidence, group_size=config.rollout.group_size
+    )
+    show(run.console, expected)
+    measured = measured_attainable(run, ref_params, before)
+    attainable = forecast.make_attainable(successes, trials, measured, confidence=c.confidence, **_setting(run))
+    limited = run_page.attainable_lines(measured, attainable, confidence=c.confidence)
+    show(run.console, limited)
+    course: live_forecast.Course | str = "the run was extended"
+    if not extended:
+        course = course_of(config, objective, before, run.setup.probed, num_prompts=len(run.setup.task.examples))
+    if isinstance(course, str):
+        say(run.console, f"no live forecast: {course}")
+    return Foretold([*lines, *expected, *limited], extended, prediction, attainable, course)
+
+
+def conclude(
+    run: Run, foretold: Foretold, before: dict[str, Any], after: dict[str, Any], average: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Compares what was measured with what was foretold, and writes the report and result.json, whose content it returns.
+
+    Args:
+      run: see `Run`.
+      foretold: before the iterations.
+      before, after: the measurements of the reference and of the policy at the end.
+      average: that of the parameters' average, if one was kept.
+    """
+    config, c, seam = run.config, run.config.evaluate, foretold.seam
     rows = common(lambda: read_metrics(run.directory / METRICS))
     rewards = np.array([row["reward/mean"] for row in rows if row["phase"] == "train"])
     of_ledger = {} if after["ledger"] is None else after["ledger"].row()
@@ -165,28 +232,43 @@ def run_phases(run: Run, dropped: int) -> dict[str, Any]:
     since = pace(config)[seam:]
     progressed: dict[str, Any] = {"trend": standing.trend(rewards[seam:], since - since[0], c.confidence)}
     progressed["skipped_updates"] = skipped_updates(config, rows)
-    if not isinstance(course, str):
-        progressed |= live_forecast.record(course, rows, c.confidence)
-    result = run_result.make_result(config, before, after, prediction, average, progressed, attainable)
-    result |= {"extended": extended} if extended else {}
+    if not isinstance(foretold.course, str):
+        progressed |= live_forecast.record(foretold.course, rows, c.confidence)
+    result = run_result.make_result(
+        config, before, after, foretold.prediction, average, progressed, foretold.attainable
+    )
+    result |= {"extended": foretold.extended} if foretold.extended else {}
     probes = [row for row in rows if row["phase"] == "probe"]
     recursion = None
-    if predictable and not extended:
-        visited = config.data.prompts_per_iteration / len(setup.task.examples)
+    if _is_predictable(config) and not foretold.extended:
+        p_ref = np.array(before["successes"]) / before["trials"]
+        visited = config.data.prompts_per_iteration / len(run.setup.task.examples)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
-        recursion = forecast.exact_iterates(successes / trials, config.train.iterations, **weights, **setting)
+        recursion = forecast.exact_iterates(p_ref, config.train.iterations, **weights, **_setting(run))
     figure = run.directory / "figure.png"
     common(lambda: run_figure.plot_run(figure, rows=probes, result=result, iterates=recursion))
     samples = {"before": before["examples"], "after": after["examples"]}
     save(run.directory / "samples.json", samples)
-    save_text(run.directory / "report.md", run_page.page(result, [*start, *expected, *limited], samples))
+    save_text(run.directory / "report.md", run_page.page(result, foretold.lines, samples))
+    common(lambda: write_page(run.directory / "report.html", [read_run(run.directory, result)]))
     result["files"] = digests(run.directory, (METRICS, REFERENCE, ATTAINABLE, BETA, "samples.json"))
     save(run.directory / RESULT, result)  # where it is, the run is finished
-    drop_counts(run)
-    show(console, run_page.result_lines(result))
-    seconds = time.monotonic() - begun
-    say(console, f"{seconds:.0f} s since this start; figure.png, report.md and samples.json are in {run.directory}")
     return result
+
+
+def _is_predictable(config: Any) -> bool:
+    """The theory leaves out an entropy bonus."""
+    return not config.objective.entropy_bonus
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """What decides where a policy goes, beside its reference."""
+    config = run.config
+    return {
+        "objective": run.setup.recipe.objective,
+        "group_size": config.rollout.group_size,
+        "beta": config.objective.beta,
+    }
 
 
 def check_success(config: Any, before: dict[str, Any]) -> None:
@@ -235,9 +317,7 @@ def run_iterations(
     run: Run,
     ref_params: Any | None,
     before: dict[str, Any],
-    prediction: theory.Prediction | None,
-    course: live_forecast.Course | str,
-    seam: int = 0,
+    foretold: Foretold,
 ) -> tuple[Any, Any | None]:
     """All iterations, from the newest checkpoint on; the parameters after the last, and their average if one is kept.
 
@@ -245,14 +325,14 @@ def run_iterations(
       run: see `Run`.
       ref_params: of the reference policy; None where no iteration reads them.
       before: its measurement, the first probe row.
-      prediction: shown beside the current success probability.
-      course: of the live forecast, or why there is none.
-      seam: the iteration from which on the run has this config; its checkpoint, or a later one, must be there.
+      foretold: its p* is shown beside the current success probability; of a run that was extended, a checkpoint at its seam
+        or later must be there.
 
     Raises:
       Preempted, Diverged, CheckpointError.
     """
     c, setup = run.config, run.setup
+    prediction, course, seam = foretold.prediction, foretold.course, foretold.seam
     # From the newest checkpoint, or from the reference.
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=c.checkpoint.keep)
     n = 0  # iterations done
@@ -272,6 +352,7 @@ def run_iterations(
     table = put_table(setup) if setup.compiled.iterate else None
     log, trace = MetricsLog(run.directory, after=n or None), _Trace(run)
     history = common(lambda: read_metrics(run.directory / METRICS))
+    kept = kept_rows(run, c.evaluate.examples, times=c.train.iterations // c.evaluate.interval)
     lost = skipped_updates(c, history)
     try:
         if n == 0:
@@ -303,7 +384,8 @@ def run_iterations(
                         )
                 # Measure, where it is time.
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
-                    probe = measure(run, setup.recipe.params(state.params, ref_params), ref_params, n)
+                    params = setup.recipe.params(state.params, ref_params)
+                    probe = measure(run, params, ref_params, n, kept=kept)
                     probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
                     ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally(), optimum=False)
                     probe_row |= {} if ledger is None else ledger.row()
@@ -315,6 +397,8 @@ def run_iterations(
                             say(run.console, warning)
                     history.append(probe_row)
                     log.write(probe_row)
+                    for shown in probe.completions:
+                        log.write({"iteration": n, "phase": "probe"} | shown, file=PROBES)
                     check_collapse(run, history, before, prediction)
                 kl = f" · KL {row['kl/sequence']:.3f}" if "kl/sequence" in row else ""
                 lost += skipped_updates(c, rows)
@@ -464,9 +548,11 @@ def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
     return index
 
 
-def _measure_end(run: Run, params: Any, ref_params: Any, before: dict[str, Any]) -> dict[str, Any]:
-    """The measurement after training, with its ledger."""
-    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations)
+def _measure_end(
+    run: Run, params: Any, ref_params: Any, before: dict[str, Any], kept: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The measurement after training, with its ledger, and the completions of rows of the dataset that are kept."""
+    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations, kept=kept)
     return measured | {"ledger": ledger_of_run(run.config, run.setup.recipe.objective, before, tally)}
 
 

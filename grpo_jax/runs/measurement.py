@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from grpo_jax.processes import common, everyone, host, moved, of_rows, own_rows,
 from grpo_jax.report.ledger import POWERS, Tally, log_ratio_sums
 from grpo_jax.rollout import Rollout
 from grpo_jax.runs.checkpoints import digest
+from grpo_jax.runs.completions import first_completions
 from grpo_jax.runs.directory import load, save
 from grpo_jax.runs.errors import VerifierFailed
 from grpo_jax.runs.run import Run, check_preempted, must_stop, say
@@ -43,6 +44,7 @@ class Judged(NamedTuple):
       rewards: [P, G] float32, as training gives them: of the verifier on the device where there is one.
       texts, verdicts: row by row, of the verifier on the host; None without one, and texts where they are not asked for.
       log_ratios: [P, G] log π/π_ref in nats; None without a reference, and where it is the policy itself.
+      token_log_ratios: [P, G, T] the same of each token.
     """
 
     rollout: Rollout
@@ -50,6 +52,7 @@ class Judged(NamedTuple):
     texts: list[str] | None
     verdicts: list[Verdict] | None
     log_ratios: jax.Array | None = None
+    token_log_ratios: jax.Array | None = None
 
     def verdict_counts(self) -> Counter[str]:
         """How often each verdict was given; empty without a verifier on the host."""
@@ -66,6 +69,7 @@ class Measurement(NamedTuple):
       length: mean tokens of a completion.  truncated: share that never stopped.
       verdicts: counts by verdict, of a verifier on the host.
       examples: prompt, completion and reward of a few samples.
+      completions: token by token, of the rows that are asked for, see `first_completions`.
     """
 
     successes: np.ndarray
@@ -76,10 +80,11 @@ class Measurement(NamedTuple):
     verdicts: dict[str, int]
     examples: list[dict[str, Any]]
     log_ratio_sums: np.ndarray | None = None
+    completions: Sequence[dict[str, Any]] = ()
 
     def record(self, greedy: float | None) -> dict[str, Any]:
         """As JSON, with the accuracy of the greedy completions."""
-        names = [name for name in self._fields if name != "log_ratio_sums"]
+        names = [name for name in self._fields if name not in ("log_ratio_sums", "completions")]
         return {name: getattr(self, name) for name in names} | {"successes": self.successes.tolist(), "greedy": greedy}
 
     def tally(self) -> Tally | None:
@@ -97,6 +102,7 @@ def measure(
     samples: int | None = None,
     batch_samples: int | None = None,
     examples: int = 0,
+    kept: Sequence[int] = (),
     greedy: bool = False,
     may_stop: bool = False,
 ) -> Measurement:
@@ -110,6 +116,7 @@ def measure(
       samples: per prompt; ``evaluate.samples`` by default.
       batch_samples: per prompt, sampled at a time; those of the config by default.
       examples: prompts of which four samples are kept as text.
+      kept: rows of the dataset of which the first completions are kept token by token.
       greedy: take the most probable tokens; use with samples=1.
       may_stop: raise `Preempted` between two batches once a signal has arrived; what was counted, then and in the end, is kept
         in the run directory until `drop_counts`, and the next start goes on from it.
@@ -123,20 +130,21 @@ def measure(
     powers = np.zeros((num_prompts, 2, POWERS))  # sums of powers of the log-ratios of failures and of successes
     verdicts: Counter[str] = Counter()
     texts: list[dict[str, Any]] = []
+    completions: list[dict[str, Any]] = []
     batch, each = run.config.data.prompts_per_iteration, math.ceil(samples / batch_samples)
 
     # What an earlier start has counted of the same measurement.
-    of = {"role": role, "iteration": iteration, "samples": [samples, batch_samples]}
-    kept = counts_file(run, params, of) if may_stop else None
-    done, so_far = 0, None if kept is None else load(kept)
+    of = {"role": role, "iteration": iteration, "samples": [samples, batch_samples], "kept": len(kept)}
+    counted = counts_file(run, params, of) if may_stop else None
+    done, so_far = 0, None if counted is None else load(counted)
     if so_far is not None:
-        done, texts = so_far["batches"], so_far["texts"]
+        done, texts, completions = so_far["batches"], so_far["texts"], so_far["completions"]
         successes, sums, powers = (np.array(so_far[name]) for name in ("successes", "sums", "powers"))
         verdicts.update(so_far["verdicts"])
 
     def keep(path: Path) -> None:
         counts = {"successes": successes.tolist(), "sums": sums.tolist(), "powers": powers.tolist()}
-        save(path, counts | {"verdicts": dict(verdicts), "texts": texts, "batches": done})
+        save(path, counts | {"verdicts": dict(verdicts), "texts": texts, "completions": completions, "batches": done})
 
     for number, places in enumerate(np.split(np.arange(num_prompts), range(batch, num_prompts, batch))):
         rows, skipped = setup.probed[places], min(max(done - number * each, 0), each)
@@ -156,36 +164,57 @@ def measure(
             log_ratios = against_itself if judged.log_ratios is None else host(judged.log_ratios)
             successes[places] += judged.rewards.sum(-1).astype(np.int64)
             powers[places] += log_ratio_sums(judged.rewards, log_ratios)
-            counted = log_ratios, host(rollout.mask.sum(-1)), host(rollout.truncated)
-            sums += [x.astype(np.float64).sum() for x in counted]
+            summed = log_ratios, host(rollout.mask.sum(-1)), host(rollout.truncated)
+            sums += [x.astype(np.float64).sum() for x in summed]
             verdicts.update(judged.verdict_counts())
             if of_these == 0 and examples:
                 texts += _examples(setup, judged, rows, shown)
+            if of_these == 0 and len(kept):
+                completions += first_completions(setup, judged, rows, kept)
             moved()
             done = number * each + of_these + 1
-            if kept is not None and must_stop(run):
-                keep(kept)
+            if counted is not None and must_stop(run):
+                keep(counted)
                 check_preempted(run)
-    if kept is not None:
-        keep(kept)
+    if counted is not None:
+        keep(counted)
     kl, length, truncated = (sums / (num_prompts * samples)).tolist()
     measured_kl = (None, None) if ref_params is None else (kl, powers)
-    return Measurement(
-        successes, samples, measured_kl[0], length, truncated, dict(verdicts), texts, log_ratio_sums=measured_kl[1]
-    )
+    counts = successes, samples, measured_kl[0], length, truncated, dict(verdicts), texts
+    return Measurement(*counts, log_ratio_sums=measured_kl[1], completions=completions)
 
 
-def measure_in_full(run: Run, params: Any, ref_params: Any, iteration: int) -> tuple[dict[str, Any], Tally | None]:
+def measure_in_full(
+    run: Run, params: Any, ref_params: Any, iteration: int, *, kept: Sequence[int] = ()
+) -> tuple[dict[str, Any], Tally | None]:
     """The measurement before and after training, as JSON, with what its ledger is made from.
 
-    It has per-prompt successes, greedy accuracy, KL, lengths and samples.
+    It has per-prompt successes, greedy accuracy, KL, lengths and samples, and the "completions" of rows that are ``kept``.
     """
     c = run.config.evaluate
     say(run.console, f"measuring the success probability: {c.final_samples} samples of every prompt")
-    sampled = measure(run, params, ref_params, iteration, samples=c.final_samples, examples=c.examples, may_stop=True)
+    options: dict[str, Any] = {"samples": c.final_samples, "examples": c.examples, "kept": kept, "may_stop": True}
+    sampled = measure(run, params, ref_params, iteration, **options)
     check_verifier(run, sampled.verdicts)
     greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
-    return sampled.record(float(greedy.successes.mean())), sampled.tally()
+    completions = {"completions": sampled.completions} if len(kept) else {}
+    return sampled.record(float(greedy.successes.mean())) | completions, sampled.tally()
+
+
+def completions_before(run: Run, params: Any, ref_params: Any, kept: Sequence[int]) -> list[dict[str, Any]]:
+    """The first completions that the reference's measurement drew of some rows, with log π/π_ref of the policy ``params``.
+
+    Drawn again from the same random keys, in the programs of the measurements.
+    """
+    setup, c = run.setup, run.config.evaluate
+    options: dict[str, Any] = {"samples": min(c.final_samples, c.batch_samples), "batch_samples": c.batch_samples}
+    options["num_prompts"] = min(run.config.data.prompts_per_iteration, len(setup.probed))
+    key, rows, completions = role_key(run.base_key, "probe", 0), np.asarray(kept, int), []
+    for some in np.split(rows, range(options["num_prompts"], len(rows), options["num_prompts"])) if len(rows) else ():
+        (judged,) = judged_samples(run, ref_params, params, key, some, **options)
+        completions += first_completions(setup, judged, some, kept, sign=-1)
+        moved()
+    return completions
 
 
 def counts_file(run: Run, params: Any, of: dict[str, Any]) -> Path:
@@ -250,11 +279,12 @@ def judged_samples(
     for first in range(skip * group_size, samples, group_size):
         options = {"group_size": group_size, "greedy": greedy, "first_sample": jnp.int32(first)}
         rollout = setup.compiled.sample_probe(params, prompts, key, **options)  # [P, G, T]
-        log_ratios = setup.compiled.log_ratios(params, ref_params, prompts, rollout) if measures_kl else None
-        arrays = rollout, answers, answer_mask, log_ratios
+        ratios = setup.compiled.log_ratios(params, ref_params, prompts, rollout) if measures_kl else (None, None)
+        arrays = rollout, answers, answer_mask, *ratios
         if len(rows) < len(prompts.index):
             arrays = jax.tree.map(lambda x: x[: len(rows)] if x.ndim else x, arrays)
-        yield judge(setup, run.pool, rows, *arrays[:3], texts=texts)._replace(log_ratios=arrays[3])
+        judged = judge(setup, run.pool, rows, *arrays[:3], texts=texts)
+        yield judged._replace(log_ratios=arrays[3], token_log_ratios=arrays[4])
 
 
 def judge(

@@ -57,7 +57,7 @@ class Compiled(NamedTuple):
       learn: `learn` of the recipe.
       sample_probe: ``sample`` for measurements: any number of prompts, and group_size, greedy and first_sample of the call.
       verify: (rollout, answers, answer_mask) -> bool [P, G] on the device; None where the host verifies.
-      log_ratios: (params, ref_params, prompts, rollout) -> [P, G] log π/π_ref of the completions.
+      log_ratios: (params, ref_params, prompts, rollout) -> log π/π_ref of the completions [P, G], and of their tokens [P, G, T].
       scores: see `ScorePrograms`.
       warm_start, warm_start_step: params -> state, and (state, prompts, answers, answer_mask) -> (state, metrics).
     """
@@ -135,7 +135,9 @@ def compile_recipe(
         return recipe._replace(layout=recipe.layout._replace(shards=row_shards(mesh, rollout.mask.shape[0])))
 
     @jax.jit
-    def measured_log_ratios(params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
+    def measured_log_ratios(
+        params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout
+    ) -> tuple[jax.Array, jax.Array]:
         return log_ratios(for_prompts(rollout), params, ref_params, prompts, rollout)
 
     of_trained = parameter_shardings(trained, mesh)

@@ -341,14 +341,17 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> dict[str, jax.Array
     }
 
 
-def log_ratios(recipe: Recipe, params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout) -> jax.Array:
-    """[P, G] log π/π_ref of whole completions, in nats: what measurements of the KL are made from."""
+def log_ratios(
+    recipe: Recipe, params: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout
+) -> tuple[jax.Array, jax.Array]:
+    """log π/π_ref in nats, of completions [P, G], of which measurements of the KL are made, and of their tokens [P, G, T]."""
     options: dict[str, Any] = {"layout": recipe.layout, "temperature": recipe.temperature}
     logps, ref_logps = (
         score_packed(recipe.policy, p, prompts, rollout.completions, rollout.mask, **options)
         for p in (params, ref_params)
     )
-    return (logps - ref_logps).sum(-1)
+    of_tokens = logps - ref_logps  # [P, G, T]; 0 outside of the mask
+    return of_tokens.sum(-1), of_tokens
 
 
 def role_key(base_key: jax.Array, role: str, iteration: int | jax.Array) -> jax.Array:

@@ -143,7 +143,7 @@ def count_outcomes(
     correct = recipe.verify_tokens(rollout.completions, rollout.mask, answers, answer_mask)  # [P, G]
     counted = correct, rollout.mask, rollout.truncated
     counts = (x.reshape(len(rows), -1).sum(-1, dtype=jnp.int32) for x in counted)
-    ratios = log_ratios(recipe, params, ref_params, prompts, rollout)  # [P, G]
+    ratios, _ = log_ratios(recipe, params, ref_params, prompts, rollout)  # [P, G]
     powers = jnp.stack([ratios**power for power in (1, 2, 3, 4)], axis=-1)  # [P, G, 4]
     of_class = [jnp.where(mask[..., None], powers, 0.0).sum(1) for mask in (~correct, correct)]  # [P, 4] each
     return (*counts, jnp.stack(of_class, axis=1))  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from grpo_jax.files import read_sealed
 from grpo_jax.report.ledger import ledger_of_run
 from grpo_jax.report.run_result import PER_PROMPT
 from grpo_jax.runs.errors import Preempted, RunDirectoryError
-from grpo_jax.runs.loop import run_iterations
+from grpo_jax.runs.loop import Foretold, run_iterations
 from grpo_jax.runs.measurement import measure
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run
@@ -115,7 +115,7 @@ def test_a_point_is_the_single_run_of_its_config(eight, directory, tmp_path, see
     run = Run(config, setup, tmp_path, quiet(), None, jax.random.key(SEEDS[seed]), [])
     before = measured_reference(run)
     assert before == read_sealed(directory / "eight" / f"seed-{SEEDS[seed]}" / "reference.json")
-    params, _ = run_iterations(run, reference_params(run), before, None, "not asked for")
+    params, _ = run_iterations(run, reference_params(run), before, Foretold([], [], None, None, "not asked for"))
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] == "train"]
