@@ -1,4 +1,4 @@
-"""Runs a config: grpo-jax --config=small [--workdir=runs/small] [--config.objective.beta=0.5 …]
+"""Runs a config: grpo-jax --config=small --workdir=runs/small --config.objective.beta=0.5
 
 A checkout has the same command as python launch.py. --config is a file, or the name of a config that comes with the package.
 A run started again with the same config and run directory resumes, or shows its result if it is finished.
@@ -38,10 +38,8 @@ from grpo_jax.manifests import STOPS, TARGETS, manifest, parse_cluster
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, STOPS, 75, 130
 MISTAKES = (flags.Error, OSError, AttributeError, TypeError, ValueError, KeyError)  # that parsing a flag raises
 
-CONFIGS = Path(__file__).with_name("configs")
-"""Where the configs are that come with the package: in it, or beside it in a checkout."""
-if not CONFIGS.is_dir():
-    CONFIGS = CONFIGS.parents[1] / "configs"
+CONFIGS = next(folder for up in Path(__file__).parents[:2] if (folder := up / "configs").is_dir())
+"""The configs that come with the package: in it where it is installed, beside it in a checkout."""
 
 
 def shipped(name: str) -> str:
