@@ -3,6 +3,7 @@
     python launch.py --config=configs/gsm8k.py --config.model.path=FOLDER [--config.task.gsm8k.path=FOLDER]
 
 FOLDER is a Hugging Face folder; the task's has the official train.jsonl and test.jsonl, and without it they are downloaded once.
+tensorflow-datasets keeps them: pip install ".[data]".
 Sized to run through on 2 CPU cores in minutes with a model of a few hundred thousand parameters; such a model solves nothing,
 and the run says so: success 0, every group dead, no gradient. For a model that can, see configs/qwen_gsm8k.py.
 Measure the test problems:

@@ -3,7 +3,8 @@
     python launch.py --config=configs/qwen_gsm8k.py --config.model.path=FOLDER [--config.mesh.fsdp=4]
     python launch.py --config=configs/qwen_gsm8k.py:paper --config.model.path=FOLDER
 
-Before anything is spent, what each device needs (on any machine; FOLDER needs config.json only, and the task its data):
+GSM8K is kept by tensorflow-datasets: pip install ".[data]". Before anything is spent, this says
+what each device needs (on any machine; FOLDER needs config.json only, and the task its data):
 
     python launch.py --config=configs/qwen_gsm8k.py --config.model.path=FOLDER --mode=estimate --devices=1
 

@@ -10,6 +10,11 @@ from typing import Any
 _CACHE, _LEAST = "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
+def program() -> str:
+    """The name of the command that this process is, with which its messages begin: launch.py, or grpo-jax."""
+    return Path(sys.argv[0]).name
+
+
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -17,7 +22,7 @@ def end_on_signals() -> None:
     """Signals to stop end a process in which nothing is under way yet with 75, or 130 for SIGINT; a run has its own handlers."""
 
     def end(number: int, frame: Any) -> None:
-        os.write(2, f"launch.py: stopped by {signal.Signals(number).name} before anything was begun\n".encode())
+        os.write(2, f"{program()}: stopped by {signal.Signals(number).name} before anything was begun\n".encode())
         os._exit(130 if number == signal.SIGINT else 75)
 
     for number in STOPS:

@@ -1,7 +1,7 @@
 """What starts a run on a cluster: a JobSet for Kubernetes, a batch script for Slurm, a command for Google's or SkyPilot's tools.
 
-Each runs `launch.py` with the same flags on every host, and starts it again when it ends with anything but success or exit code
-2, with which `launch.py` says that another start would not help: a bad config, or three starts in a row that came to nothing.
+Each runs the same command on every host, and starts it again when it ends with anything but success or exit code 2, with which
+it says that another start would not help: a bad config, or three starts in a row that came to nothing.
 """
 
 import math
@@ -87,14 +87,14 @@ def parse_cluster(topology: str) -> Cluster:
 
 
 def manifest(
-    target: str, cluster: Cluster, flags: Sequence[str], *, name: str, image: str, points: int | None = None
+    target: str, cluster: Cluster, words: Sequence[str], *, name: str, image: str, points: int | None = None
 ) -> str:
     """The text that starts a run.
 
     Args:
       target: one of `TARGETS`.
       cluster: the hardware.
-      flags: of launch.py, with the run directory, which every host must see.
+      words: of the command, ``grpo-jax`` or ``python launch.py`` and flags, with the run directory, which every host must see.
       name: of the run.
       image: of the container, built from the Dockerfile; its directory is the checkout.
       points: of a sweep: as many clusters, at most, as it has points, each of which takes the next free one; None: a single run.
@@ -114,31 +114,31 @@ def manifest(
     if points is None:
         if not cluster.is_tpu:  # hosts of GPUs are all alike
             cluster = cluster._replace(slices=1, hosts=cluster.hosts * cluster.slices)
-        return make(cluster, flags, name, image)
+        return make(cluster, words, name, image)
     # A sweep: clusters of one slice that know nothing of each other, and share the directory.
     alone, number = cluster._replace(slices=1), min(points, cluster.slices)
     if target == "slurm":
-        return _slurm(alone, flags, name, image, number)
+        return _slurm(alone, words, name, image, number)
     if number > 1 and target in ("gcloud", "skypilot"):
         raise ValueError(
             f"--target={target} starts one cluster at a time: leave out '{number}*', and take a --name for each"
         )
-    parts = [make(alone, flags, f"{name}-{i}" if number > 1 else name, image) for i in range(number)]
+    parts = [make(alone, words, f"{name}-{i}" if number > 1 else name, image) for i in range(number)]
     return ("---\n" if target == "jobset" else "").join(parts)
 
 
-def command(cluster: Cluster, flags: Sequence[str], *, coordinator: str = "$COORDINATOR", own: str = "$PROCESS") -> str:
+def command(cluster: Cluster, words: Sequence[str], *, coordinator: str = "$COORDINATOR", own: str = "$PROCESS") -> str:
     """The shell command of a host; TPU hosts find each other, GPU hosts are told by environment variables."""
-    words = [f"python launch.py {shlex.join(flags)}"]
+    parts = [shlex.join(words)]
     hosts = cluster.hosts * cluster.slices
     if hosts > 1 and cluster.is_tpu:
-        words.append("--processes=auto --wait=600")
+        parts.append("--processes=auto --wait=600")
     elif hosts > 1:
-        words.append(f"--coordinator={coordinator} --num_processes={hosts} --process_id={own} --wait=600")
-    return " ".join(words)
+        parts.append(f"--coordinator={coordinator} --num_processes={hosts} --process_id={own} --wait=600")
+    return " ".join(parts)
 
 
-def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+def _jobset(cluster: Cluster, words: Sequence[str], name: str, image: str) -> str:
     environment = {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "tpu,cpu" if cluster.is_tpu else "cuda,cpu"}  # or fail
     if cluster.is_tpu:
         label, _, _, _ = _TPU[cluster.kind]
@@ -155,7 +155,7 @@ def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> st
     container = {
         "name": "launch",
         "image": image,
-        "command": ["bash", "-c", f"exec {command(cluster, flags)}"],  # exec: SIGTERM reaches Python
+        "command": ["bash", "-c", f"exec {command(cluster, words)}"],  # exec: SIGTERM reaches Python
         "env": variables,
         "ports": [{"containerPort": PORT}],
         "resources": {"limits": resources},
@@ -193,11 +193,11 @@ def _jobset(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> st
     return yaml.safe_dump(document, sort_keys=False, width=1000)
 
 
-def _slurm(cluster: Cluster, flags: Sequence[str], name: str, image: str, array: int = 1) -> str:
-    run = command(cluster, flags)
+def _slurm(cluster: Cluster, words: Sequence[str], name: str, image: str, array: int = 1) -> str:
+    run = command(cluster, words)
     points = f"\n#SBATCH --array=0-{array - 1}" if array > 1 else ""
     if cluster.hosts > 1:  # Slurm tells each process of the others
-        run = f"python launch.py {shlex.join(flags)} --processes=auto --wait=600"
+        run = f"{shlex.join(words)} --processes=auto --wait=600"
     return f"""#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={cluster.hosts}
@@ -222,10 +222,10 @@ exit $code
 """
 
 
-def _gcloud(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+def _gcloud(cluster: Cluster, words: Sequence[str], name: str, image: str) -> str:
     _, _, _, system = _TPU[cluster.kind]
     where = '--project="$PROJECT" --zone="$ZONE"'
-    inside = f"sudo docker run --rm --privileged --net=host -e PYTHONUNBUFFERED=1 {image} {command(cluster, flags)}"
+    inside = f"sudo docker run --rm --privileged --net=host -e PYTHONUNBUFFERED=1 {image} {command(cluster, words)}"
     again = f"until {inside} || [ $? -eq {STOPS} ]; do sleep 10; done"
     if cluster.slices > 1:
         raise ValueError("--target=gcloud starts one slice, or the points of a sweep on several: take jobset for more")
@@ -235,29 +235,30 @@ gcloud compute tpus tpu-vm delete {name} {where} --quiet
 """
 
 
-def _gcluster(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+def _gcluster(cluster: Cluster, words: Sequence[str], name: str, image: str) -> str:
     if cluster.is_tpu:
         kind = f"--compute-type={_TPU[cluster.kind][0]} --topology={cluster.grid} --num-slices={cluster.slices}"
     else:
         kind = f"--compute-type=nvidia-h200-{cluster.chips}px --num-nodes={cluster.hosts}"
     coordinator = f"{name}-workload-0-0.{name}:{PORT}"
-    run = command(cluster, flags, coordinator=coordinator, own="$JOB_COMPLETION_INDEX")
+    run = command(cluster, words, coordinator=coordinator, own="$JOB_COMPLETION_INDEX")
     return (
         f"gcluster job submit --name={name} --image={image} {kind} --grace-period={GRACE}s "
         f"--restart-on-exit-codes={AGAIN} --command={shlex.quote(run)}\n"
     )
 
 
-def _xpk(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+def _xpk(cluster: Cluster, words: Sequence[str], name: str, image: str) -> str:
     return (
         f"xpk workload create --workload={name} --docker-image={image} --tpu-type={cluster.type_name} "
         f"--num-slices={cluster.slices} --max-restarts=1000 --restart-on-exit-codes={AGAIN} "
-        f"--termination-grace-period-seconds={GRACE} --command={shlex.quote(command(cluster, flags))}\n"
+        f"--termination-grace-period-seconds={GRACE} --command={shlex.quote(command(cluster, words))}\n"
     )
 
 
-def _skypilot(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> str:
+def _skypilot(cluster: Cluster, words: Sequence[str], name: str, image: str) -> str:
     accelerators = f"tpu-{cluster.type_name}:1" if cluster.is_tpu else f"H200:{cluster.chips}"
+    place = "cd /grpo_jax && " if "launch.py" in words else ""  # the checkout of the Dockerfile's image
     first = f'$(head -n1 <<< "$SKYPILOT_NODE_IPS"):{PORT}'
     document = {
         "name": name,
@@ -268,7 +269,7 @@ def _skypilot(cluster: Cluster, flags: Sequence[str], name: str, image: str) -> 
             "job_recovery": {"recover_on_exit_codes": [int(code) for code in AGAIN.split(",")]},
         },
         "envs": {"PYTHONUNBUFFERED": "1"},
-        "run": "cd /grpo_jax && " + command(cluster, flags, coordinator=first, own="$SKYPILOT_NODE_RANK") + "\n",
+        "run": place + command(cluster, words, coordinator=first, own="$SKYPILOT_NODE_RANK") + "\n",
     }
     if cluster.slices > 1:
         raise ValueError(

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from grpo_jax.environment import program
+
 T = TypeVar("T")
 
 HUNG = 76  # exit code of a process that its watchdog has ended
@@ -151,7 +153,7 @@ def _report(host: str, port: int, own: int, deadline: float) -> None:
 
 
 def _give_up(message: str) -> None:
-    print(f"launch.py: {message}", file=sys.stderr, flush=True)
+    print(f"{program()}: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -389,7 +391,7 @@ class _Timer:
 
 
 def _end_hung(seconds: float) -> None:
-    print(f"launch.py: nothing has moved for {seconds:g} s; where each thread stands:", file=sys.stderr, flush=True)
+    print(f"{program()}: nothing has moved for {seconds:g} s; where each thread stands:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(all_threads=True)
     os._exit(HUNG)
 

@@ -24,7 +24,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.environment import cache_folder
+from grpo_jax.environment import cache_folder, program
 
 TEMPORARY = ".tmp"  # ends the names of files that are being written
 BEAT, PATIENCE = 10.0, 60.0  # seconds between signs of life of who holds a folder, and after which silence is death
@@ -440,7 +440,7 @@ class _Lease:
                 )
 
     def _end(self, why: str) -> None:
-        print(f"launch.py: {self._folder.parent}: {why}; start again to resume", file=sys.stderr, flush=True)
+        print(f"{program()}: {self._folder.parent}: {why}; start again to resume", file=sys.stderr, flush=True)
         os._exit(1)
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from absl import app
 
-import launch
 from configs import default
+from grpo_jax import command
 from grpo_jax.runs import evaluation, loop  # here and not in each child: a line then takes its own time alone
 from tests.tiny_run import flags
 
@@ -82,7 +82,7 @@ def run_line(line: list[str], workdir: Path) -> tuple[int, str]:
             sys.argv = ["launch.py", *line]
             loop.run_phases = lambda run, dropped: {}  # type: ignore[assignment]
             evaluation.measure_and_write = lambda *_, **__: {}  # type: ignore[assignment]
-            app.run(launch.main, flags_parser=launch.parse)
+            app.run(command.main, flags_parser=command.parse)
             code = 0
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1

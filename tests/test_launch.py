@@ -319,7 +319,7 @@ def test_no_config_and_help(tmp_path):
         failed = subprocess.run(wrong, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
         assert (failed.returncode, words in failed.stderr, "Traceback" in failed.stderr) == (2, True, False)
     bare = subprocess.run([sys.executable, "launch.py"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert (bare.returncode, "--config=configs/small.py" in bare.stderr) == (2, True)
+    assert (bare.returncode, "--config=small" in bare.stderr) == (2, True)
     helped = subprocess.run(
         [sys.executable, "launch.py", "--help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )

@@ -61,9 +61,13 @@ ROOMS = {
         {"files", "objective", "processes", "storage", "tasks", "data", "report", "config", "train", "runs"},
         {"jax", "numpy", "rich"},
     ),
+    "command": (
+        {"config", "environment", "manifests", "processes", "runs", "storage", "sweeps"},
+        {"absl", "ml_collections"},
+    ),
     "config": ({"objective", "tasks", "models", "data", "storage"}, set()),
     "environment": (set(), set()),
-    "processes": (set(), {"jax", "numpy", "orbax"}),
+    "processes": ({"environment"}, {"jax", "numpy", "orbax"}),
     "manifests": (set(), {"yaml"}),
     "files": ({"storage"}, set()),
     "storage": ({"environment"}, {"etils", "fsspec", "gcsfs"}),  # inside the functions that need them

@@ -39,21 +39,22 @@ def test_hardware_that_does_not_exist_is_refused(name):
         parse_cluster(name)
 
 
-FLAGS = ["--config=configs/small.py", "--workdir=gs://bucket/my run", "--sweep=objective.beta=0.5,1; seed=0,1"]
+COMMAND = ["python", "launch.py", "--config=configs/small.py", "--workdir=gs://bucket/my run"]
+COMMAND += ["--sweep=objective.beta=0.5,1; seed=0,1"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_has_the_flags_of_the_command_line(target):
     topology = "h200:16" if target == "slurm" else "v5e:4x4"
-    text = manifest(target, parse_cluster(topology), FLAGS, name="small", image="an/image")
+    text = manifest(target, parse_cluster(topology), COMMAND, name="small", image="an/image")
     assert "launch.py --config=configs/small.py" in text
     assert "gs://bucket/my run" in text and "--processes=auto" in text and "an/image" in text
     with pytest.raises(ValueError, match="--name=No"):
-        manifest(target, parse_cluster(topology), FLAGS, name="No", image="")
+        manifest(target, parse_cluster(topology), COMMAND, name="No", image="")
 
 
 def test_a_job_set_of_slices_restarts_but_not_in_vain():
-    (job,) = yaml.safe_load_all(manifest("jobset", parse_cluster("2*v5e:4x4"), FLAGS, name="small", image="i"))
+    (job,) = yaml.safe_load_all(manifest("jobset", parse_cluster("2*v5e:4x4"), COMMAND, name="small", image="i"))
     (hosts,), policy = job["spec"]["replicatedJobs"], job["spec"]["failurePolicy"]
     assert hosts["replicas"] == 2
     spec = hosts["template"]["spec"]
@@ -70,7 +71,7 @@ def test_a_job_set_of_slices_restarts_but_not_in_vain():
 def test_the_points_of_a_sweep_have_clusters_of_their_own():
     for topology, points, expected in (("3*v5e:4x4", 8, 3), ("3*v5e:2x2", 2, 2), ("v5e:4x4", 4, 1), ("2*h200:8", 4, 2)):
         jobs = list(
-            yaml.safe_load_all(manifest("jobset", parse_cluster(topology), FLAGS, name="s", image="i", points=points))
+            yaml.safe_load_all(manifest("jobset", parse_cluster(topology), COMMAND, name="s", image="i", points=points))
         )
         names = ["s"] if expected == 1 else [f"s-{i}" for i in range(expected)]
         assert [job["metadata"]["name"] for job in jobs] == names
@@ -80,11 +81,11 @@ def test_the_points_of_a_sweep_have_clusters_of_their_own():
         ][2]
         assert ("--processes" in words) == (topology in ("3*v5e:4x4", "v5e:4x4"))
     # Slurm has arrays for that; the tools that wait for one cluster to end are refused.
-    script = manifest("slurm", parse_cluster("4*h200:8"), FLAGS, name="s", image="i", points=3)
+    script = manifest("slurm", parse_cluster("4*h200:8"), COMMAND, name="s", image="i", points=3)
     assert script.count("#!/bin/bash") == 1 and "#SBATCH --array=0-2\n" in script
     for target in ("gcloud", "skypilot"):
         with pytest.raises(ValueError, match="one cluster at a time"):
-            manifest(target, parse_cluster("2*v5e:4x4"), FLAGS, name="s", image="i", points=3)
+            manifest(target, parse_cluster("2*v5e:4x4"), COMMAND, name="s", image="i", points=3)
 
 
 EIGHT = "--config.data.prompts_per_iteration=8"

@@ -65,7 +65,7 @@ def dataset(
 
     Raises:
       ValueError: as `read_examples`; for an unknown verifier; for a target that it cannot use, naming the row.
-      ImportError: the verifier needs a package that is not installed.
+      ImportError: the verifier or the source needs a package that is not installed.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
@@ -108,6 +108,7 @@ def read_examples(
     Raises:
       ValueError: naming the file and line (from 1), or the split and row (from 0), of a row that is broken, lacks a field, or
         whose prompt or target is empty or refused; for a source, split or template that cannot be read.
+      ImportError: the source or the split needs the extra ``data``, which is not installed.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:

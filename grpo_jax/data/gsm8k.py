@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grpo_jax.data.splits import open_splits, read_split
+from grpo_jax.data.splits import data_extra, open_splits, read_split
 from grpo_jax.data.templates import parse_template
 from grpo_jax.tasks import Example, Task, find_answer, find_target_check, find_verifier
 
@@ -66,6 +66,7 @@ def gsm8k(
     Raises:
       ValueError: the files are not the official ones, cannot be had, or are damaged; says what to do. Other rows of this kind
         are what `dataset` is for.
+      ImportError: the extra ``data`` is not installed.
     """
     if prompt is None:
         if verifier not in _FORMATS:
@@ -114,9 +115,10 @@ def prepared(path: str | os.PathLike[str] | None, data_dir: str | os.PathLike[st
 
     path, data_dir, raises: as for `gsm8k`.
     """
-    import tensorflow_datasets as tfds
+    with data_extra("GSM8K"):
+        import tensorflow_datasets as tfds
 
-    from grpo_jax.data.gsm8k_builder import GrpoGsm8k, prepare
+        from grpo_jax.data.gsm8k_builder import GrpoGsm8k, prepare
 
     home = Path(os.path.expanduser(tfds.core.constants.DATA_DIR if data_dir is None else data_dir))
     if ":/" in os.fspath(home):

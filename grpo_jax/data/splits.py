@@ -1,11 +1,13 @@
 """The splits of a dataset on disk: JSONL and Parquet files, and datasets that tensorflow-datasets has prepared.
 
-Nothing here touches the network or loads TensorFlow.
+Nothing here touches the network or loads TensorFlow. JSONL files, and whole splits of them, need the standard library alone;
+all else needs the extra ``data``.
 """
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +42,7 @@ def open_splits(
 
     Raises:
       ValueError: there is no such source, or it cannot be read; says what to do.
+      ImportError: it needs the extra ``data``, which is not installed.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -71,6 +74,7 @@ def read_split(splits: dict[str, Split], spec: str, make: Make) -> list[Any]:
 
     Raises:
       ValueError: for a split that is not there, a slice beyond its end, no rows, or a row that is broken or refused.
+      ImportError: a slice needs the extra ``data``, which is not installed.
 
     >>> digits = Split(10, lambda make, start, stop: [make({"digit": i}) for i in range(start, stop)])
     >>> [row["digit"] for row in read_split({"train": digits}, "train[8:]+train[:20%]", dict)]
@@ -83,8 +87,27 @@ def read_split(splits: dict[str, Split], spec: str, make: Make) -> list[Any]:
     return made
 
 
+@contextmanager
+def data_extra(what: str) -> Iterator[None]:
+    """Around imports of packages of the extra ``data``; ImportError says what needs them, and how to get them.
+
+    >>> with data_extra("this file"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    ...
+    ImportError: this file needs the package no_such_package: pip install 'grpo_jax[data]' (in a checkout '.[data]')
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{what} needs the package {error.name}: pip install 'grpo_jax[data]' (in a checkout '.[data]')"
+        ) from None
+
+
 def _slices(splits: dict[str, Split], spec: str) -> list[tuple[str, int, int]]:
-    import tensorflow_datasets as tfds
+    with data_extra(f"split {spec!r}"):
+        import tensorflow_datasets as tfds
 
     sizes = {name: tfds.core.SplitInfo(name, [split.num_rows], 0) for name, split in splits.items()}
     try:
@@ -138,8 +161,9 @@ def _joined(parts: list[Split]) -> Split:
 
 
 def _parquet(path: Path, fields: tuple[str, ...]) -> Split:
-    import pyarrow
-    from pyarrow import parquet
+    with data_extra(str(path)):
+        import pyarrow
+        from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
@@ -173,7 +197,8 @@ def _parquet(path: Path, fields: tuple[str, ...]) -> Split:
 
 
 def _find_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
+    with data_extra(f"{name}, no file or folder here but perhaps a dataset of tensorflow-datasets,"):
+        from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     try:
         return builder_from_files(name, data_dir=data_dir and os.path.expanduser(data_dir)).data_dir
@@ -187,8 +212,9 @@ def _find_prepared(name: str, data_dir: str | os.PathLike[str] | None) -> str:
 
 
 def _prepared(folder: str | Path) -> dict[str, Split]:
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+    with data_extra(f"{folder}, a dataset of tensorflow-datasets,"):
+        import tensorflow_datasets as tfds
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     try:
         builder = tfds.builder_from_directory(folder)

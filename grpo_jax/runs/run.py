@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_jax import processes
-from grpo_jax.environment import STOPS
+from grpo_jax.environment import STOPS, program
 from grpo_jax.runs.errors import Interrupted, Preempted
 from grpo_jax.runs.setup import Setup
 from grpo_jax.tasks.workers import VerifierPool
@@ -96,7 +96,7 @@ def signals_as_flag() -> Iterator[list[int]]:
 
     def collect(number: int, frame: Any) -> None:
         if number == signal.SIGINT and signal.SIGINT in received:
-            os.write(2, b"launch.py: ended at once; the same command resumes from what was saved\n")
+            os.write(2, f"{program()}: ended at once; the same command resumes from what was saved\n".encode())
             os._exit(128 + number)
         received.append(number)
         if number == signal.SIGINT:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from grpo_jax.command import with_value
 from grpo_jax.config import ConfigError
 from grpo_jax.files import write_json, write_sealed
 from grpo_jax.objective import GRPO, GRPO_TRL
@@ -22,7 +23,6 @@ from grpo_jax.runs.errors import Diverged, Preempted, RunDirectoryError, Started
 from grpo_jax.sweeps import one_by_one
 from grpo_jax.sweeps.one_by_one import list_points, run_points
 from grpo_jax.sweeps.points import folder_name, make_points, parse_grid
-from launch import with_value
 from tests.tiny_run import tiny_config
 
 
