@@ -18,7 +18,7 @@ from grpo_jax.theory.planning import curve
 
 COLOURS = (MEASURED, PREDICTED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 MARKERS = "os^Dv<>PX*"
-COLUMNS = ("point", "state", "p_ref", "predicted p*", "p̂ and its interval", "p̂ − p*")
+COLUMNS = ("point", "state", "p_ref", "p*", "p†", "p̂ and its interval", "p̂ − p*")
 
 
 def p_star_curve(
@@ -98,7 +98,7 @@ def plot_sweep(
         name = r"$p^*$ from that seed's $p_\mathrm{ref}$"
         axes.plot([], [], color=PREDICTED if alone else "0.4", label=name, **dash)
     if not all(point.get("arrived", True) for point in points):
-        name = "hollow: not arrived, by the flow of the theory"
+        name = "hollow: not arrived"
         axes.plot([], [], "o", color="0.4", markersize=4.5, markeredgewidth=1.1, markerfacecolor="white", label=name)
 
     # The axes. The ticks are the values of β; where these are many, or none, round numbers.
@@ -120,8 +120,8 @@ def sweep_table(records: Sequence[dict[str, Any]]) -> Table:
     """The points for a terminal.
 
     Args:
-      records: dicts of "point", "state", "words", "why" and, of finished runs, their result's "p_ref", "p_final" and, where
-        there is a prediction, "p_star" and "difference".
+      records: dicts of "point", "state", "words", "why" and, of finished runs, their result's "standing", "p_ref", "p_final"
+        and, where there is a prediction, "p_star", "attainable" and "difference".
     """
     grid = Table(box=None, padding=(0, 2, 0, 0))
     rows = [_cells(record) for record in records]
@@ -147,18 +147,16 @@ def sweep_page(records: Sequence[dict[str, Any]], figure: str | None) -> str:
 
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:
     if record["state"] != "done":
-        return inline(record["point"]), record["words"], "", "", "", ""
-    final, p_star, difference = record["p_final"], record.get("p_star"), record.get("difference")
-    test = "no prediction" if difference is None else "no test: nothing was solved"
-    if difference is not None and (record["p_ref"]["mean"] > 0 or final["mean"] > 0):
-        test = f"{difference['mean']:+.4f} {'inside' if difference['inside'] else 'OUTSIDE'}"
+        return inline(record["point"]), record["words"], "", "", "", "", ""
+    final, difference = record["p_final"], record.get("difference")
+    predicted = [record.get(name) for name in ("p_star", "attainable")]
     return (
         inline(record["point"]),
-        "done",
-        f"{record['p_ref']['mean']:.4f}",
-        "" if p_star is None else f"{p_star['mean']:.4f}",
-        f"{final['mean']:.4f} [{final['low']:.4f}, {final['high']:.4f}]",
-        test,
+        record.get("standing", "done"),
+        f"{record['p_ref']['mean']:.3f}",
+        *("" if interval is None else f"{interval['mean']:.3f}" for interval in predicted),
+        f"{final['mean']:.3f} [{final['low']:.3f}, {final['high']:.3f}]",
+        "" if difference is None else f"{difference['mean']:+.3f}",
     )
 
 

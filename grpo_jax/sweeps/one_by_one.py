@@ -22,6 +22,7 @@ from rich.console import Console
 from grpo_jax.files import read_json, read_sealed, write_json, write_text
 from grpo_jax.processes import check_alike, common, stop_requested
 from grpo_jax.report.markdown import inline
+from grpo_jax.report.standing import UNFINISHED
 from grpo_jax.report.sweep_figure import p_star_curve, plot_sweep, sweep_page, sweep_table
 from grpo_jax.runs.directory import CHANGEABLE, CONFIG, FAILED, LOCK, RESULT, check_same, contents, saved_steps
 from grpo_jax.runs.errors import DirectoryInUse, Preempted, RunDirectoryError, RunError, StartedInVain
@@ -219,8 +220,8 @@ def _records(points: Sequence[Point], states: Sequence[State]) -> list[dict[str,
             "values": point.values,
         }
         record |= {"state": state.name, "words": state.words, "why": state.why}
-        numbers, result = ("confidence", "p_ref", "p_star", "p_final", "difference"), state.result or {}
-        records.append(record | {key: result[key] for key in numbers if key in result})
+        numbers, result = ("confidence", "p_ref", "p_star", "attainable", "p_final", "difference"), state.result or {}
+        records.append(record | {key: result[key] for key in ("standing", *numbers) if key in result})
     return records
 
 
@@ -277,6 +278,7 @@ def _plot(path: Path, points: Sequence[Point], states: Sequence[State]) -> bool:
         {"label": label, "beta": point.values[BETA], "seed": point.config.seed}
         | {"p": result["p_final"]["mean"], "low": result["p_final"]["low"], "high": result["p_final"]["high"]}
         | ({"p_star": result["p_star"]["mean"]} if "p_star" in result else {})
+        | {"arrived": result.get("standing") != UNFINISHED}
         for point, result, label in ended
     ]
     config = ended[0][0].config
