@@ -159,6 +159,7 @@ def get_config() -> ConfigDict:
             },
             "evaluate": {
                 "prompts": placeholder(int),  # that are measured, chosen by the seed; unset: all
+                "held_out": 0,  # prompts that are never trained on, chosen by the seed, and measured beside the others
                 "interval": 10,  # iterations between probes of the success probability
                 "samples": 32,  # per prompt, at those probes
                 "final_samples": 1024,  # per prompt, for p_ref, after training, and with --mode=evaluate

@@ -14,7 +14,7 @@ from grpo_jax.tasks import Task
 
 _AT_LEAST = {
     0: ("seed", "warm_start.max_steps", "optimizer.warmup_updates", "optimizer.weight_decay", "evaluate.examples",
-        "evaluate.kept_samples", "attainable.steps", "lora.rank"),
+        "evaluate.kept_samples", "attainable.steps", "lora.rank", "evaluate.held_out"),
     2: ("rollout.group_size",),
     1: ("rollout.max_completion", "data.prompts_per_iteration", "data.max_prompt", "warm_start.interval",
         "warm_start.samples", "warm_start.batch", "evaluate.interval", "evaluate.samples", "evaluate.final_samples",
@@ -306,10 +306,11 @@ def _training_conflicts(config: Any, task: Task) -> Iterator[str]:
         yield f"train.row_length={row} is more than train.microbatch_tokens={most}"
 
     # Prompts enough for an iteration.
-    prompts, rows = config.data.prompts_per_iteration, len(task.examples)
-    if prompts > rows:
+    prompts, held_out, rows = config.data.prompts_per_iteration, config.evaluate.held_out, len(task.examples)
+    if prompts > rows - held_out:
+        without = f" without evaluate.held_out={held_out}" if held_out else ""
         yield (
-            f"data.prompts_per_iteration={prompts} exceeds the {rows} prompts of task {task.name!r}: "
+            f"data.prompts_per_iteration={prompts} exceeds the {rows - held_out} prompts of task {task.name!r}{without}: "
             "an iteration would hold a prompt twice"
         )
 

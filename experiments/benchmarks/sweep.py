@@ -106,7 +106,7 @@ def iteration(name: str) -> dict[str, Any]:
     config.mesh.data = 1
     setup = make_setup(config, *validate(config, num_devices=1), devices=jax.devices()[:1])
     params, count = setup.initial_params(0), 1 if name == "alone" else 10
-    index = visits(config, len(setup.task.examples), 0, count)
+    index = visits(config, setup.visited, 0, count)
     table = put_table(setup)
     key, numbers = jax.random.key(0), (jnp.int32(count), jnp.int32(1))
     if name in ("alone", "program"):

@@ -93,8 +93,11 @@ def exact_iterates(
 
 
 def probe_row(iteration: int, counts: dict[str, Any], confidence: float) -> dict[str, Any]:
-    """The metrics row of a measurement: success probability with its interval, length, KL if known."""
+    """The metrics row of a measurement: success probability with its interval, also of held-out prompts, length, KL if known."""
     success = mean_with_interval(np.asarray(counts["successes"]), counts["trials"], confidence)
     row = {"iteration": iteration, "phase": "probe"} | {f"success/{end}": x for end, x in success.items()}
+    if apart := counts.get("held_out"):
+        held_out = mean_with_interval(np.asarray(apart["successes"]), apart["trials"], confidence)
+        row |= {f"held_out/{end}": x for end, x in held_out.items()}
     row |= {"rollout/length": counts["length"], "rollout/truncated": counts["truncated"]}
     return row if counts["kl"] is None else row | {"kl/sequence": counts["kl"]}

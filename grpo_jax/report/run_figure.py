@@ -19,7 +19,7 @@ def plot_run(path: Path, *, rows: list[dict[str, Any]], result: dict[str, Any], 
 
     Args:
       path: of the PNG.
-      rows: the probes: dicts with "iteration", "success/mean", "success/low", "success/high".
+      rows: the probes: dicts with "iteration", "success/mean", "success/low", "success/high", and the same of "held_out/…".
       result: the run's result (see `train`).
       iterates: [n + 1] mean success probability of exact iterates, or None where there is no prediction.
     """
@@ -77,6 +77,12 @@ def _plot_iterations(
         n, mean, yerr=[mean - low, high - mean], color=MEASURED, marker="o", markersize=3, linewidth=1, capsize=0,
         label=r"measured $\hat p_n$",
     )  # fmt: skip
+    if all("held_out/mean" in row for row in rows):
+        apart, least, most = (np.array([row[f"held_out/{end}"] for row in rows]) for end in ("mean", "low", "high"))
+        axes.errorbar(
+            n, apart, yerr=[apart - least, most - apart], color=MEASURED, marker="s", markersize=3, linewidth=1, capsize=0,
+            markerfacecolor="white", linestyle=":", label=r"the same of prompts held out",
+        )  # fmt: skip
     if "average" in result:
         p, over = result["average"]["p_final"], result["average"]["iterations"]
         axes.errorbar(

@@ -69,6 +69,9 @@ def prediction_lines(
     ]
     if before["verdicts"]:
         lines.append(("verdicts", verdict_counts(before["verdicts"])))
+    if apart := before.get("held_out"):
+        of_others = mean_with_interval(np.array(apart["successes"]), apart["trials"], confidence)
+        lines.append(("… of prompts held out", interval_text(of_others, confidence)))
     if not successes.any():
         bound = success_bound(0, len(successes) * trials, confidence)
         words = f"no completion succeeded, so p_ref is below {bound:.2g} and GRPO has nothing to learn from"
@@ -123,6 +126,9 @@ def result_lines(result: dict[str, Any]) -> Lines:
         below, above = p_final["high"] < least["low"], p_final["low"] > least["high"]
         where = "p̂ is below" if below else "p̂ is above" if above else "p̂ is inside"
         lines.append(("attainable p†", f"{interval_text(least, confidence)}   {where}"))
+    if apart := result.get("held_out"):
+        moved = " → ".join(interval_text(apart[name], confidence) for name in ("p_ref", "p_final"))
+        lines.append((f"{apart['prompts']:,} prompts held out", moved))
     lines.append(("KL(π‖π_ref), nats", f"{after['kl']:.4f} measured   {expected_kl}"))
     if skipped := result.get("skipped_updates"):
         lines.append(("skipped updates", f"{skipped:,}   their loss or gradient was not finite"))

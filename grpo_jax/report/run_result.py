@@ -26,8 +26,8 @@ def make_result(
 
     Args:
       config: of the run.
-      before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts"; after training
-        also "ledger", a `Ledger` or None.
+      before, after: "successes" per prompt, "trials", "greedy" accuracy, "kl", "length", "truncated", "verdicts"; where there are
+        prompts "held_out", their "successes" and "trials"; after training also "ledger", a `Ledger` or None.
       forecast: the prediction made from ``before``; None where the objective has none.
       average: of the averaged parameters, as ``after``, and the "iterations" they are averaged over; None without an average.
       progressed: "trend" of `standing.trend`, and "forecasts" and "speed" of `live_forecast.record`, where there are.
@@ -81,6 +81,11 @@ def make_result(
     if attainable is not None:
         result["attainable"] = interval_dict(attainable.mean, attainable.low, attainable.high)
         prompts["attainable"] = attainable.prompts
+    if "held_out" in after:
+        result["held_out"] = {
+            name: mean_with_interval(np.array(x["held_out"]["successes"]), x["held_out"]["trials"], confidence)
+            for name, x in (("p_ref", before), ("p_final", after))
+        } | {"prompts": len(after["held_out"]["successes"])}
     if ledger := after.get("ledger"):
         result["ledger"] = ledger.means
         prompts |= {name: ledger.prompts[name] for name in PER_PROMPT if name in ledger.prompts}

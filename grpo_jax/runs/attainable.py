@@ -192,7 +192,7 @@ def _measure(run: Run, params: Any, before: dict[str, Any], asked: dict[str, Any
     measured |= {
         "shares": found.shares.tolist(),
         "prompts": probed[chosen].tolist(),
-        "of": len(run.setup.task.examples),
+        "of": len(run.setup.visited),
     }
     needed = samples_needed(found, PARTS * n) if found.low <= 0 else None
     return measured | {"samples": PARTS * n, "steps": steps, "needed": needed}

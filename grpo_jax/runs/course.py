@@ -19,7 +19,7 @@ def course_of(
       config, objective: of the run.
       before: the measurement of its reference.
       probed: rows of the dataset that are measured.
-      num_prompts: of the dataset.
+      num_prompts: of those that are trained on.
     """
     c, successes, trials = config.train, np.array(before["successes"]), before["trials"]
     reason = refusal(successes, trials, objective=objective, entropy_bonus=config.objective.entropy_bonus)

@@ -43,7 +43,7 @@ from grpo_jax.runs.directory import (
     save_text,
 )
 from grpo_jax.runs.errors import CheckpointError, Diverged, NothingToLearn
-from grpo_jax.runs.measurement import completions_before, drop_counts, judge, measure, measure_in_full
+from grpo_jax.runs.measurement import completions_before, drop_counts, judge, measure, measure_held_out, measure_in_full
 from grpo_jax.runs.memory import check_memory, format_bytes, lasting_memory
 from grpo_jax.runs.reference import measured_reference, reference_params
 from grpo_jax.runs.run import Run, check_preempted, machine_lines, must_stop, say, show, signals_as_flag, terminal
@@ -207,7 +207,7 @@ def foretell(
     show(run.console, limited)
     course: live_forecast.Course | str = "the run was extended"
     if not extended:
-        course = course_of(config, objective, before, run.setup.probed, num_prompts=len(run.setup.task.examples))
+        course = course_of(config, objective, before, run.setup.probed, num_prompts=len(run.setup.visited))
     if isinstance(course, str):
         say(run.console, f"no live forecast: {course}")
     return Foretold([*lines, *expected, *limited], extended, prediction, attainable, course)
@@ -242,7 +242,7 @@ def conclude(
     recursion = None
     if _is_predictable(config) and not foretold.extended:
         p_ref = np.array(before["successes"]) / before["trials"]
-        visited = config.data.prompts_per_iteration / len(run.setup.task.examples)
+        visited = config.data.prompts_per_iteration / len(run.setup.visited)
         weights = {"beta_mirror": config.objective.beta_mirror, "visited": visited}
         recursion = forecast.exact_iterates(p_ref, config.train.iterations, **weights, **_setting(run))
     figure = run.directory / "figure.png"
@@ -294,9 +294,7 @@ def start_lines(run: Run, dropped: int, memory: dict[str, int]) -> list[tuple[st
     """What a run says before it computes anything: (label, text) lines."""
     config, setup = run.config, run.setup
     lines = machine_lines(run)
-    lines += run_page.start_lines(
-        config, setup.recipe.objective, num_prompts=len(setup.task.examples), task=setup.task.name
-    )
+    lines += run_page.start_lines(config, setup.recipe.objective, num_prompts=len(setup.visited), task=setup.task.name)
     if config.model.path is not None:
         lines.append(("first prompt", inline(prompt_text(setup, 0)[:300])))
     if config.lora.rank:
@@ -386,10 +384,12 @@ def run_iterations(
                 if n % c.evaluate.interval == 0 and n < c.train.iterations:
                     params = setup.recipe.params(state.params, ref_params)
                     probe = measure(run, params, ref_params, n, kept=kept)
-                    probe_row = forecast.probe_row(n, probe._asdict(), c.evaluate.confidence)
+                    apart = {"held_out": measure_held_out(run, params, n)} if len(setup.held_out) else {}
+                    probe_row = forecast.probe_row(n, probe._asdict() | apart, c.evaluate.confidence)
                     ledger = ledger_of_run(c, setup.recipe.objective, before, probe.tally(), optimum=False)
                     probe_row |= {} if ledger is None else ledger.row()
-                    success = f"p̂ {probe_row['success/mean']:.3f}{target} · "
+                    others = f" · held out {probe_row['held_out/mean']:.3f}" if apart else ""
+                    success = f"p̂ {probe_row['success/mean']:.3f}{target}{others} · "
                     if not isinstance(course, str):
                         probe_row |= live_forecast.probe_metrics(course, [*history, probe_row], c.evaluate.confidence)
                         success += f"{live_forecast.words(probe_row)} · "
@@ -435,13 +435,13 @@ def advance(
     Returns:
       (state, metrics row of each iteration, updates skipped in a row after each).
     """
-    c, compiled, num_prompts = run.config, run.setup.compiled, len(run.setup.task.examples)
+    c, compiled, visited = run.config, run.setup.compiled, run.setup.visited
     beta, learning_rate = jnp.float32(c.objective.beta), jnp.float32(c.optimizer.learning_rate)
 
     # With a verifier on the device: up to the next point where the host is needed.
     if compiled.iterate is not None:
         count = stretch(c, done)
-        index, first = visits(c, num_prompts, done, count), jnp.int32(done + 1)  # iterations are counted from 1
+        index, first = visits(c, visited, done, count), jnp.int32(done + 1)  # iterations are counted from 1
         state, *results = compiled.iterate(
             state, ref_params, table, index, jnp.int32(count), run.base_key, first, beta, learning_rate
         )
@@ -451,7 +451,7 @@ def advance(
 
     # With a verifier on the host: sample, verify, learn; the steps are numbered as in grpo_jax/train/iteration.py.
     # 1 prompts
-    index = prompt_order(c.seed, done, num_prompts=num_prompts, batch=c.data.prompts_per_iteration)
+    index = visited[prompt_order(c.seed, done, num_prompts=len(visited), batch=c.data.prompts_per_iteration)]
     prompts, answers, answer_mask = put_prompts(run.setup, index)
     # 2 sample
     params = run.setup.recipe.params(state.params, ref_params)
@@ -539,12 +539,12 @@ def stretch(config: Any, done: int) -> int:
     return min(config.train.iterations_per_program, *ends)
 
 
-def visits(config: Any, num_prompts: int, done: int, count: int) -> np.ndarray:
-    """[n, P] int32 rows that the ``count`` iterations after ``done`` visit; 0 beyond them."""
+def visits(config: Any, visited: np.ndarray, done: int, count: int) -> np.ndarray:
+    """[n, P] int32 rows, of those that are trained on, that the ``count`` iterations after ``done`` visit; 0 beyond them."""
     batch = config.data.prompts_per_iteration
     index = np.zeros((config.train.iterations_per_program, batch), np.int32)
     for i in range(count):
-        index[i] = prompt_order(config.seed, done + i, num_prompts=num_prompts, batch=batch)
+        index[i] = visited[prompt_order(config.seed, done + i, num_prompts=len(visited), batch=batch)]
     return index
 
 
@@ -552,7 +552,10 @@ def _measure_end(
     run: Run, params: Any, ref_params: Any, before: dict[str, Any], kept: Sequence[int] = ()
 ) -> dict[str, Any]:
     """The measurement after training, with its ledger, and the completions of rows of the dataset that are kept."""
-    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations, kept=kept)
+    n = run.config.train.iterations
+    measured, tally = measure_in_full(run, params, ref_params, n, kept=kept)
+    if len(run.setup.held_out):
+        measured |= {"held_out": measure_held_out(run, params, n, samples=run.config.evaluate.final_samples)}
     return measured | {"ledger": ledger_of_run(run.config, run.setup.recipe.objective, before, tally)}
 
 

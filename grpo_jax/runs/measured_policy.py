@@ -180,7 +180,7 @@ def reference_counts(
     counts = []
     if stored is None:
         return None
-    if same(stored) and (workdir / REFERENCE).exists():
+    if same(stored) and not stored.get("evaluate.held_out") and (workdir / REFERENCE).exists():
         counts.append(read_sealed(workdir / REFERENCE) | {"source": REFERENCE})
     for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULT}")):
         other = read_sealed(path.with_name(CONFIG))

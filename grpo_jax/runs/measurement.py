@@ -201,6 +201,18 @@ def measure_in_full(
     return sampled.record(float(greedy.successes.mean())) | completions, sampled.tally()
 
 
+def measure_held_out(run: Run, params: Any, iteration: int, *, samples: int | None = None) -> dict[str, Any]:
+    """Successes of the prompts that are held out: {"successes" of each, "trials"}.
+
+    Args:
+      run, params, iteration: as for `measure`.
+      samples: of each, of a measurement that may be stopped and goes on; None: ``evaluate.samples``.
+    """
+    apart = run._replace(setup=run.setup._replace(probed=run.setup.held_out))
+    counted = measure(apart, params, None, iteration, role="held_out", samples=samples, may_stop=samples is not None)
+    return {"successes": counted.successes.tolist(), "trials": counted.trials}
+
+
 def completions_before(run: Run, params: Any, ref_params: Any, kept: Sequence[int]) -> list[dict[str, Any]]:
     """The first completions that the reference's measurement drew of some rows, with log π/π_ref of the policy ``params``.
 

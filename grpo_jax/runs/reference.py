@@ -22,7 +22,7 @@ from grpo_jax.runs.directory import (
     saved_steps,
 )
 from grpo_jax.runs.errors import RunDirectoryError, WarmStartFailed
-from grpo_jax.runs.measurement import drop_counts, measure, measure_in_full
+from grpo_jax.runs.measurement import drop_counts, measure, measure_held_out, measure_in_full
 from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
 from grpo_jax.storage import copy_folder
@@ -36,7 +36,10 @@ def measured_reference(run: Run) -> dict[str, Any]:
     measured = load(run.directory / REFERENCE)
     if measured is None:
         params = reference_params(run)
-        measured = save(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
+        measured = measure_in_full(run, params, params, 0)[0]
+        if len(run.setup.held_out):
+            measured |= {"held_out": measure_held_out(run, params, 0, samples=run.config.evaluate.final_samples)}
+        measured = save(run.directory / REFERENCE, measured)
         drop_counts(run)
         check_preempted(run)
     return measured
@@ -113,12 +116,13 @@ def warm_start(run: Run) -> Any:
     Raises:
       WarmStartFailed: it does not within the steps allowed.
     """
-    c, setup, num_prompts = run.config.warm_start, run.setup, len(run.setup.task.examples)
+    c, setup, visited = run.config.warm_start, run.setup, run.setup.visited
     state = setup.compiled.warm_start(setup.initial_params(run.config.seed))
     success = 0.0
     with progress(run.console, "warm start", total=c.max_steps) as line:
         for step in range(1, c.max_steps + 1):
-            index = prompt_order(run.config.seed, step - 1, num_prompts=num_prompts, batch=min(c.batch, num_prompts))
+            batch = min(c.batch, len(visited))
+            index = visited[prompt_order(run.config.seed, step - 1, num_prompts=len(visited), batch=batch)]
             state, metrics = setup.compiled.warm_start_step(state, *put_prompts(setup, index))
             if step % c.interval == 0 or step == c.max_steps:
                 check_preempted(run)

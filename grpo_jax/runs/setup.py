@@ -58,7 +58,9 @@ class Setup(NamedTuple):
     Attributes:
       task, tokenizer, chat, prompts, mesh: of the config; chat is None for prompts as they are.
       stop_ids: the tokens that end a completion.
-      probed: [Q] rows of the prompts that are measured.
+      visited: rows of the prompts that are trained on.
+      held_out: rows of those that are never.
+      probed: [Q] rows of the prompts that are measured, of those that are trained on.
       shapes: of the parameters (``jax.ShapeDtypeStruct`` with shardings).
       trained: the same of what is trained: the parameters, or their adapters.
       initial_params: seed -> the initial parameters, random or pretrained, on the mesh.
@@ -73,6 +75,8 @@ class Setup(NamedTuple):
     prompts: PromptSet
     mesh: Mesh
     stop_ids: tuple[int, ...]
+    visited: np.ndarray
+    held_out: np.ndarray
     probed: np.ndarray
     shapes: Any
     trained: Any
@@ -128,9 +132,10 @@ def _build(config: Any, task: Task, objective: Objective, training: bool, device
         too_long=c.too_long,
         chat=chat,
     )
-    if training and c.prompts_per_iteration > len(task.examples):
+    visited, held_out = split_rows(len(task.examples), config.evaluate.held_out if training else 0, seed=config.seed)
+    if training and c.prompts_per_iteration > len(visited):
         raise ValueError(
-            f"data.prompts_per_iteration={c.prompts_per_iteration} exceeds the {len(task.examples)} prompts that "
+            f"data.prompts_per_iteration={c.prompts_per_iteration} exceeds the {len(visited)} prompts that "
             f"data.max_prompt={c.max_prompt} leaves"
         )
     _check_fit(config, tokenizer, decoder, prompts, stop_ids)
@@ -169,7 +174,9 @@ def _build(config: Any, task: Task, objective: Objective, training: bool, device
         prompts=prompts,
         mesh=mesh,
         stop_ids=stop_ids,
-        probed=probed_rows(config, len(task.examples)),
+        visited=visited,
+        held_out=held_out,
+        probed=probed_rows(config, visited),
         shapes=shapes,
         trained=trained,
         initial_params=initial_params,
@@ -299,12 +306,22 @@ def make_tokenizer(config: Any, task: Task) -> Tokenizer:
     )
 
 
-def probed_rows(config: Any, rows: int) -> np.ndarray:
-    """All rows, or evaluate.prompts of them, chosen by the seed."""
-    few = config.evaluate.prompts
+def split_rows(rows: int, few: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are trained on, and ``few`` others that are held out, chosen by the seed; all where there are no more.
+
+    >>> [part.tolist() for part in split_rows(6, 2, seed=0)]
+    [[0, 2, 3, 5], [1, 4]]
+    """
+    held_out = np.sort(np.random.default_rng((seed, rows, few)).choice(rows, min(few, rows), replace=False))
+    return np.setdiff1d(np.arange(rows), held_out), held_out
+
+
+def probed_rows(config: Any, visited: np.ndarray) -> np.ndarray:
+    """All rows that are trained on, or evaluate.prompts of them, chosen by the seed."""
+    few, rows = config.evaluate.prompts, len(visited)
     if few is None or few >= rows:
-        return np.arange(rows)
-    return np.sort(np.random.default_rng((config.seed, rows)).choice(rows, few, replace=False))
+        return visited
+    return visited[np.sort(np.random.default_rng((config.seed, rows)).choice(rows, few, replace=False))]
 
 
 def _chat(config: Any, tokenizer: Tokenizer) -> ChatFormat | None:

@@ -119,8 +119,11 @@ def sweep(
         setup = make_setup(config, task, objective, devices=devices_of_all())
         if setup.compiled.iterate is None:
             raise ValueError("a sweep as one program needs a verifier on the device: launch.py --sweep runs any config")
-        if config.lora.rank:
-            raise ValueError("a sweep as one program trains all parameters: launch.py --sweep runs any config")
+        if config.lora.rank or config.evaluate.held_out:
+            raise ValueError(
+                "a sweep as one program trains all parameters, on all prompts: lora.rank and evaluate.held_out must be 0; "
+                "launch.py --sweep runs any config"
+            )
         signals = stack.enter_context(signals_as_flag())
         # The run of all seeds: without worker processes, and with a key that is not used.
         run = Run(config, setup, directory, console, None, jax.random.key(0), signals)
@@ -213,7 +216,7 @@ def _iterate(
             while n < c.train.iterations:
                 # Iterate, and write a row for each iteration.
                 count = stretch(c, n)
-                index = np.stack([visits(r.config, len(run.setup.task.examples), n, count) for r in runs])
+                index = np.stack([visits(r.config, run.setup.visited, n, count) for r in runs])
                 numbers = jnp.int32(count), jnp.int32(n + 1)
                 states, *results = functions.iterate(
                     states, ref_params, base_keys, index, table, *numbers, betas, rates
@@ -292,7 +295,7 @@ def _of_seed(run: Run, seed: int) -> Run:
     """The single run that makes and measures the reference of a seed."""
     config = run.config.copy_and_resolve_references()
     config.seed = seed
-    setup = run.setup._replace(probed=probed_rows(config, len(run.setup.task.examples)))
+    setup = run.setup._replace(probed=probed_rows(config, run.setup.visited))
     directory = run.directory / f"seed-{seed}"
     return run._replace(config=config, setup=setup, directory=directory, base_key=jax.random.key(seed))
 

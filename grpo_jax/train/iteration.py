@@ -43,6 +43,7 @@ ROLES = {
     "initialisation": 4,
     "attainable": 5,
     "adapters": 6,
+    "held_out": 7,
 }
 """What a random key is used for; `role_key` keeps the uses apart."""
 

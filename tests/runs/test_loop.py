@@ -217,10 +217,13 @@ def test_no_reference_is_kept_where_the_objective_has_none(tmp_path, monkeypatch
     assert all(row.get("kl/sequence") is None for row in rows if row["phase"] == "train" or row["iteration"] > 0)
     assert abs(result["after"]["kl"]) > 0
     setup = on_one_device(**changes)[1]
-    lasting = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    lasting = lasting_memory(setup.recipe, setup.shapes, setup.trained, setup.mesh)
     assert list(lasting) == ["parameters", "optimizer"]
     kept = on_one_device()
-    assert list(lasting_memory(kept[1].recipe, kept[1].shapes, kept[1].mesh)) == [*lasting, "reference"]
+    assert list(lasting_memory(kept[1].recipe, kept[1].shapes, kept[1].trained, kept[1].mesh)) == [
+        *lasting,
+        "reference",
+    ]
     # Its start takes the memory of the parameters it is given; with a reference it must not.
     for each, freed in ((setup, True), (kept[1], False)):
         params = each.initial_params(0)

@@ -48,13 +48,13 @@ def test_what_lasts_is_what_the_arrays_of_a_run_take_on_a_device(fsdp, tensor):
     setup = make_setup(config, *validate(config, num_devices=8))
     params = setup.initial_params(0)
     state = setup.compiled.start(params)
-    lasting = lasting_memory(setup.recipe, setup.shapes, setup.mesh)
+    lasting = lasting_memory(setup.recipe, setup.shapes, setup.trained, setup.mesh)
     assert lasting["parameters"] == lasting["reference"] == on_first_device(params) == per_device(setup.shapes)
     assert lasting["parameters"] + lasting["optimizer"] == on_first_device(state)
 
 
 def test_an_average_is_one_more_copy_of_the_parameters():
-    plain, averaged = (lasting_memory(s.recipe, s.shapes, s.mesh) for _, s in map(setups, (0.0, 0.5)))
+    plain, averaged = (lasting_memory(s.recipe, s.shapes, s.trained, s.mesh) for _, s in map(setups, (0.0, 0.5)))
     assert list(averaged) == ["parameters", "optimizer", "average", "reference"]
     assert averaged["average"] == plain["parameters"]
     assert averaged["optimizer"] - plain["optimizer"] == 4  # it counts the updates

@@ -86,7 +86,7 @@ def test_iterations_are_the_same_on_any_mesh():
     def run(config, setup):
         f, table = setup.compiled, put_table(setup)
         state, reference = apart(setup)
-        index = visits(config, 16, 0, 3)
+        index = visits(config, np.arange(16), 0, 3)
         beta, rate = jnp.float32(1.0), jnp.float32(1e-2)
         numbers = jnp.int32(3), jax.random.key(7), jnp.int32(1)
         return f.iterate(state, reference, table, index, *numbers, beta, rate)
@@ -117,7 +117,7 @@ def test_the_setup_is_the_halves_one_after_the_other():
     config, setup = on_one_device()
     f, (state, params) = setup.compiled, apart(setup)
     beta, rate, base = jnp.float32(0.7), jnp.float32(1e-2), jax.random.key(3)
-    index = visits(config, 16, 0, 2)
+    index = visits(config, np.arange(16), 0, 2)
     whole, metrics, _ = f.iterate(
         jax.tree.map(jnp.copy, state), params, put_table(setup), index, jnp.int32(2), base, jnp.int32(1), beta, rate
     )
@@ -138,7 +138,7 @@ def test_beta_and_the_learning_rate_are_data():
     """One compilation serves them all, and each decides the outcome."""
     config, setup = on_one_device()
     f, (start, reference) = setup.compiled, apart(setup)
-    index, results, norms = visits(config, 16, 0, 2), [], []
+    index, results, norms = visits(config, np.arange(16), 0, 2), [], []
     f.iterate.clear_cache()
     for beta, rate in ((1.0, 1e-2), (5.0, 1e-2), (1.0, 1e-3)):
         arguments = reference, put_table(setup), index, jnp.int32(2), jax.random.key(3), jnp.int32(1)
