@@ -298,7 +298,7 @@ MISTAKES = {
     "sweep that measures": (["--sweep=seed=0,1", "--mode=evaluate"], 2, "--sweep is for --mode=train"),
     "list of nothing": (["--list"], 2, "--list shows the points of a --sweep"),
     "impossible mesh": (["--config.mesh.tensor=2"], 2, "mesh.tensor=2"),
-    "prompt too long": (["--config.data.max_prompt=4"], 1, "data.max_prompt=4"),
+    "prompt too long": (["--config.data.max_prompt=4"], 2, "data.max_prompt=4"),
     "a run directory in a file": (["--workdir=README.md"], 1, "cannot use"),
 }
 
