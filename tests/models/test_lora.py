@@ -171,7 +171,7 @@ def test_a_run_trains_adapters_alone_and_says_so(run, run_in):
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(run, run_in, tmp_path, monkeypatch):
     measure = loop.measure
 
-    def stopped(run, params, ref_params, iteration):
+    def stopped(run, params, ref_params, iteration, **options):
         raise RuntimeError(f"stopped at {iteration}")
 
     monkeypatch.setattr(loop, "measure", stopped)
