@@ -138,7 +138,7 @@ def test_a_sweep_runs_every_point_once_and_leaves_a_record_a_page_and_a_figure(t
     result = json.loads((workdir / record[3]["folder"] / "result.json").read_text())
     assert (record[3]["p_star"], record[3]["difference"]) == (result["p_star"], result["difference"])
     page = (workdir / "sweep.md").read_text()
-    assert page.count("inside") == 4 and "(figure.png)" in page and f"{result['p_final']['mean']:.4f}" in page
+    assert page.count("| arrived |") == 4 and "(figure.png)" in page and f"{result['p_final']['mean']:.3f}" in page
     assert (workdir / "figure.png").read_bytes().startswith(b"\x89PNG")
     out = said(tmp_path)
     assert "point 3 of 4: objective.beta=1, seed=0\n" in out and "predicted p*" in out
