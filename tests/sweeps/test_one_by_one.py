@@ -141,7 +141,7 @@ def test_a_sweep_runs_every_point_once_and_leaves_a_record_a_page_and_a_figure(t
     assert page.count("| arrived |") == 4 and "(figure.png)" in page and f"{result['p_final']['mean']:.3f}" in page
     assert (workdir / "figure.png").read_bytes().startswith(b"\x89PNG")
     out = said(tmp_path)
-    assert "point 3 of 4: objective.beta=1, seed=0\n" in out and "predicted p*" in out
+    assert "point 3 of 4: objective.beta=1, seed=0\n" in out and "p†" in out
     again = Runs(points)
     run_points(points, workdir, console(tmp_path), run=again)
     assert again.begun == []
