@@ -102,9 +102,11 @@ def test_a_worker_killed_from_outside_costs_no_reward(pool: VerifierPool, tmp_pa
     assert (tmp_path / "mark").is_dir()
 
 
-def test_idle_workers_killed_from_outside_cost_no_reward(pool: VerifierPool) -> None:
+def test_idle_workers_killed_from_outside_cost_no_reward(pool: VerifierPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a loaded host a worker that has just been replaced may still start, and be killed again, several times in a row.
+    monkeypatch.setattr("grpo_jax.tasks.workers._START_ATTEMPTS", 100)
     for _ in range(5):
-        assert judge(pool, ["15"] * 8) == [CORRECT] * 8  # every worker is there
+        assert judge(pool, ["15"] * 8) == [CORRECT] * 8
         for worker in list(pool._workers):
             worker.kill()
         assert judge(pool, ["15"]) == [CORRECT]  # each dead one would be handed the same item
