@@ -13,6 +13,8 @@ from grpo_jax.runs.evaluation import evaluate
 from grpo_jax.runs.loop import train
 from tests.tiny_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 CONSTANT = {"optimizer__schedule": "constant", "optimizer__warmup_updates": 0, "optimizer__learning_rate": 1e-2}
 FOUR = CONSTANT | {"train__iterations": 4, "warm_start__target": 0.1}
 

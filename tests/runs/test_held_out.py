@@ -14,6 +14,8 @@ from grpo_jax.runs.evaluation import evaluate
 from grpo_jax.runs.setup import make_setup, split_rows
 from tests.tiny_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 FEW = 4
 OPTIONS = {"evaluate__held_out": FEW, "train__iterations": 3, "evaluate__interval": 1, "warm_start__target": 0.05}
 

@@ -15,6 +15,8 @@ from grpo_jax.tasks.identity import task_identity
 from tests.runs.test_loop import QUICK, quiet
 from tests.tiny_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def promotion():

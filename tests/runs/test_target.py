@@ -15,6 +15,8 @@ from grpo_jax.runs.loop import train
 from grpo_jax.runs.target import choose_beta
 from tests.tiny_run import tiny_config
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 BEFORE = {"successes": [10, 30, 50, 2], "trials": 100}
 MEASURED = {"r2": {"mean": 0.6, "low": 0.5, "high": 0.7}, "shares": [0.6] * 4, "needed": None}
 SETTING = {"objective": GRPO, "group_size": 8, "confidence": 0.95}
