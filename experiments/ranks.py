@@ -68,7 +68,7 @@ def main(_: list[str]) -> None:
     """Runs what is missing, writes the table and draws the figure."""
     options = flags.FLAGS
     folder, ranks = Path(options.out), [int(rank) for rank in options.ranks]
-    whole = result_of(options.config, folder / "all", f"--config.optimizer.learning_rate={options.whole_rate}")
+    result_of(options.config, folder / "all", f"--config.optimizer.learning_rate={options.whole_rate}")
     sweep = f"--sweep=lora.rank={','.join(map(str, ranks))}"
     rate = f"--config.optimizer.learning_rate={options.rate}"
     of_ranks = folder / "adapters"
@@ -76,7 +76,6 @@ def main(_: list[str]) -> None:
     subprocess.run(command, check=True)
     runs = {f"{rank}": of_ranks / f"lora.rank={rank}" for rank in ranks} | {"all": folder / "all"}
     results = [read_json(run / "result.json") for run in runs.values()]
-    assert results[-1] == whole
     measured = [read_json(run / "attainable.json") for run in runs.values()]
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     lines += [row(name, *of_run) for name, *of_run in zip(runs, results, measured, strict=True)]

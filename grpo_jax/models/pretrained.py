@@ -174,8 +174,8 @@ def save_adapters(
     """Writes adapters into a folder that PEFT loads: adapter_config.json and adapter_model.safetensors.
 
     ``adapters`` are as `Lora.init` makes them, not multiplied by α/r; ``base`` names the model that they belong to. Raises
-    ValueError where they are not finite in ``dtype``. Source: the format of PEFT's LoraConfig; read back by PEFT itself in
-    docs/running.md.
+    ValueError where they are not finite in ``dtype``. Source: the format of PEFT's LoraConfig; PEFT itself has read such a folder
+    (experiments/LOG.md).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

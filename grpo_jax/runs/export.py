@@ -108,7 +108,7 @@ def export(
         staged = Path(staging) / "model"
         files |= {CARD: card.encode()}
         if lora is not None:
-            base = (of_hub(source) or [str(config.model.path)])[0].removeprefix("base_model: ")
+            base = hub_name(source) or str(config.model.path)
             save_adapters(staged, lora, lora.split(policy.params), base=base, dtype=dtype)
             for name in ADAPTERS_WITH & files.keys():
                 write_bytes(staged / name, files[name])
@@ -149,7 +149,8 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
     for path in sorted((workdir / EVALUATIONS).glob(f"*/{RESULT}")):
         if (evaluation := read_sealed(path))["checkpoint"] == policy.name:
             lines.append((f"success in evaluations/{path.parent.name}", f"{evaluation['success']['mean']:.4f}"))
-    name = (of_hub(Path(stored["model.path"])) or [Path(stored["model.path"]).name])[-1].removeprefix("base_model: ")
+    path = Path(stored["model.path"])
+    name = hub_name(path) or path.name
     settings = (
         ("base model", name),
         ("checkpoint", f"{policy.name} of {stored['train.iterations']}"),
@@ -169,7 +170,7 @@ def model_card(stored: dict[str, Any], policy: MeasuredPolicy, workdir: Path, dt
     missing = "This card holds no measurement of this checkpoint; `--mode=evaluate` makes one in the run directory."
     return "\n".join(
         [
-            *("---", *of_hub(Path(stored["model.path"])), "library_name: transformers", "tags: [grpo]", "---", ""),
+            *("---", *of_hub(path), "library_name: transformers", "tags: [grpo]", "---", ""),
             *(f"# {name}, trained with GRPO", ""),
             "Trained with grpo_jax (arXiv 2503.06639).",
             *("", "| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in settings)),
@@ -190,8 +191,14 @@ def of_hub(folder: Path) -> list[str]:
     >>> of_hub(Path("hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6")), of_hub(Path("mine"))
     (['base_model: Qwen/Qwen2.5-0.5B'], [])
     """
+    name = hub_name(folder)
+    return [] if name is None else [f"base_model: {name}"]
+
+
+def hub_name(folder: Path) -> str | None:
+    """The name of the model whose snapshot the folder is in Hugging Face's cache; None for any other folder."""
     names = [part.removeprefix("models--").replace("--", "/") for part in folder.parts if part.startswith("models--")]
-    return [f"base_model: {name}" for name in names[-1:] if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
+    return names[-1] if names and re.fullmatch(r"[\w.-]+/[\w.-]+", names[-1]) else None
 
 
 def _write(staged: Path, source: Path, params: Any, dtype: str, files: dict[str, bytes]) -> None:

@@ -552,10 +552,7 @@ def _measure_end(
     run: Run, params: Any, ref_params: Any, before: dict[str, Any], kept: Sequence[int] = ()
 ) -> dict[str, Any]:
     """The measurement after training, with its ledger, and the completions of rows of the dataset that are kept."""
-    n = run.config.train.iterations
-    measured, tally = measure_in_full(run, params, ref_params, n, kept=kept)
-    if len(run.setup.held_out):
-        measured |= {"held_out": measure_held_out(run, params, n, samples=run.config.evaluate.final_samples)}
+    measured, tally = measure_in_full(run, params, ref_params, run.config.train.iterations, kept=kept)
     return measured | {"ledger": ledger_of_run(run.config, run.setup.recipe.objective, before, tally)}
 
 

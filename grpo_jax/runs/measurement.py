@@ -189,7 +189,8 @@ def measure_in_full(
 ) -> tuple[dict[str, Any], Tally | None]:
     """The measurement before and after training, as JSON, with what its ledger is made from.
 
-    It has per-prompt successes, greedy accuracy, KL, lengths and samples, and the "completions" of rows that are ``kept``.
+    It has per-prompt successes, greedy accuracy, KL, lengths and samples, the "completions" of rows that are ``kept``, and the
+    successes of prompts that are "held_out", where there are such.
     """
     c = run.config.evaluate
     say(run.console, f"measuring the success probability: {c.final_samples} samples of every prompt")
@@ -197,8 +198,11 @@ def measure_in_full(
     sampled = measure(run, params, ref_params, iteration, **options)
     check_verifier(run, sampled.verdicts)
     greedy = measure(run, params, ref_params, iteration, samples=1, greedy=True)
-    completions = {"completions": sampled.completions} if len(kept) else {}
-    return sampled.record(float(greedy.successes.mean())) | completions, sampled.tally()
+    measured = sampled.record(float(greedy.successes.mean()))
+    measured |= {"completions": sampled.completions} if len(kept) else {}
+    if len(run.setup.held_out):
+        measured |= {"held_out": measure_held_out(run, params, iteration, samples=c.final_samples)}
+    return measured, sampled.tally()
 
 
 def measure_held_out(run: Run, params: Any, iteration: int, *, samples: int | None = None) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def estimate_memory(
     shapes = sharded_shapes(param_shapes(decoder), mesh)
     trained = trained_shapes(config, shapes, mesh)
     recipe = make_recipe(config, objective, decoder, shapes, stop_ids=(0,), pad_id=0)
-    compiled = make_compiled(config, recipe, shapes, mesh)
+    compiled = make_compiled(config, recipe, shapes, mesh, trained=trained)
     rows, whole = row_sharding(mesh), replicated(mesh)
     num_prompts, group_size = config.data.prompts_per_iteration, config.rollout.group_size
     width, length = config.data.max_prompt, config.rollout.max_completion

@@ -22,7 +22,7 @@ from grpo_jax.runs.directory import (
     saved_steps,
 )
 from grpo_jax.runs.errors import RunDirectoryError, WarmStartFailed
-from grpo_jax.runs.measurement import drop_counts, measure, measure_held_out, measure_in_full
+from grpo_jax.runs.measurement import drop_counts, measure, measure_in_full
 from grpo_jax.runs.run import Run, check_preempted, say
 from grpo_jax.runs.setup import put_prompts
 from grpo_jax.storage import copy_folder
@@ -36,10 +36,7 @@ def measured_reference(run: Run) -> dict[str, Any]:
     measured = load(run.directory / REFERENCE)
     if measured is None:
         params = reference_params(run)
-        measured = measure_in_full(run, params, params, 0)[0]
-        if len(run.setup.held_out):
-            measured |= {"held_out": measure_held_out(run, params, 0, samples=run.config.evaluate.final_samples)}
-        measured = save(run.directory / REFERENCE, measured)
+        measured = save(run.directory / REFERENCE, measure_in_full(run, params, params, 0)[0])
         drop_counts(run)
         check_preempted(run)
     return measured

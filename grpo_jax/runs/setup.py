@@ -182,7 +182,9 @@ def _build(config: Any, task: Task, objective: Objective, training: bool, device
         initial_params=initial_params,
         begin=begin,
         recipe=recipe,
-        compiled=make_compiled(config, recipe, shapes, mesh, precise=make_policy(replace(decoder, dtype="float32"))),
+        compiled=make_compiled(
+            config, recipe, shapes, mesh, trained=trained, precise=make_policy(replace(decoder, dtype="float32"))
+        ),
     )
 
 
@@ -241,12 +243,13 @@ def make_recipe(
     )
 
 
-def make_compiled(config: Any, recipe: Recipe, shapes: Any, mesh: Mesh, *, precise: Policy | None = None) -> Compiled:
+def make_compiled(
+    config: Any, recipe: Recipe, shapes: Any, mesh: Mesh, *, trained: Any, precise: Policy | None = None
+) -> Compiled:
     """`compile_recipe` with the dtype and the warm start's optimizer of the config."""
     warm_optimizer = make_warm_start_optimizer(config.warm_start.learning_rate)
-    options = {"dtype": config.model.dtype, "gather": config.model.gather, "precise": precise}
-    trained = trained_shapes(config, shapes, mesh)
-    return compile_recipe(recipe, shapes, mesh, trained=trained, warm_optimizer=warm_optimizer, **options)
+    options = {"dtype": config.model.dtype, "gather": config.model.gather, "precise": precise, "trained": trained}
+    return compile_recipe(recipe, shapes, mesh, warm_optimizer=warm_optimizer, **options)
 
 
 def put_prompts(setup: Setup, index: np.ndarray) -> tuple[PromptBatch, jax.Array, jax.Array]:

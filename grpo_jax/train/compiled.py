@@ -143,20 +143,16 @@ def compile_recipe(
     of_trained = parameter_shardings(trained, mesh)
     like_trained = partial(jax.jit, out_shardings=of_trained)
 
-    def over(ref_params: Any, rollout: Rollout, policy: Policy) -> Recipe:
-        """The recipe for a measurement, whose policy is a function of what is trained."""
-        return for_prompts(rollout)._replace(policy=recipe._replace(policy=policy).policy_of_trained(ref_params))
-
     @like_trained
     def pull_back(trained: Any, ref_params: Any, prompts: PromptBatch, rollout: Rollout, weights: jax.Array) -> Any:
-        return scores.pull_back(over(ref_params, rollout, recipe.policy), trained, prompts, rollout, weights)
+        return scores.pull_back(for_prompts(rollout).of_trained(ref_params), trained, prompts, rollout, weights)
 
     @jax.jit
     def along(
         trained: Any, ref_params: Any, direction: Any, step: jax.Array, prompts: PromptBatch, rollout: Rollout
     ) -> jax.Array:
-        exact = over(ref_params, rollout, precise or recipe.policy)
-        return scores.along(exact, trained, direction, step, prompts, rollout)
+        exact = for_prompts(rollout)._replace(policy=precise or recipe.policy)
+        return scores.along(exact.of_trained(ref_params), trained, direction, step, prompts, rollout)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(warm_shardings, whole))
     def warm_start_step(state: TrainState, *demonstrations: Any) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -87,16 +87,16 @@ class Recipe(NamedTuple):
         """The policy's parameters, from what is trained and those of the reference."""
         return trained if self.join is None else self.join(trained, ref_params)
 
-    def policy_of_trained(self, ref_params: Any) -> Policy:
-        """The policy as functions of what is trained, at which gradients are taken."""
+    def of_trained(self, ref_params: Any) -> "Recipe":
+        """The same with a policy whose functions take what is trained, at which gradients are taken, for the parameters."""
         if (join := self.join) is None:
-            return self.policy
+            return self
 
-        def of_trained(function: Callable[..., Any]) -> Callable[..., Any]:
+        def joined(function: Callable[..., Any]) -> Any:
             return lambda trained, *arguments, **options: function(join(trained, ref_params), *arguments, **options)
 
-        forward, unembed = of_trained(self.policy.forward), of_trained(self.policy.unembed)
-        return self.policy._replace(forward=forward, unembed=unembed, prepare=of_trained(self.policy.prepare))
+        of_params = {name: getattr(self.policy, name) for name in ("forward", "unembed", "prepare")}
+        return self._replace(policy=self.policy._replace(**{name: joined(f) for name, f in of_params.items()}))
 
 
 def iteration(
@@ -168,7 +168,7 @@ def learn(
     if recipe.needs_reference and ref_params is None:
         why = "the objective has a KL to the reference" if objective.holds_to_reference else "a part is trained"
         raise ValueError(f"{why}: learn needs ref_params")
-    reference, recipe = recipe.policy, recipe._replace(policy=recipe.policy_of_trained(ref_params))
+    reference, recipe = recipe.policy, recipe.of_trained(ref_params)
 
     # 4 Advantages: each reward against the rewards of its group.
     advantages = group_advantages(rewards, **objective.normaliser())  # [P, G]

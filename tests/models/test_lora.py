@@ -90,8 +90,7 @@ def test_the_gradient_is_that_of_the_whole_matrices_by_the_chain_rule(case):
     rollout = sample(policy, joined, prompts)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(P, G)), jnp.float32)
     recipe = Recipe(policy, None, None, None, Layout(12), join=lora.join)
-    of_trained = recipe._replace(policy=recipe.policy_of_trained(params))
-    found = scores.pull_back(of_trained, adapters, prompts, rollout, weights)
+    found = scores.pull_back(recipe.of_trained(params), adapters, prompts, rollout, weights)
     whole = scores.pull_back(recipe, merge(joined), prompts, rollout, weights)["layers"]
     assert found.keys() == adapters.keys()
     for name in TARGETS:

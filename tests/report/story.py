@@ -49,7 +49,6 @@ def write_run(
     successes = np.round(p_ref * TRIALS).astype(int)
     shape = {"objective": GRPO, "group_size": config.rollout.group_size, "beta": 1.0}
     prediction = forecast.make_forecast(successes, TRIALS, confidence=0.95, **shape)
-    assert prediction is not None
 
     def counts(successes: np.ndarray, kl: float) -> dict[str, Any]:
         example = {"prompt": texts[0], "target": "2", "completions": [{"text": texts[-1], "reward": 1.0}]}
